@@ -1,0 +1,192 @@
+"""Labelled pictures and where they come from: scikit-learn's digits, CIFAR, folders of pictures."""
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torchvision import datasets as tv
+
+from util import UserError
+
+
+@dataclass
+class Pictures:
+    """n labelled pictures, in memory or in files.
+
+    source: uint8 array [n, h, w, 3], or a list of n file names.
+    labels: [n] int64, numbers of `classes`.
+    """
+    source: np.ndarray | list
+    labels: torch.Tensor
+    classes: list
+    _decoded: dict = field(default_factory=dict, repr=False, compare=False)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def load(self, i):
+        """Picture i as RGB; raises UserError with the name of a file that is no readable picture."""
+        if isinstance(self.source, np.ndarray):
+            return Image.fromarray(self.source[i])
+        return read_picture(self.source[i])
+
+    def select(self, indices):
+        source = self.source[indices] if isinstance(self.source, np.ndarray) else [self.source[i] for i in indices]
+        return replace(self, source=source, labels=self.labels[indices], _decoded={})
+
+    def sample(self, count, seed):
+        """At most `count` pictures, as many of each class as of any other while they last, drawn with `seed`."""
+        if count is None or count >= len(self):
+            return self
+        order = np.random.default_rng(seed).permutation(len(self))
+        labels = self.labels.numpy()[order]
+        rank = np.zeros(len(self), dtype=int)                           # the how-manieth of its class
+        for c in np.unique(labels):
+            rank[labels == c] = np.arange((labels == c).sum())
+        return self.select(np.sort(order[np.argsort(rank, kind='stable')[:count]]))
+
+    def decode(self, short_side):
+        """All pictures as tensors, decoded once: [n, h, 3, w] uint8 and their heights and widths [n].
+
+        Pictures larger than `short_side` are scaled down until the shorter side has that length; none is enlarged.
+        Pictures of unlike sizes lie in the top left corner of the largest height and width.
+        """
+        if short_side not in self._decoded:
+            if isinstance(self.source, np.ndarray) and min(self.source.shape[1:3]) <= short_side:
+                data = torch.from_numpy(self.source).transpose(2, 3).contiguous()
+                sizes = torch.tensor(self.source.shape[1:3]).expand(len(self), 2)
+            else:
+                data, sizes = self._decode(short_side)
+            self._decoded[short_side] = data, sizes[:, 0], sizes[:, 1]
+        return self._decoded[short_side]
+
+    def _decode(self, short_side):
+        def load(i):
+            picture = self.load(i)
+            return np.asarray(picture.resize(scaled(picture.size, short_side), Image.Resampling.BILINEAR))
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:                # Pillow decodes without the interpreter lock
+            arrays = list(pool.map(load, range(len(self))))
+        sizes = torch.tensor([array.shape[:2] for array in arrays])
+        height, width = sizes.amax(0).tolist()
+        data = torch.zeros(len(self), height, 3, width, dtype=torch.uint8)
+        for i, array in enumerate(arrays):
+            data[i, :array.shape[0], :, :array.shape[1]] = torch.from_numpy(array).transpose(1, 2)
+            arrays[i] = None                                            # freed as we go: memory is not needed twice
+        return data, sizes
+
+    def decoded_bytes(self, short_side, probes=500):
+        """Memory that `decode` would take, estimated from the headers of `probes` pictures."""
+        if isinstance(self.source, np.ndarray):
+            return self.source.nbytes
+        indices = np.linspace(0, len(self) - 1, min(probes, len(self))).astype(int)
+        sizes = np.array([scaled(picture_size(self.source[i]), short_side) for i in indices])
+        return 3 * int(sizes.max(0).prod()) * len(self)
+
+    def statistics(self, probes=5000):
+        """Mean and standard deviation per channel of 0..1 over (at most `probes` of) the pictures."""
+        total, squares, pixels = np.zeros(3), np.zeros(3), 0
+        for i in np.linspace(0, len(self) - 1, min(probes, len(self))).astype(int):
+            x = np.asarray(self.load(i)).reshape(-1, 3) / 255.
+            total, squares, pixels = total + x.sum(0), squares + (x * x).sum(0), pixels + len(x)
+        mean = total / pixels
+        std = np.sqrt(np.maximum(squares / pixels - mean**2, 0))
+        return tuple(mean.round(4).tolist()), tuple(np.maximum(std, 1e-3).round(4).tolist())
+
+
+def scaled(size, short_side):
+    """Width and height with the shorter side scaled down to short_side; smaller pictures keep their size."""
+    ratio = min(1, short_side / min(size))
+    return tuple(max(1, round(side * ratio)) for side in size)
+
+
+def read_picture(file):
+    try:
+        with Image.open(file) as picture:
+            return picture.convert('RGB')
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f'{file}: not a readable picture ({error})') from error
+
+
+def picture_size(file):
+    """Width and height from the header alone."""
+    try:
+        with Image.open(file) as picture:
+            return picture.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f'{file}: not a readable picture ({error})') from error
+
+
+# Each source takes the options and returns training and validation pictures.
+
+def digits(opt):
+    """scikit-learn's 1,797 scans of handwritten digits, 8x8, stratified into 80 % training and 20 % validation."""
+    data = load_digits()
+    source = (data.images * (255 / 16)).round().astype(np.uint8)[..., None].repeat(3, -1)
+    pictures = Pictures(source, torch.from_numpy(data.target).long(), [str(name) for name in data.target_names])
+    return split(pictures, 0.2, seed=0)
+
+
+def cifar(opt):
+    """CIFAR-10 or CIFAR-100, downloaded into the data folder when it is not there."""
+    name = {'cifar10': 'CIFAR10', 'cifar100': 'CIFAR100'}[opt.dataset]
+    parts = []
+    for train in (True, False):
+        try:
+            data = getattr(tv, name)(opt.data_folder, train=train, download=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f'--dataset {opt.dataset}: cannot be read from or downloaded into '
+                            f'--data_folder {opt.data_folder} ({error})') from error
+        parts.append(Pictures(data.data, torch.tensor(data.targets), data.classes))
+    return parts
+
+
+def path(opt):
+    """A folder of pictures, <class>/<picture>: in train/ and val/ (or test/), or split 90/10 with --seed."""
+    root = Path(opt.data_folder)
+    if not root.is_dir():
+        raise UserError(f'--data_folder {root}: no such folder')
+    train, val = root / 'train', next((root / name for name in ('val', 'test') if (root / name).is_dir()), None)
+    if train.is_dir() and val:
+        train, val = folder(train), folder(val)
+        unknown = sorted(set(val.classes) - set(train.classes))
+        if unknown:
+            raise UserError(f'--data_folder {root}: class {unknown[0]!r} has validation but no training pictures')
+        numbers = torch.tensor([train.classes.index(name) for name in val.classes])
+        return train, replace(val, labels=numbers[val.labels], classes=train.classes)
+    if train.is_dir() or val:
+        raise UserError(f'--data_folder {root}: found {(val or train).name}/ alone, expected train/ and val/ (or '
+                        'test/), or one folder per class')
+    return split(folder(root), 0.1, opt.seed)
+
+
+def folder(root):
+    """The pictures below <root>/<class>/, classes and files in the order of their names."""
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith('.'))
+    if not classes:
+        raise UserError(f'{root}: no folder of pictures in it, expected {root}/<class>/<picture>')
+    try:
+        samples = tv.folder.make_dataset(str(root), {name: i for i, name in enumerate(classes)},
+                                         extensions=tv.folder.IMG_EXTENSIONS)
+    except FileNotFoundError as error:
+        raise UserError(f'{root}: {error}') from error
+    files, labels = zip(*samples)
+    return Pictures(list(files), torch.tensor(labels), classes)
+
+
+def split(pictures, share, seed):
+    """Training and validation pictures, the same share of every class."""
+    counts = torch.bincount(pictures.labels, minlength=len(pictures.classes))
+    if counts.min() < 2:
+        raise UserError(f'class {pictures.classes[counts.argmin()]!r} has {counts.min()} picture, expected at least 2 '
+                        'to split into training and validation')
+    # At least one of each class on either side: rounding can leave a small class out of a stratified draw.
+    parts = [np.flatnonzero(pictures.labels.numpy() == c) for c in range(len(counts))]
+    parts = [train_test_split(part, test_size=max(1, round(share * len(part))), random_state=seed) for part in parts]
+    train, val = (np.sort(np.concatenate(side)) for side in zip(*parts))
+    return pictures.select(train), pictures.select(val)

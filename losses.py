@@ -1,0 +1,185 @@
+"""Supervised contrastive losses: one formula, one core, memory linear in the number of views.
+
+For anchors z_i, contrasts z_j, similarities s_ij = z_i . z_j / temperature, positives P(i) and
+allowed contrasts A(i) (never z_i itself):
+
+    L_i  = logsumexp_{j in A(i)} s_ij  -  mean_{j in P(i)} s_ij
+    loss = temperature / base_temperature * mean_i L_i
+
+- SupCon: P(i) holds the other views of all pictures with i's label
+  (Khosla et al., 2020, https://arxiv.org/abs/2004.11362, Eq. 2).
+- SimCLR: P(i) holds the other views of the same picture
+  (Chen et al., 2020, https://arxiv.org/abs/2002.05709, Eq. 1).
+- Near-out-of-distribution pictures made from class c carry the label -(c + 1). They are hard negatives:
+  no anchors, nobody's positives, and in A(i) only for anchors of class c.
+
+The second term needs no N x N matrix: mean_{j in P(i)} s_ij = z_i . (class sum - z_i) / (count - 1).
+The first is computed over blocks of rows, and each block is computed again in the backward pass.
+"""
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+# Similarities held at a time by the blocked log-sum-exp. 2**21 floats are 8 MB: they stay in the cache of a CPU,
+# and a GPU still has whole batches of the usual sizes in one block.
+BLOCK = 2**21
+
+
+class SupConLoss(nn.Module):
+    """Supervised contrastive loss (SupCon), and without labels the SimCLR loss.
+
+        criterion = SupConLoss(temperature=0.1)
+        loss = criterion(features, labels)      # SupCon
+        loss = criterion(features)              # SimCLR
+
+    Args:
+        temperature: divides the similarities.
+        contrast_mode: 'all': every view is an anchor; 'one': only the first view of each picture is.
+            The contrasts are all views of all pictures in both modes.
+        base_temperature: the loss is multiplied by temperature / base_temperature.
+    """
+
+    def __init__(self, temperature=0.07, contrast_mode='all', base_temperature=0.07):
+        super().__init__()
+        if contrast_mode not in ('all', 'one'):
+            raise ValueError(f"contrast_mode is {contrast_mode!r}, expected 'all' or 'one'")
+        if temperature <= 0 or base_temperature <= 0:
+            raise ValueError(f'temperature {temperature} and base_temperature {base_temperature} must be positive')
+        self.temperature = temperature
+        self.contrast_mode = contrast_mode
+        self.base_temperature = base_temperature
+
+    def forward(self, features, labels=None, mask=None):
+        """Compute the loss of one batch; float16 and bfloat16 features are computed in float32.
+
+        Args:
+            features: [bsz, n_views, ...], normally of unit length; dimensions after the second are flattened.
+            labels: [bsz] class of each picture; -(c + 1) marks a near-ood picture made from class c (see above).
+            mask: [bsz, bsz] weights >= 0 instead of labels: mask[i, j] is how much picture j is a positive of
+                picture i. May be asymmetric. Needs the whole similarity matrix in memory.
+
+        Returns:
+            A scalar. An anchor without positives adds 0 and still counts in the mean.
+
+        Raises:
+            ValueError: wrong shapes (both are named), or labels and mask together.
+        """
+        if features.dim() < 3:
+            raise ValueError(f'features are {list(features.shape)}, expected [bsz, n_views, ...]')
+        if labels is not None and mask is not None:
+            raise ValueError('labels and mask are both given, expected at most one')
+        bsz, n_views = features.shape[:2]
+        if labels is not None and labels.shape not in ((bsz,), (bsz, 1)):
+            raise ValueError(f'labels are {list(labels.shape)}, expected [{bsz}] for features {list(features.shape)}')
+        if mask is not None and mask.shape != (bsz, bsz):
+            raise ValueError(f'mask is {list(mask.shape)}, expected [{bsz}, {bsz}] for features {list(features.shape)}')
+
+        if features.dtype in (torch.float16, torch.bfloat16):
+            features = features.float()
+        contrasts = features.flatten(2).transpose(0, 1).flatten(0, 1)   # [n_views * bsz, dim], view after view
+        anchors = contrasts if self.contrast_mode == 'all' else contrasts[:bsz]
+        with torch.autocast(features.device.type, enabled=False):       # similarities / temperature need float32
+            if mask is not None:
+                loss = self._dense(anchors, contrasts, mask)
+            else:
+                if labels is None:
+                    labels = torch.arange(bsz, device=features.device)
+                loss = self._blocked(anchors, contrasts, labels.flatten().repeat(n_views))
+        return loss * (self.temperature / self.base_temperature)
+
+    def _blocked(self, anchors, contrasts, labels):
+        n = len(anchors)                                                # anchor i is contrast i
+        normal = labels >= 0
+        owners = None if normal.all() else torch.where(normal, -1, -labels - 1)
+        log_denominator = _LogSumExp.apply(anchors, contrasts, self.temperature, labels, owners)
+
+        ids = _dense_ids(labels)
+        weight = normal.to(contrasts.dtype)
+        counts = contrasts.new_zeros(len(contrasts)).index_add(0, ids, weight)
+        sums = torch.zeros_like(contrasts).index_add(0, ids, contrasts * weight[:, None])
+        positives = counts[ids[:n]] - 1
+        log_positive = (anchors * (sums[ids[:n]] - contrasts[:n])).sum(1) / positives.clamp(min=1) / self.temperature
+
+        is_anchor = normal[:n]
+        losses = torch.where(is_anchor & (positives > 0), log_denominator - log_positive, 0)
+        return losses.sum() / is_anchor.sum().clamp(min=1)
+
+    def _dense(self, anchors, contrasts, mask):
+        n, n_views = len(anchors), len(contrasts) // len(mask)
+        itself = torch.eye(n, len(contrasts), dtype=torch.bool, device=anchors.device)
+        mask = mask.to(anchors).repeat(n // len(mask), n_views).masked_fill(itself, 0)
+        logits = anchors @ contrasts.T / self.temperature
+        log_denominator = logits.masked_fill(itself, -torch.inf).logsumexp(1)
+        weight = mask.sum(1)
+        log_positive = (mask * logits).sum(1) / torch.where(weight > 0, weight, 1)
+        return torch.where(weight > 0, log_denominator - log_positive, 0).mean()
+
+
+class _LogSumExp(torch.autograd.Function):
+    """log sum_{j in A(i)} exp(anchors_i . contrasts_j / temperature) for each anchor i: [n].
+
+    Anchor i is contrast i, which A(i) leaves out. With `owners` (-1, or the class whose anchors alone see the
+    contrast) and `labels`, both [n_contrasts], A(i) also leaves out contrasts that belong to another class.
+    Keeps only the n results and recomputes the similarities in the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, anchors, contrasts, temperature, labels, owners):
+        result = anchors.new_empty(len(anchors))
+        for rows in _blocks(anchors, contrasts):
+            torch.logsumexp(_logits(anchors, contrasts, temperature, labels, owners, rows), 1, out=result[rows])
+        # An anchor without contrasts has log 0 = -inf; any finite value in its place gives the gradient 0.
+        ctx.save_for_backward(anchors, contrasts, labels, owners, result.masked_fill(result == -torch.inf, 0))
+        ctx.temperature = temperature
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        anchors, contrasts, labels, owners, result = ctx.saved_tensors
+        grad = grad / ctx.temperature
+        grad_anchors, grad_contrasts = torch.empty_like(anchors), torch.zeros_like(contrasts)
+        with torch.autocast(anchors.device.type, enabled=False):
+            for rows in _blocks(anchors, contrasts):
+                prob = _logits(anchors, contrasts, ctx.temperature, labels, owners, rows)
+                prob.sub_(result[rows, None]).exp_().mul_(grad[rows, None])
+                torch.mm(prob, contrasts, out=grad_anchors[rows])
+                grad_contrasts.addmm_(prob.T, anchors[rows])
+        return grad_anchors, grad_contrasts, None, None, None
+
+
+def _blocks(anchors, contrasts):
+    step = max(1, BLOCK // len(contrasts))
+    return [slice(i, min(i + step, len(anchors))) for i in range(0, len(anchors), step)]
+
+
+def _logits(anchors, contrasts, temperature, labels, owners, rows):
+    logits = (anchors[rows] / temperature) @ contrasts.T                # [rows, n_contrasts]
+    logits.diagonal(rows.start).fill_(-torch.inf)
+    if owners is not None:
+        logits.masked_fill_((owners >= 0) & (owners != labels[rows, None]), -torch.inf)
+    return logits
+
+
+def _dense_ids(labels):
+    """Number equal labels alike, from 0: [n] -> [n] int64 below n, without waiting for the device."""
+    ordered, order = labels.sort()
+    steps = F.pad((ordered[1:] != ordered[:-1]).long(), (1, 0)).cumsum(0)
+    return torch.empty_like(steps).scatter_(0, order, steps)
+
+
+@torch.no_grad()
+def contrastive_accuracy(features, labels=None):
+    """Share of anchors (%) whose most similar other view in the batch is a positive; a scalar tensor.
+
+    features [bsz, n_views, dim], labels [bsz] as for SupConLoss. It rises from chance as pretraining learns.
+    """
+    bsz, n_views = features.shape[:2]
+    contrasts = features.detach().float().transpose(0, 1).flatten(0, 1)
+    labels = torch.arange(bsz, device=features.device) if labels is None else labels
+    labels = labels.repeat(n_views)
+    owners = torch.where(labels >= 0, -1, -labels - 1)
+    nearest = torch.cat([_logits(contrasts, contrasts, 1, labels, owners, rows).argmax(1)
+                         for rows in _blocks(contrasts, contrasts)])
+    is_anchor = labels >= 0
+    return 100 * ((labels == labels[nearest]) & is_anchor).sum() / is_anchor.sum().clamp(min=1)

@@ -1,0 +1,128 @@
+"""Cross-entropy training, the baseline of contrastive pretraining.
+
+    python main_ce.py --batch_size 1024 --learning_rate 0.8 --cosine
+    python main_ce.py --dataset path --data_folder ./pictures
+
+Uses all GPUs in CUDA_VISIBLE_DEVICES, or the CPU. Writes output/<run>/trial=<trial>/last.ckpt.
+"""
+import time
+
+import torch
+from torch import nn
+
+import util
+from datasets import classification_view, evaluation_view, load_pictures, make_loader
+from networks.resnet_big import SupCEResNet
+from util import AverageMeter, log
+
+
+def parse_option(argv=None):
+    opt = util.parse('main_ce', __doc__, argv)
+    opt.warm = opt.warm or opt.batch_size > 256         # large batches need it
+    opt.output_name = opt.output_name or (
+        f'SupCE_{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}_bsz_{opt.batch_size}'
+        f'_trial_{opt.trial}' + '_cosine' * opt.cosine + '_warm' * opt.warm)
+    if opt.method:
+        log(f'--method {opt.method} is not used: this program trains with cross-entropy')
+    return opt
+
+
+def set_loader(opt):
+    """Training and validation batches; also the classes."""
+    train, val = load_pictures(opt)
+    train_loader = make_loader(train, classification_view(opt), opt)
+    val_loader = make_loader(val, evaluation_view(opt), opt, train=False)
+    return train_loader, val_loader, train.classes
+
+
+def set_model(opt, classes):
+    model = SupCEResNet(opt.model, len(classes), stem=opt.stem, width=opt.width, zero_init=opt.zero_init)
+    return util.prepare(model, opt), nn.CrossEntropyLoss()
+
+
+def train(train_loader, model, criterion, optimizer, epoch, opt):
+    """One epoch: -> averages for TensorBoard."""
+    model.train()
+    batch_time, data_time, losses, top1 = (AverageMeter() for _ in range(4))
+    steps = len(train_loader)
+    end = start = time.time()
+    for idx, (images, labels) in enumerate(util.progress(train_loader, f'epoch {epoch}/{opt.epochs}')):
+        data_time.update(time.time() - end)
+        util.set_learning_rate(optimizer, util.learning_rate(opt, epoch, idx, steps))
+
+        with util.autocast(opt):
+            output = model(images)                      # [bsz, num_classes]
+        loss = criterion(output.float(), labels)
+
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        losses.update(loss, len(labels))
+        top1.update(util.accuracy(output, labels), len(labels))
+        batch_time.update(time.time() - end)
+        end = time.time()
+        if (idx + 1) % opt.print_freq == 0 or idx + 1 == steps:
+            util.check_finite(losses, epoch, idx + 1)
+            log(f'Train: [{epoch}][{idx + 1}/{steps}]\tBT {batch_time.val:.3f} ({batch_time.avg:.3f})\t'
+                f'DT {data_time.val:.3f} ({data_time.avg:.3f})\tloss {losses.val:.3f} ({losses.avg:.3f})\t'
+                f'Acc@1 {top1.val:.3f} ({top1.avg:.3f})')
+    log(f'Train epoch {epoch}, total time {time.time() - start:.2f}, accuracy:{top1.avg:.2f}')
+    return {'train_loss': losses.avg, 'train_acc': top1.avg,
+            'pictures_per_second': top1.count / (time.time() - start)}
+
+
+@torch.no_grad()
+def validate(val_loader, model, criterion, opt):
+    """Loss and accuracy (%) on the validation set, and the accuracy of each class that it holds."""
+    model.eval()
+    losses = AverageMeter()
+    predicted, target = [], []
+    for images, labels in util.progress(val_loader, 'validation'):
+        with util.autocast(opt):
+            output = model(images)
+        losses.update(criterion(output.float(), labels), len(labels))
+        predicted.append(output.argmax(1))
+        target.append(labels)
+    predicted, target = torch.cat(predicted), torch.cat(target)
+    correct = (predicted == target).float()
+    per_class = {c: 100 * correct[target == c].mean().item() for c in target.unique().tolist()}
+    accuracy = 100 * correct.mean().item()
+    log(f' * Acc@1 {accuracy:.3f}')
+    return {'val_loss': losses.avg, 'val_acc': accuracy}, per_class
+
+
+def fit(run, train_loader, val_loader, model, criterion, optimizer, classes, opt):
+    """All epochs, with validation, TensorBoard and checkpoints; prints the best accuracy last."""
+    first_epoch, best_acc = run.restore(model, optimizer)
+    run.start(classes)
+    for epoch in range(first_epoch, opt.epochs + 1):
+        train_loader.set_epoch(epoch)
+        if epoch == 1:
+            run.log_views(train_loader)
+        values = train(train_loader, model, criterion, optimizer, epoch, opt)
+        if epoch == opt.epochs or opt.eval_freq and epoch % opt.eval_freq == 0:
+            validation, per_class = validate(val_loader, model, criterion, opt)
+            best_acc = max(best_acc, validation['val_acc'])
+            values.update(validation)
+        run.log_values({'learning_rate': optimizer.param_groups[0]['lr'], **values}, epoch)
+        run.save(epoch, model, optimizer, best_acc)
+    if opt.per_class:
+        for number, value in per_class.items():
+            log(f'accuracy of {classes[number]}: {value:.2f}')
+    log(f'best accuracy: {best_acc:.2f}')
+
+
+def main(argv=None):
+    opt = parse_option(argv)
+    run = util.Run(opt)
+    util.set_device(opt)
+    util.set_warmup(opt)
+    train_loader, val_loader, classes = set_loader(opt)
+    model, criterion = set_model(opt, classes)
+    optimizer = util.set_optimizer(opt, model)
+    fit(run, train_loader, val_loader, model, criterion, optimizer, classes, opt)
+
+
+if __name__ == '__main__':
+    util.run(main)

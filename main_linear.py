@@ -1,0 +1,55 @@
+"""Linear evaluation: a linear classifier on a frozen, pretrained encoder.
+
+    python main_linear.py --batch_size 512 --learning_rate 5 --ckpt output/<run>/trial=0/last.ckpt
+    python main_linear.py --batch_size 512 --learning_rate 1 --ckpt simclr.pth          a checkpoint of SupContrast
+
+Uses all GPUs in CUDA_VISIBLE_DEVICES, or the CPU. Writes output/<run>/trial=<trial>/last.ckpt.
+"""
+from torch import nn
+
+import util
+from main_ce import fit, set_loader
+from networks.resnet_big import LinearProbe, ResNet
+from util import UserError, log
+
+
+def parse_option(argv=None):
+    """The options, and the checkpoint, whose network and channel statistics are the defaults here."""
+    opt = util.parse('main_linear', __doc__, argv)
+    checkpoint = util.load_checkpoint(opt.ckpt)
+    recorded = checkpoint['opt']
+    for name, default in (('model', 'resnet50'), ('stem', 'cifar'), ('width', 1.)):
+        known = recorded.get(name, default)
+        if getattr(opt, name) is None:
+            setattr(opt, name, known)
+        elif name in recorded and getattr(opt, name) != known:
+            raise UserError(f'--{name} {getattr(opt, name)}: {opt.ckpt} holds an encoder with --{name} {known}')
+    if opt.dataset == 'path' and recorded.get('dataset') == 'path' and opt.mean is None and opt.std is None:
+        opt.mean, opt.std = recorded.get('mean'), recorded.get('std')
+    opt.output_name = opt.output_name or (
+        f'{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}_bsz_{opt.batch_size}'
+        + '_cosine' * opt.cosine + '_warm' * opt.warm)
+    return opt, checkpoint
+
+
+def set_model(opt, checkpoint, classes):
+    encoder = ResNet(opt.model, stem=opt.stem, width=opt.width)
+    state = {name[len('encoder.'):]: value for name, value in checkpoint['model'].items() if name.startswith('encoder.')}
+    util.load_parameters(encoder, state, opt.ckpt)
+    log(f"{opt.ckpt}: {opt.model} after {checkpoint.get('epoch', 'unknown')} epochs")
+    return util.prepare(LinearProbe(encoder, len(classes)), opt), nn.CrossEntropyLoss()
+
+
+def main(argv=None):
+    opt, checkpoint = parse_option(argv)
+    run = util.Run(opt)
+    util.set_device(opt)
+    util.set_warmup(opt)
+    train_loader, val_loader, classes = set_loader(opt)
+    model, criterion = set_model(opt, checkpoint, classes)
+    optimizer = util.set_optimizer(opt, model)
+    fit(run, train_loader, val_loader, model, criterion, optimizer, classes, opt)
+
+
+if __name__ == '__main__':
+    util.run(main)

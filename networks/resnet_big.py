@@ -1,0 +1,196 @@
+"""ResNets for small and large pictures, with the heads of contrastive learning.
+
+The residual networks of He et al., 2015 (https://arxiv.org/abs/1512.03385). "Big" is the variant for 32x32
+pictures, stem='cifar': a 3x3 stem of stride 1 and no max-pool, so that a 32x32 picture keeps its resolution through
+the first stage. Parameter names are those of the released SupContrast checkpoints: encoder.layer1.0.conv1.weight,
+encoder.layer2.0.shortcut.0.weight, head.0.weight, head.2.weight, fc.weight.
+"""
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut: [bsz, in_planes, h, w] -> [bsz, planes, h / stride, w / stride]."""
+    expansion = 1
+
+    def __init__(self, in_planes, planes, stride=1):
+        super().__init__()
+        self.conv1 = conv(in_planes, planes, 3, stride)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = conv(planes, planes, 3)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.shortcut = shortcut(in_planes, planes, stride)
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (with the stride), 1x1 convolutions: [bsz, in_planes, h, w] -> [bsz, 4 planes, h / stride, w / stride]."""
+    expansion = 4
+
+    def __init__(self, in_planes, planes, stride=1):
+        super().__init__()
+        self.conv1 = conv(in_planes, planes, 1)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = conv(planes, planes, 3, stride)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = conv(planes, self.expansion * planes, 1)
+        self.bn3 = nn.BatchNorm2d(self.expansion * planes)
+        self.shortcut = shortcut(in_planes, self.expansion * planes, stride)
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
+
+
+def conv(in_planes, planes, size, stride=1):
+    return nn.Conv2d(in_planes, planes, size, stride, padding=size // 2, bias=False)
+
+
+def shortcut(in_planes, planes, stride):
+    """The identity where shapes allow, else a 1x1 convolution with batch norm."""
+    if stride == 1 and in_planes == planes:
+        return nn.Sequential()
+    return nn.Sequential(conv(in_planes, planes, 1, stride), nn.BatchNorm2d(planes))
+
+
+RESNETS = {                             # block and depth of the four stages
+    'resnet18': (BasicBlock, (2, 2, 2, 2)),
+    'resnet34': (BasicBlock, (3, 4, 6, 3)),
+    'resnet50': (Bottleneck, (3, 4, 6, 3)),
+    'resnet101': (Bottleneck, (3, 4, 23, 3)),
+    'resnet152': (Bottleneck, (3, 8, 36, 3)),
+    'resnet200': (Bottleneck, (3, 24, 36, 3)),
+}
+
+
+class ResNet(nn.Module):
+    """Encoder: pictures [bsz, 3, h, w] -> features [bsz, dim_out] after the average pool.
+
+    Args:
+        name: a key of RESNETS. dim_out is 512 for resnet18 and 34, 2048 for the others, times the width.
+        stem: 'cifar' (3x3, stride 1) or 'imagenet' (7x7, stride 2, then 3x3 max-pool of stride 2).
+        width: multiplies the number of channels of every layer.
+        zero_init: start the last batch norm of each block at 0, so that blocks start as the identity
+            (Goyal et al., 2017, https://arxiv.org/abs/1706.02677, section 5.1).
+    """
+
+    def __init__(self, name='resnet50', stem='cifar', width=1.0, zero_init=False):
+        super().__init__()
+        if name not in RESNETS:
+            raise ValueError(f"network is {name!r}, expected one of {', '.join(RESNETS)}")
+        if stem not in ('cifar', 'imagenet'):
+            raise ValueError(f"stem is {stem!r}, expected 'cifar' or 'imagenet'")
+        block, depths = RESNETS[name]
+        planes = [round(width * c) for c in (64, 128, 256, 512)]
+        if planes[0] < 1:
+            raise ValueError(f'width is {width}, expected at least 1/64')
+        self.conv1 = conv(3, planes[0], 3) if stem == 'cifar' else conv(3, planes[0], 7, 2)
+        self.bn1 = nn.BatchNorm2d(planes[0])
+        self.maxpool = nn.Identity() if stem == 'cifar' else nn.MaxPool2d(3, 2, padding=1)
+        self.dim_out = planes[0]
+        for i, (channels, depth) in enumerate(zip(planes, depths)):
+            setattr(self, f'layer{i + 1}', self._stage(block, channels, depth, stride=1 if i == 0 else 2))
+        self._initialize(zero_init)
+
+    def _stage(self, block, planes, depth, stride):
+        blocks = []
+        for i in range(depth):
+            blocks.append(block(self.dim_out, planes, stride if i == 0 else 1))
+            self.dim_out = planes * block.expansion
+        return nn.Sequential(*blocks)
+
+    def _initialize(self, zero_init):
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+            if zero_init and isinstance(module, (BasicBlock, Bottleneck)):
+                last = module.bn2 if isinstance(module, BasicBlock) else module.bn3
+                nn.init.zeros_(last.weight)
+
+    def forward(self, x):
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return x.mean((2, 3))
+
+
+class SupConResNet(nn.Module):
+    """Encoder and projection head: pictures [bsz, 3, h, w] -> features [bsz, feat_dim] of unit length.
+
+    With num_classes there is a linear classifier beside the head, on the encoder's features, and the result is
+    (features, logits [bsz, num_classes]).
+
+    Args:
+        name, **encoder: as for ResNet.
+        head: 'mlp' (Linear, ReLU, Linear) or 'linear'.
+        feat_dim: dimensions of the projected features.
+        num_classes: classes of the classifier; 0: none.
+    """
+
+    def __init__(self, name='resnet50', head='mlp', feat_dim=128, num_classes=0, **encoder):
+        super().__init__()
+        self.encoder = ResNet(name, **encoder)
+        dim = self.encoder.dim_out
+        if head == 'mlp':
+            self.head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(inplace=True), nn.Linear(dim, feat_dim))
+        elif head == 'linear':
+            self.head = nn.Linear(dim, feat_dim)
+        else:
+            raise ValueError(f"head is {head!r}, expected 'mlp' or 'linear'")
+        self.fc = nn.Linear(dim, num_classes) if num_classes else None
+
+    def forward(self, x):
+        encoded = self.encoder(x)
+        projected = self.head(encoded)
+        # Unit length to float32 precision under autocast too.
+        features = F.normalize(projected if projected.dtype == torch.float64 else projected.float(), dim=1)
+        return features if self.fc is None else (features, self.fc(encoded))
+
+
+class SupCEResNet(nn.Module):
+    """Encoder and classifier for cross-entropy: pictures [bsz, 3, h, w] -> logits [bsz, num_classes]."""
+
+    def __init__(self, name='resnet50', num_classes=10, **encoder):
+        super().__init__()
+        self.encoder = ResNet(name, **encoder)
+        self.fc = nn.Linear(self.encoder.dim_out, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.encoder(x))
+
+
+class LinearClassifier(nn.Module):
+    """Linear classifier on frozen features: [bsz, dim] -> logits [bsz, num_classes]."""
+
+    def __init__(self, dim=2048, num_classes=10):
+        super().__init__()
+        self.fc = nn.Linear(dim, num_classes)
+
+    def forward(self, features):
+        return self.fc(features)
+
+
+class LinearProbe(nn.Module):
+    """A linear classifier on a frozen encoder: pictures [bsz, 3, h, w] -> logits [bsz, num_classes].
+
+    The encoder gets no gradient and stays in eval mode, so that its batch norms keep their statistics.
+    """
+
+    def __init__(self, encoder, num_classes=10):
+        super().__init__()
+        self.encoder = encoder.requires_grad_(False)
+        self.classifier = LinearClassifier(encoder.dim_out, num_classes)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def forward(self, x):
+        with torch.no_grad():
+            features = self.encoder(x)
+        return self.classifier(features)

@@ -1,0 +1,219 @@
+"""The command line: one table of options, shared by the three programs, with the defaults of each."""
+import argparse
+import difflib
+import math
+import os
+import re
+import sys
+
+PROGRAMS = ('main_supcon', 'main_ce', 'main_linear')
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one line: which option or file, what was found, what was expected."""
+
+
+def run(main):
+    """Run a program's main(); a UserError ends it with one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_refuse(os.path.basename(sys.argv[0]), str(error)))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _refuse(program, message):
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+# Types of values. Text is parsed as data; nothing from an option is ever evaluated.
+
+def number(kind, low, high=math.inf, open_low=False):
+    """A type for argparse: an int or float between low (excluded if open_low) and high."""
+    name = 'whole number' if kind is int else 'number'
+    bounds = f"{'above' if open_low else 'of at least'} {low}" + (f' and at most {high}' if high < math.inf else '')
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)) or (open_low and value == low):
+            raise argparse.ArgumentTypeError(f'found {text!r}, expected a {name} {bounds}')
+        return value
+    return parse
+
+
+COUNT, COUNT_OR_ZERO = number(int, 1), number(int, 0)
+POSITIVE, POSITIVE_OR_ZERO = number(float, 0, open_low=True), number(float, 0)
+
+
+def channels(parse):
+    """A type: three numbers such as "(0.49, 0.48, 0.45)"."""
+    def parse_all(text):
+        parts = text.strip().strip('()[]').replace(',', ' ').split()
+        if len(parts) != 3:
+            raise argparse.ArgumentTypeError(f'found {text!r}, expected three numbers such as "(0.49, 0.48, 0.45)"')
+        return tuple(parse(part) for part in parts)
+    return parse_all
+
+
+def epochs_list(text):
+    """A type: epochs in rising order such as "60,75,90"."""
+    parts = text.replace(',', ' ').split()
+    if not all(part.isdigit() for part in parts) or sorted(map(int, parts)) != list(map(int, parts)):
+        raise argparse.ArgumentTypeError(f'found {text!r}, expected epochs in rising order such as "60,75,90"')
+    return [int(part) for part in parts]
+
+
+def folder_name(text):
+    """A type: one folder's name, so that no run is written outside output/."""
+    if not re.fullmatch(r'[\w+=,@%-][\w.+=,@% -]{0,199}', text):
+        raise argparse.ArgumentTypeError(f'found {text!r}, expected a name of at most 200 letters, digits and "_-.+=", '
+                                         'without "/" and not starting with "."')
+    return text
+
+
+def network(text):
+    """A type: resnet50 or resnet-50."""
+    from networks.resnet_big import RESNETS
+    name = text.lower().replace('-', '')
+    if name not in RESNETS:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected one of {', '.join(RESNETS)}")
+    return name
+
+
+def dataset(text):
+    """A type: the name of a dataset."""
+    from datasets import DATASETS
+    if text not in DATASETS:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected one of {', '.join(DATASETS)}")
+    return text
+
+
+# The table: group -> rows of (spellings, settings of add_argument, programs that have the option).
+# A default that differs between the programs is a tuple in the order of PROGRAMS; a default of None is told in the help.
+SUPCON, CE, LINEAR = (PROGRAMS[:1], PROGRAMS[1:2], PROGRAMS[2:])
+FLAG = {'action': 'store_true'}
+OPTIONS = {
+    'data': [
+        ('--dataset', dict(type=dataset, default='cifar10', metavar='NAME', help='digits, cifar10, cifar100 or path')),
+        ('--data_folder --data_dir', dict(metavar='FOLDER', help='folder of the data; needed by --dataset path, '
+                                          'others default to ./data')),
+        ('--mean', dict(type=channels(number(float, -math.inf)), metavar='"(R, G, B)"',
+                        help="channel means; default: the dataset's, or measured on the training pictures")),
+        ('--std', dict(type=channels(POSITIVE), metavar='"(R, G, B)"', help='channel standard deviations; as --mean')),
+        ('--size --image_size', dict(type=number(int, 8, 4096), metavar='PIXELS',
+                                     help='side of the views; default: 32, digits 16')),
+        ('--max_samples', dict(type=COUNT, metavar='N', help='use at most N training and N validation pictures, '
+                               'spread over the classes; default: all')),
+        ('--loader', dict(choices=('auto', 'batched', 'per_sample'), default='auto',
+                          help='batched: all pictures in memory, views drawn on the device; per_sample: torchvision '
+                               'transforms in worker processes; auto: batched where the pictures fit')),
+        ('--num_workers', dict(type=COUNT_OR_ZERO, default=16, metavar='N',
+                               help='worker processes of the per_sample loader, never more than there are cores')),
+    ],
+    'network': [
+        ('--model', dict(type=network, default=('resnet50', 'resnet50', None), metavar='NAME',
+                         help='resnet18, 34, 50, 101, 152 or 200')),
+        ('--stem', dict(choices=('cifar', 'imagenet'), default=('cifar', 'cifar', None),
+                        help='cifar: 3x3 convolution; imagenet: 7x7 of stride 2 and max-pool')),
+        ('--width', dict(type=number(float, 1 / 64, 16), default=(1., 1., None), metavar='FACTOR',
+                         help='multiplies the channels of every layer')),
+        ('--zero_init', dict(FLAG, help='start residual blocks as the identity'), SUPCON + CE),
+        ('--head', dict(choices=('mlp', 'linear'), default='mlp', help='projection head'), SUPCON),
+        ('--feat_dim', dict(type=COUNT, default=128, metavar='DIM', help='dimensions after the head'), SUPCON),
+        ('--syncBN', dict(FLAG, help='batch norm over all processes'), SUPCON + CE),
+    ],
+    'method': [
+        ('--method', dict(choices=('SupCon', 'SimCLR'), default='SupCon', help='contrastive loss'), SUPCON),
+        ('--temp --temperature', dict(type=POSITIVE, default=0.07, metavar='T', help='temperature of the loss'), SUPCON),
+        ('--ce_weight', dict(type=POSITIVE_OR_ZERO, default=0., metavar='W', help='adds W times the cross-entropy of a '
+                             'linear classifier on the encoder, trained along'), SUPCON),
+        ('--method', dict(default=None, metavar='NAME', help='accepted and not used'), CE),
+        ('--ckpt', dict(required=True, metavar='FILE', help='checkpoint of the pretrained encoder'), LINEAR),
+    ],
+    'optimization': [
+        ('--epochs', dict(type=COUNT, default=(1000, 500, 100), metavar='N', help='epochs')),
+        ('--batch_size', dict(type=COUNT, default=256, metavar='N', help='pictures in a batch, over all devices')),
+        ('--learning_rate --lr', dict(type=POSITIVE, default=(0.05, 0.2, 0.1), metavar='LR', help='learning rate')),
+        ('--lr_decay_epochs', dict(type=epochs_list, default=('700,800,900', '350,400,450', '60,75,90'),
+                                   metavar='E,E,...', help='after these epochs the rate decays (without --cosine)')),
+        ('--lr_decay_rate', dict(type=number(float, 0, 1), default=(0.1, 0.1, 0.2), metavar='RATE',
+                                 help='factor of each decay')),
+        ('--cosine --lr_cosine', dict(FLAG, help='cosine schedule, from LR down to LR * RATE**3')),
+        ('--warm --lr_warmup', dict(FLAG, help='rise from 0.01 in the first 10 epochs; pretraining and cross-entropy '
+                                    'always do with batches above 256')),
+        ('--weight_decay', dict(type=POSITIVE_OR_ZERO, default=(1e-4, 1e-4, 0.), metavar='WD', help='weight decay')),
+        ('--momentum', dict(type=number(float, 0, 1), default=0.9, metavar='M', help='momentum of SGD')),
+        ('--amp', dict(FLAG, help='bfloat16 mixed precision')),
+        ('--compile', dict(FLAG, help='torch.compile the encoder')),
+    ],
+    'run': [
+        ('--output_name --desc', dict(type=folder_name, metavar='NAME', help='the run is output/NAME/trial=TRIAL; '
+                                      'default: named after the settings')),
+        ('--trial', dict(type=folder_name, default='0', metavar='TRIAL', help='tells repeated runs apart')),
+        ('--seed', dict(type=number(int, 0, 2**31), default=0, metavar='N', help='of weights, views and splits')),
+        ('--resume', dict(FLAG, help="continue from the run's last.ckpt, if there is one")),
+        ('--overwrite', dict(FLAG, help='begin anew where the folder holds another run')),
+        ('--print_freq', dict(type=COUNT, default=10, metavar='N', help='steps between lines')),
+        ('--save_freq', dict(type=COUNT, default=50, metavar='N', help='epochs between kept checkpoints')),
+        ('--eval_freq', dict(type=COUNT_OR_ZERO, default=(10, 1, 1), metavar='N',
+                             help='epochs between evaluations (pretraining: kNN accuracy); 0: only after the last')),
+        ('--per_class', dict(FLAG, help='print the accuracy of each class'), CE + LINEAR),
+    ],
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        unknown = re.match(r'unrecognized arguments: (--[\w-]+)', message)
+        known = [flag for action in self._actions for flag in action.option_strings]
+        if unknown and (close := difflib.get_close_matches(unknown[1], known, 1)):
+            message += f', did you mean {close[0]}?'
+        self.exit(_refuse(self.prog, message))
+
+
+def parse(program, description, argv=None):
+    """Parse the command line of one of PROGRAMS: -> argparse.Namespace.
+
+    `-` and `_` are the same in the name of an option. A mistake ends the program with one line and status 2.
+    """
+    parser = _Parser(prog=f'{program}.py', description=description, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    column = PROGRAMS.index(program)
+    for title, rows in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for spellings, settings, programs in ((*row, PROGRAMS)[:3] for row in rows):
+            if program not in programs:
+                continue
+            settings = dict(settings)
+            if isinstance(settings.get('default'), tuple):
+                settings['default'] = settings['default'][column]
+            if settings.get('default') is not None:
+                settings['help'] += ' (default: %(default)s)'
+            elif title == 'network' and 'action' not in settings:
+                settings['help'] += " (default: the checkpoint's)"
+            group.add_argument(*spellings.split(), **settings)
+    argv = sys.argv[1:] if argv is None else argv
+    opt = parser.parse_args([_underscores(word) for word in argv])
+    return _complete(opt)
+
+
+def _underscores(word):
+    """--data-folder=my-data -> --data_folder=my-data"""
+    name, equals, value = word.partition('=')
+    return '--' + name[2:].replace('-', '_') + equals + value if re.match(r'--\w', word) else word
+
+
+def _complete(opt):
+    """Check what depends on several options, and fill in what follows from them."""
+    if opt.dataset == 'path' and not opt.data_folder:
+        raise UserError('--dataset path: --data_folder is missing, expected a folder of pictures')
+    if opt.resume and opt.overwrite:
+        raise UserError('--resume and --overwrite are both given, expected at most one')
+    opt.data_folder = opt.data_folder or './data'
+    opt.num_workers = min(opt.num_workers, os.cpu_count() or 1)
+    return opt

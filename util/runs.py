@@ -1,0 +1,175 @@
+"""Runs: their folder, log lines, TensorBoard and checkpoints.
+
+output/<output_name>/trial=<trial>/ holds options.json, log.txt, TensorBoard events, views.png, last.ckpt and
+ckpt_epoch_<N>.ckpt.
+"""
+import argparse
+import io
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from util.options import UserError
+
+# tensorboard-logger's generated messages are older than protobuf 4, whose Python implementation still reads them.
+os.environ.setdefault('PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION', 'python')
+from tensorboard_logger import tensorboard_logger  # noqa: E402
+
+
+class Log:
+    """Prints lines on stdout and keeps them in the run's log.txt; lines before the run has a folder go there first."""
+
+    def __init__(self):
+        self.file, self.waiting = None, []
+
+    def __call__(self, line):
+        tqdm.write(line, file=sys.stdout)               # above the progress bar, where there is one
+        sys.stdout.flush()
+        self.waiting.append(line)
+        if self.file:
+            self.open(self.file)
+
+    def open(self, file):
+        self.file = file
+        with open(file, 'a', encoding='utf-8') as stream:
+            stream.writelines(line + '\n' for line in self.waiting)
+        self.waiting.clear()
+
+
+log = Log()
+
+
+def progress(loader, description):
+    """The loader with a progress bar and the time left, when stderr is a terminal."""
+    return tqdm(loader, description, leave=False, dynamic_ncols=True, disable=None)
+
+
+class Run:
+    """The output of one run.
+
+    Constructing it only looks; `start` makes the folder. So every mistake that can be found is found before anything
+    is written. Raises UserError where the folder holds another run, without --resume or --overwrite.
+    """
+
+    def __init__(self, opt):
+        self.opt = opt
+        self.folder = Path('output') / opt.output_name / f'trial={opt.trial}'
+        self.last = self.folder / 'last.ckpt'
+        self.checkpoint = None
+        if opt.resume and self.last.exists():
+            self.checkpoint = load_checkpoint(self.last)
+        elif self.folder.exists() and any(self.folder.iterdir()) and not (opt.overwrite or opt.resume):
+            raise UserError(f'{self.folder} holds another run, expected --resume to continue it, --overwrite to begin '
+                            'anew, or another --trial or --output_name')
+
+    def restore(self, model, optimizer):
+        """Load last.ckpt into model and optimizer, if the run resumes: -> (first epoch, best accuracy)."""
+        if self.checkpoint is None:
+            return 1, 0.
+        if self.checkpoint['epoch'] >= self.opt.epochs:
+            raise UserError(f"--resume: {self.last} has all {self.checkpoint['epoch']} epochs, expected --epochs above")
+        load_parameters(model, self.checkpoint['model'], f'--resume: {self.last}')
+        optimizer.load_state_dict(self.checkpoint['optimizer'])
+        return self.checkpoint['epoch'] + 1, self.checkpoint['best_acc']
+
+    def start(self, classes):
+        self.classes = classes
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.checkpoint is None:                                 # what an overwritten run left
+                for pattern in ('*.ckpt', 'events.out.tfevents.*', 'log.txt', 'views.png'):
+                    for file in self.folder.glob(pattern):
+                        file.unlink()
+            (self.folder / 'options.json').write_text(json.dumps(vars(self.opt), indent=2) + '\n')
+            log.open(self.folder / 'log.txt')
+            self.events = tensorboard_logger.Logger(str(self.folder), flush_secs=2)
+        except OSError as error:
+            raise UserError(f'{self.folder}: cannot be written ({error})') from error
+        log(f'{self.folder}: tensorboard --logdir output')
+
+    def log_values(self, values, step):
+        """Send a dict of numbers to TensorBoard; None is left out."""
+        for tag, value in values.items():
+            if value is not None:
+                self.events.log_value(tag, value, step)
+
+    def log_views(self, loader, count=16):
+        """Show the first `count` pictures of a batch, a row for each of their views."""
+        images, labels = next(iter(loader))
+        images = images.view(-1, len(labels), *images.shape[1:])[:, :count].flatten(0, 1).float().cpu()
+        images = images * torch.tensor(self.opt.std)[:, None, None] + torch.tensor(self.opt.mean)[:, None, None]
+        images = images.repeat_interleave(max(1, 64 // self.opt.size), 2)
+        images = images.repeat_interleave(max(1, 64 // self.opt.size), 3)
+        grid = make_grid(images.clamp(0, 1), nrow=min(count, len(labels)))
+        self.log_picture('views', (grid * 255).round().byte().permute(1, 2, 0).numpy(), 0)
+
+    def log_picture(self, tag, picture, step):
+        """Send a uint8 array [h, w, 3] to TensorBoard, and write it to <tag>.png."""
+        # The package's own log_images needs functions that SciPy no longer has.
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, format='png')
+        (self.folder / f'{tag}.png').write_bytes(buffer.getvalue())
+        summary = tensorboard_logger.summary_pb2.Summary()
+        image = summary.Image(encoded_image_string=buffer.getvalue(), height=picture.shape[0], width=picture.shape[1])
+        summary.value.add(tag=tag, image=image)
+        self.events._log_summary(tag, summary, None, step)
+
+    def save(self, epoch, model, optimizer, best_acc=0.):
+        """Write last.ckpt, and ckpt_epoch_<N>.ckpt every --save_freq epochs: plain tensors, numbers and texts."""
+        state = {'model': strip_wrappers(model.state_dict()), 'optimizer': optimizer.state_dict(), 'epoch': epoch,
+                 'best_acc': best_acc, 'opt': vars(self.opt), 'classes': self.classes}
+        names = ['last.ckpt'] + [f'ckpt_epoch_{epoch}.ckpt'] * (epoch % self.opt.save_freq == 0)
+        for name in names:
+            partial = self.folder / f'{name}.partial'
+            try:
+                torch.save(state, partial)
+                os.replace(partial, self.folder / name)                 # at any moment the file is whole
+            except (OSError, RuntimeError) as error:
+                partial.unlink(missing_ok=True)
+                raise UserError(f'{self.folder / name}: cannot be written ({error})') from error
+
+
+def strip_wrappers(state):
+    """Parameter names without the prefix of DataParallel."""
+    return {name.replace('module.', ''): value for name, value in state.items()}
+
+
+def load_parameters(model, state, source):
+    """Load a state dict without wrappers' prefixes into a model, wrapped or not; UserError where they do not fit."""
+    names = {name.replace('module.', ''): name for name in model.state_dict()}
+    wrong = sorted(names.keys() ^ state.keys()) or [
+        name for name in names if model.state_dict()[names[name]].shape != state[name].shape]
+    if wrong:
+        found, expected = (f'{list(tensors[name].shape)}' if name in tensors else 'none' for tensors, name in (
+            (state, wrong[0]), (strip_wrappers(model.state_dict()), wrong[0])))
+        raise UserError(f'{source} holds another network: {len(wrong)} parameters differ, {wrong[0]} is {found} there, '
+                        f'expected {expected}')
+    model.load_state_dict({names[name]: value for name, value in state.items()})
+
+
+def load_checkpoint(file):
+    """A checkpoint of ours or of the original programs as a dict with `model`, `epoch` and the options `opt`, a dict.
+
+    Nothing in the file is executed. Raises UserError where the file is missing or no checkpoint.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):    # the original programs keep one in `opt`
+            checkpoint = torch.load(file, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f'{file}: no such checkpoint') from None
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().split('\n')[0] or 'empty file'
+        raise UserError(f'{file}: not a readable checkpoint ({reason})') from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('model'), dict):
+        raise UserError(f"{file}: not a checkpoint of these programs, expected the parameters under 'model'")
+    opt = checkpoint.get('opt') or {}
+    checkpoint['opt'] = opt if isinstance(opt, dict) else vars(opt)
+    checkpoint['model'] = strip_wrappers(checkpoint['model'])
+    return checkpoint

@@ -1,0 +1,141 @@
+"""What the training loops share: devices, schedules, meters, accuracies."""
+import math
+import os
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from util.options import UserError
+from util.runs import log
+
+WARM_EPOCHS, WARM_FROM = 10, 0.01                       # as SupContrast
+
+
+def set_device(opt):
+    """Seed everything and choose opt.device: the visible GPUs, or the CPU with a line that says so."""
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise UserError('torchrun with several processes is not supported yet, expected plain python, which uses all '
+                        'GPUs in CUDA_VISIBLE_DEVICES')
+    opt.device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if opt.device == 'cpu':
+        log('No GPU found: running on the CPU')
+    if getattr(opt, 'syncBN', False):
+        log('--syncBN has no effect in a single process: every device normalizes its own part of the batch')
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(opt.seed)
+
+
+def prepare(model, opt):
+    """Move a network with an `encoder` to the device; compile the encoder and spread it over the GPUs as asked."""
+    model.to(opt.device)
+    if opt.compile:
+        model.encoder.compile()
+    if opt.device == 'cuda' and torch.cuda.device_count() > 1:
+        model.encoder = nn.DataParallel(model.encoder)
+    return model
+
+
+def autocast(opt):
+    """bfloat16 under --amp: float32's range, so that no loss scaling is needed."""
+    return torch.autocast(opt.device, torch.bfloat16, enabled=opt.amp)
+
+
+def set_optimizer(opt, model):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(parameters, lr=opt.learning_rate, momentum=opt.momentum, weight_decay=opt.weight_decay)
+
+
+def set_warmup(opt):
+    """Fill in opt.warm_epochs: 10 with --warm, but at most half of the run."""
+    opt.warm_epochs = min(WARM_EPOCHS, opt.epochs // 2) if opt.warm else 0
+    if opt.warm and opt.warm_epochs < WARM_EPOCHS:
+        log(f'Warm-up over {opt.warm_epochs} epochs, half of the run, instead of {WARM_EPOCHS}')
+
+
+def learning_rate(opt, epoch, step=0, steps=1):
+    """The learning rate at step 0 .. steps - 1 of an epoch, counted from 1.
+
+    Cosine from opt.learning_rate down to learning_rate * lr_decay_rate**3, or decay by lr_decay_rate after each of
+    lr_decay_epochs; constant within an epoch. Warm-up rises linearly per step from 0.01 (a tenth of learning_rate,
+    if that is not above 0.01) to the schedule's value at the end of opt.warm_epochs.
+    """
+    if epoch <= opt.warm_epochs:
+        start = WARM_FROM if opt.learning_rate > WARM_FROM else opt.learning_rate / 10
+        done = ((epoch - 1) * steps + step) / (opt.warm_epochs * steps)
+        return start + done * (_schedule(opt, opt.warm_epochs) - start)
+    return _schedule(opt, epoch)
+
+
+def _schedule(opt, epoch):
+    if opt.cosine:
+        eta_min = opt.learning_rate * opt.lr_decay_rate**3              # as SupContrast
+        return eta_min + (opt.learning_rate - eta_min) * (1 + math.cos(math.pi * epoch / opt.epochs)) / 2
+    return opt.learning_rate * opt.lr_decay_rate**sum(epoch > e for e in opt.lr_decay_epochs)
+
+
+def set_learning_rate(optimizer, lr):
+    for group in optimizer.param_groups:
+        group['lr'] = lr
+
+
+class AverageMeter:
+    """A value and its average. Values may be tensors, which stay on their device until `val` or `avg` is read."""
+
+    def __init__(self):
+        self._val, self._sum, self.count = 0., 0., 0
+
+    def update(self, val, n=1):
+        self._val = val.detach().double() if torch.is_tensor(val) else val
+        self._sum = self._sum + self._val * n
+        self.count += n
+
+    @property
+    def val(self):
+        return float(self._val)
+
+    @property
+    def avg(self):
+        return float(self._sum) / max(self.count, 1)
+
+
+def check_finite(losses, epoch, step):
+    """Stop with a clear error when a loss was not finite; losses is the epoch's AverageMeter."""
+    if not math.isfinite(losses.avg):
+        raise UserError(f'the loss became {losses.val} by epoch {epoch}, step {step}: try a lower --learning_rate, --warm '
+                        'or a higher --temp')
+
+
+def accuracy(output, target):
+    """Top-1 accuracy (%) of logits [bsz, num_classes] for classes [bsz], a scalar tensor."""
+    return 100 * (output.argmax(1) == target).float().mean()
+
+
+@torch.no_grad()
+def encode(encoder, loader, opt):
+    """Features [n, dim] float32 and labels [n] of all pictures of a loader, from the encoder in eval mode."""
+    encoder.eval()
+    features, labels = [], []
+    for images, target in loader:
+        with autocast(opt):
+            features.append(encoder(images).float())
+        labels.append(target)
+    return torch.cat(features), torch.cat(labels)
+
+
+@torch.no_grad()
+def knn_accuracy(memory, memory_labels, features, labels, k=200, temperature=0.1):
+    """Top-1 accuracy (%) of the weighted k-nearest-neighbour classifier.
+
+    Each of the k most cosine-similar of memory [n, dim] votes for its class with exp(similarity / temperature)
+    (Wu et al., 2018, https://arxiv.org/abs/1805.01978, section 3.4).
+    """
+    memory, features = F.normalize(memory, dim=1), F.normalize(features, dim=1)
+    num_classes = int(memory_labels.max()) + 1
+    correct = 0
+    for part, target in zip(features.split(1024), labels.split(1024)):
+        similarity, nearest = (part @ memory.T).topk(min(k, len(memory)), dim=1)
+        votes = torch.zeros(len(part), num_classes, device=part.device)
+        votes.scatter_add_(1, memory_labels[nearest], (similarity / temperature).exp())
+        correct += int((votes.argmax(1) == target).sum())
+    return 100 * correct / len(labels)
