@@ -9,7 +9,7 @@ from torch import nn
 
 import util
 from main_ce import fit, set_loader
-from networks.resnet_big import LinearProbe, ResNet
+from networks.resnet_big import LinearProbe
 from util import UserError, log
 
 
@@ -33,9 +33,7 @@ def parse_option(argv=None):
 
 
 def set_model(opt, checkpoint, classes):
-    encoder = ResNet(opt.model, stem=opt.stem, width=opt.width)
-    state = {name[len('encoder.'):]: value for name, value in checkpoint['model'].items() if name.startswith('encoder.')}
-    util.load_parameters(encoder, state, opt.ckpt)
+    encoder = util.load_encoder(checkpoint, opt, opt.ckpt)
     log(f"{opt.ckpt}: {opt.model} after {checkpoint.get('epoch', 'unknown')} epochs")
     return util.prepare(LinearProbe(encoder, len(classes)), opt), nn.CrossEntropyLoss()
 

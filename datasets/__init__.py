@@ -1,13 +1,14 @@
-"""What to read, which views to draw, how to batch them. A new dataset is one function in pictures.py and one row here."""
+"""What to read, which views to draw, how to batch them.
+
+A new dataset is one function in pictures.py and one row in DATASETS.
+"""
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 from datasets import pictures
 from datasets.loader import make_loader
 from datasets.views import View
 from util import log
-
-__all__ = ['DATASETS', 'make_loader', 'load_pictures', 'pretraining_view', 'classification_view', 'evaluation_view']
 
 
 @dataclass(frozen=True)

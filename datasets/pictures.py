@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torchvision import datasets as tv
 
 from util import UserError
@@ -126,6 +124,7 @@ def picture_size(file):
 
 def digits(opt):
     """scikit-learn's 1,797 scans of handwritten digits, 8x8, stratified into 80 % training and 20 % validation."""
+    from sklearn.datasets import load_digits  # a slow import that no other dataset needs
     data = load_digits()
     source = (data.images * (255 / 16)).round().astype(np.uint8)[..., None].repeat(3, -1)
     pictures = Pictures(source, torch.from_numpy(data.target).long(), [str(name) for name in data.target_names])
@@ -180,13 +179,14 @@ def folder(root):
 
 
 def split(pictures, share, seed):
-    """Training and validation pictures, the same share of every class."""
+    """Training and validation pictures: `share` of every class, at least one picture, is held out."""
     counts = torch.bincount(pictures.labels, minlength=len(pictures.classes))
     if counts.min() < 2:
         raise UserError(f'class {pictures.classes[counts.argmin()]!r} has {counts.min()} picture, expected at least 2 '
                         'to split into training and validation')
-    # At least one of each class on either side: rounding can leave a small class out of a stratified draw.
-    parts = [np.flatnonzero(pictures.labels.numpy() == c) for c in range(len(counts))]
-    parts = [train_test_split(part, test_size=max(1, round(share * len(part))), random_state=seed) for part in parts]
-    train, val = (np.sort(np.concatenate(side)) for side in zip(*parts))
-    return pictures.select(train), pictures.select(val)
+    order = np.random.default_rng(seed).permutation(len(pictures))
+    held_out = np.zeros(len(pictures), dtype=bool)
+    for c, count in enumerate(counts.tolist()):
+        members = order[pictures.labels.numpy()[order] == c]
+        held_out[members[:max(1, round(share * count))]] = True
+    return pictures.select(np.flatnonzero(~held_out)), pictures.select(np.flatnonzero(held_out))

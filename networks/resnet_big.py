@@ -28,7 +28,10 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (with the stride), 1x1 convolutions: [bsz, in_planes, h, w] -> [bsz, 4 planes, h / stride, w / stride]."""
+    """1x1, 3x3 and 1x1 convolutions and a shortcut: [bsz, in_planes, h, w] -> [bsz, 4 planes, h / stride, w / stride].
+
+    The 3x3 convolution has the stride.
+    """
     expansion = 4
 
     def __init__(self, in_planes, planes, stride=1):

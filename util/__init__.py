@@ -1,9 +1,17 @@
 """The plumbing that the three programs share."""
 from util.options import UserError, parse, run
-from util.runs import Run, load_checkpoint, load_parameters, log, progress
-from util.training import (AverageMeter, accuracy, autocast, check_finite, encode, knn_accuracy, learning_rate,
-                           prepare, set_device, set_learning_rate, set_optimizer, set_warmup)
-
-__all__ = ['AverageMeter', 'Run', 'UserError', 'accuracy', 'autocast', 'check_finite', 'encode', 'knn_accuracy',
-           'learning_rate', 'load_checkpoint', 'load_parameters', 'log', 'parse', 'prepare', 'progress', 'run', 'set_device',
-           'set_learning_rate', 'set_optimizer', 'set_warmup']
+from util.runs import Run, load_checkpoint, load_encoder, log, progress
+from util.training import (
+    AverageMeter,
+    accuracy,
+    autocast,
+    check_finite,
+    encode,
+    knn_accuracy,
+    learning_rate,
+    prepare,
+    set_device,
+    set_learning_rate,
+    set_optimizer,
+    set_warmup,
+)

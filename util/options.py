@@ -94,7 +94,7 @@ def dataset(text):
 
 
 # The table: group -> rows of (spellings, settings of add_argument, programs that have the option).
-# A default that differs between the programs is a tuple in the order of PROGRAMS; a default of None is told in the help.
+# A default that differs between the programs is a tuple in the order of PROGRAMS; None is explained in the help.
 SUPCON, CE, LINEAR = (PROGRAMS[:1], PROGRAMS[1:2], PROGRAMS[2:])
 FLAG = {'action': 'store_true'}
 OPTIONS = {
@@ -129,7 +129,7 @@ OPTIONS = {
     ],
     'method': [
         ('--method', dict(choices=('SupCon', 'SimCLR'), default='SupCon', help='contrastive loss'), SUPCON),
-        ('--temp --temperature', dict(type=POSITIVE, default=0.07, metavar='T', help='temperature of the loss'), SUPCON),
+        ('--temp --temperature', dict(type=POSITIVE, default=0.07, metavar='T', help='temperature'), SUPCON),
         ('--ce_weight', dict(type=POSITIVE_OR_ZERO, default=0., metavar='W', help='adds W times the cross-entropy of a '
                              'linear classifier on the encoder, trained along'), SUPCON),
         ('--method', dict(default=None, metavar='NAME', help='accepted and not used'), CE),

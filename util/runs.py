@@ -16,6 +16,7 @@ from PIL import Image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from networks.resnet_big import ResNet
 from util.options import UserError
 
 # tensorboard-logger's generated messages are older than protobuf 4, whose Python implementation still reads them.
@@ -173,3 +174,12 @@ def load_checkpoint(file):
     checkpoint['opt'] = opt if isinstance(opt, dict) else vars(opt)
     checkpoint['model'] = strip_wrappers(checkpoint['model'])
     return checkpoint
+
+
+def load_encoder(checkpoint, opt, source):
+    """The encoder of a checkpoint, built as opt.model, opt.stem and opt.width say; `source` names it in errors."""
+    encoder = ResNet(opt.model, stem=opt.stem, width=opt.width)
+    prefix = 'encoder.'
+    state = {name[len(prefix):]: value for name, value in checkpoint['model'].items() if name.startswith(prefix)}
+    load_parameters(encoder, state, source)
+    return encoder

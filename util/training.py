@@ -102,8 +102,8 @@ class AverageMeter:
 def check_finite(losses, epoch, step):
     """Stop with a clear error when a loss was not finite; losses is the epoch's AverageMeter."""
     if not math.isfinite(losses.avg):
-        raise UserError(f'the loss became {losses.val} by epoch {epoch}, step {step}: try a lower --learning_rate, --warm '
-                        'or a higher --temp')
+        raise UserError(f'the loss is {losses.val} by epoch {epoch}, step {step}, expected a finite number: try '
+                        'a lower --learning_rate, --warm or a higher --temp')
 
 
 def accuracy(output, target):
