@@ -37,74 +37,83 @@ def available_memory():
     return min(free, default=4 * 2**30)                                 # where no one tells: 4 GB
 
 
-class Loader:
-    """The order of the pictures: what both loaders share."""
+class Batches:
+    """The order of n pictures: yields the indices [bsz] of each batch and the generator that draws its views."""
 
-    def __init__(self, pictures, view, opt, n_views, train):
-        self.pictures, self.view, self.n_views, self.train = pictures, view, n_views, train
-        self.batch_size, self.seed, self.device = opt.batch_size, opt.seed, torch.device(opt.device)
-        self.epoch = 0
+    def __init__(self, n, opt, train):
+        self.n, self.batch_size, self.seed, self.train, self.epoch = n, opt.batch_size, opt.seed, train, 0
 
     def __len__(self):
-        return math.ceil(len(self.pictures) / self.batch_size)
+        return math.ceil(self.n / self.batch_size)
 
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def batches(self):
-        """Yield the indices [bsz] of each batch, and the generator that draws its views."""
+    def __iter__(self):
         generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
-        n = len(self.pictures)
-        order = torch.randperm(n, generator=generator) if self.train else torch.arange(n)
+        order = torch.randperm(self.n, generator=generator) if self.train else torch.arange(self.n)
         for indices in order.split(self.batch_size):
             yield indices, generator
 
 
-class BatchedLoader(Loader):
+class BatchedLoader:
     """Keeps the decoded pictures in memory, on the GPU where they take at most a quarter of what is free there."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.data, self.heights, self.widths = self.pictures.decode(self.view.short_side)
+    def __init__(self, pictures, view, opt, n_views, train):
+        self.labels, self.view, self.n_views = pictures.labels, view, n_views
+        self.batches, self.device = Batches(len(pictures), opt, train), torch.device(opt.device)
+        self.data, self.heights, self.widths = pictures.decode(view.short_side)
         if self.device.type == 'cuda' and self.data.nbytes < torch.cuda.mem_get_info()[0] / 4:
             self.data = self.data.to(self.device)
 
+    def __len__(self):
+        return len(self.batches)
+
+    def set_epoch(self, epoch):
+        self.batches.epoch = epoch
+
     def __iter__(self):
-        for indices, generator in self.batches():
+        for indices, generator in self.batches:
             repeated = indices.repeat(self.n_views)
             drawn = views.draw(self.view, self.heights[repeated], self.widths[repeated], generator)
             data = self.data[indices.to(self.data.device)].to(self.device)
             images = views.apply(self.view, data.repeat(self.n_views, 1, 1, 1), drawn)
-            yield images, self.pictures.labels[indices].to(self.device)
+            yield images, self.labels[indices].to(self.device)
 
 
-class PerSampleLoader(Loader):
+class PerSampleLoader:
     """torchvision transforms in DataLoader workers."""
 
     def __init__(self, pictures, view, opt, n_views, train):
-        super().__init__(pictures, view, opt, n_views, train)
-        self.loader = DataLoader(_Samples(pictures, views.per_sample(view), n_views), batch_sampler=_Keys(self),
-                                 num_workers=opt.num_workers, persistent_workers=train and opt.num_workers > 0,
-                                 collate_fn=_collate, pin_memory=self.device.type == 'cuda')
+        pictures.check_headers()
+        self.batches, self.device = Batches(len(pictures), opt, train), torch.device(opt.device)
+        self.loader = DataLoader(_Samples(pictures, views.per_sample(view), n_views),
+                                 batch_sampler=_Keys(self.batches), num_workers=opt.num_workers,
+                                 persistent_workers=train and opt.num_workers > 0, collate_fn=_collate,
+                                 pin_memory=self.device.type == 'cuda')
+
+    def __len__(self):
+        return len(self.batches)
+
+    def set_epoch(self, epoch):
+        self.batches.epoch = epoch
 
     def __iter__(self):
         for batch in self.loader:
             if isinstance(batch, UserError):
                 raise batch
-            yield (tensor.to(self.device, non_blocking=True) for tensor in batch)
+            images, labels = batch
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
 
 class _Keys:
     """Batch sampler: each sample is an index and the seed of its views, so that workers share no random state."""
 
-    def __init__(self, loader):
-        self.loader = loader
+    def __init__(self, batches):
+        self.batches = batches
 
     def __len__(self):
-        return len(self.loader)
+        return len(self.batches)
 
     def __iter__(self):
-        for indices, generator in self.loader.batches():
+        for indices, generator in self.batches:
             seeds = torch.randint(2**62, indices.shape, generator=generator)
             yield list(zip(indices.tolist(), seeds.tolist()))
 

@@ -1,4 +1,5 @@
 """Labelled pictures and where they come from: scikit-learn's digits, CIFAR, folders of pictures."""
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -54,8 +55,10 @@ class Pictures:
         Pictures larger than `short_side` are scaled down until the shorter side has that length; none is enlarged.
         Pictures of unlike sizes lie in the top left corner of the largest height and width.
         """
+        if isinstance(self.source, np.ndarray):
+            short_side = min(short_side, *self.source.shape[1:3])       # one copy serves all who want no scaling
         if short_side not in self._decoded:
-            if isinstance(self.source, np.ndarray) and min(self.source.shape[1:3]) <= short_side:
+            if isinstance(self.source, np.ndarray) and short_side == min(self.source.shape[1:3]):
                 data = torch.from_numpy(self.source).transpose(2, 3).contiguous()
                 sizes = torch.tensor(self.source.shape[1:3]).expand(len(self), 2)
             else:
@@ -66,7 +69,7 @@ class Pictures:
     def _decode(self, short_side):
         def load(i):
             picture = self.load(i)
-            return np.asarray(picture.resize(scaled(picture.size, short_side), Image.Resampling.BILINEAR))
+            return np.array(picture.resize(scaled(picture.size, short_side), Image.Resampling.BILINEAR))
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:                # Pillow decodes without the interpreter lock
             arrays = list(pool.map(load, range(len(self))))
@@ -86,6 +89,12 @@ class Pictures:
         sizes = np.array([scaled(picture_size(self.source[i]), short_side) for i in indices])
         return 3 * int(sizes.max(0).prod()) * len(self)
 
+    def check_headers(self, limit=100_000):
+        """Raise UserError for the first (of at most `limit`) files that does not begin as a picture."""
+        if not isinstance(self.source, np.ndarray):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(picture_size, self.source[::math.ceil(len(self) / limit)]))
+
     def statistics(self, probes=5000):
         """Mean and standard deviation per channel of 0..1 over (at most `probes` of) the pictures."""
         total, squares, pixels = np.zeros(3), np.zeros(3), 0
@@ -98,9 +107,9 @@ class Pictures:
 
 
 def scaled(size, short_side):
-    """Width and height with the shorter side scaled down to short_side; smaller pictures keep their size."""
-    ratio = min(1, short_side / min(size))
-    return tuple(max(1, round(side * ratio)) for side in size)
+    """Width and height with the shorter side scaled down to short_side, rounded as transforms.Resize does; smaller
+    pictures keep their size."""
+    return tuple(int(side * short_side / min(size)) for side in size) if min(size) > short_side else tuple(size)
 
 
 def read_picture(file):

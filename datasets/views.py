@@ -54,7 +54,7 @@ def per_sample(view):
     if view.crop:
         steps = [transforms.RandomResizedCrop(view.size, scale=view.crop, ratio=RATIO)]
     else:
-        steps = [_central_square, transforms.Resize((view.size, view.size))]
+        steps = [transforms.Resize(view.size), transforms.CenterCrop(view.size)]
     if view.flip:
         steps.append(transforms.RandomHorizontalFlip(view.flip))
     if view.jitter:
@@ -62,10 +62,6 @@ def per_sample(view):
     if view.grayscale:
         steps.append(transforms.RandomGrayscale(view.grayscale))
     return transforms.Compose(steps + [transforms.ToTensor(), transforms.Normalize(view.mean, view.std)])
-
-
-def _central_square(picture):
-    return transforms.functional.center_crop(picture, min(picture.size))
 
 
 @dataclass

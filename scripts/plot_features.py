@@ -30,7 +30,7 @@ def parse_option():
     parser.add_argument('--output', default='features.png', metavar='FILE', help='the picture (default: %(default)s)')
     parser.add_argument('--dataset', metavar='NAME', help="default: the checkpoint's")
     parser.add_argument('--data_folder', metavar='FOLDER', help="default: the checkpoint's")
-    parser.add_argument('--max_points', type=int, default=2000, metavar='N', help='drawn pictures (default: %(default)s)')
+    parser.add_argument('--max_points', type=int, default=2000, metavar='N', help='pictures (default: %(default)s)')
     return parser.parse_args()
 
 

@@ -104,7 +104,8 @@ OPTIONS = {
                                           'others default to ./data')),
         ('--mean', dict(type=channels(number(float, -math.inf)), metavar='"(R, G, B)"',
                         help="channel means; default: the dataset's, or measured on the training pictures")),
-        ('--std', dict(type=channels(POSITIVE), metavar='"(R, G, B)"', help='channel standard deviations; as --mean')),
+        ('--std', dict(type=channels(POSITIVE), metavar='"(R, G, B)"',
+                       help='channel standard deviations; default: as --mean')),
         ('--size --image_size', dict(type=number(int, 8, 4096), metavar='PIXELS',
                                      help='side of the views; default: 32, digits 16')),
         ('--max_samples', dict(type=COUNT, metavar='N', help='use at most N training and N validation pictures, '

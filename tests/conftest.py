@@ -1,0 +1,93 @@
+"""What the tests share: calling programs, real pictures, small folders of pictures."""
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import util
+
+ARCHIVE = Path(__file__).resolve().parents[2] / 'shared' / 'data' / 'cifar10_jpeg.tar.xz'
+TINY = ['--dataset', 'digits', '--model', 'resnet18', '--width', '0.0625', '--size', '8', '--max_samples', '96',
+        '--batch_size', '32', '--num_workers', '0']
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """Run a program's main in an empty folder: call(main, *arguments) -> (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(main, *arguments):
+        util.log.file = None
+        util.log.waiting.clear()
+        capsys.readouterr()
+        status = 0
+        try:
+            util.run(lambda: main([str(argument) for argument in arguments]))
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status, out, err
+    return call
+
+
+@pytest.fixture
+def refused(call, tmp_path):
+    """Assert that a program refuses with status 2 and one line on stderr that holds `words`, and writes nothing."""
+    def refused(main, *arguments, words):
+        before = sorted(tmp_path.rglob('*'))
+        status, _, err = call(main, *arguments)
+        assert status == 2, err
+        assert err.count('\n') == 1 and err.endswith('\n'), err
+        for word in words:
+            assert str(word) in err, err
+        assert sorted(tmp_path.rglob('*')) == before
+    return refused
+
+
+@pytest.fixture(scope='session')
+def cifar_jpeg(tmp_path_factory):
+    """Real CIFAR-10 pictures as train/<class>/*.jpg (500 each) and test/<class>/*.jpg (100 each)."""
+    if not ARCHIVE.exists():
+        pytest.skip('needs cifar10_jpeg.tar.xz')
+    folder = tmp_path_factory.mktemp('pictures')
+    counts = {}
+    with tarfile.open(ARCHIVE) as archive:
+        for member in archive:
+            part = '/'.join(Path(member.name).parts[1:3])
+            counts[part] = counts.get(part, 0) + member.isfile()
+            if member.isfile() and counts[part] <= (500 if part.startswith('train') else 100):
+                member.name = '/'.join(Path(member.name).parts[1:])
+                archive.extract(member, folder, filter='data')
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope='session')
+def real_pictures(cifar_jpeg):
+    """5,000 real pictures as Pictures."""
+    from datasets.pictures import folder
+    return folder(cifar_jpeg / 'train')
+
+
+@pytest.fixture
+def picture_folder(tmp_path):
+    """picture_folder(name, {class: count}, size): a folder of PNG files, each class of its own colour."""
+    def make(name='pictures', classes=None, size=(12, 10)):
+        root = tmp_path / name
+        for c, (label, count) in enumerate((classes or {'blue': 10, 'red': 10}).items()):
+            (root / label).mkdir(parents=True)
+            for i in range(count):
+                array = np.full((size[1], size[0], 3), 20 * i % 100, dtype=np.uint8)
+                array[..., c % 3] = 255
+                Image.fromarray(array).save(root / label / f'{i:03}.png')
+        return root
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

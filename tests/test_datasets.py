@@ -1,0 +1,243 @@
+import argparse
+import functools
+import hashlib
+import http.server
+import io
+import pickle
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets import load_pictures, make_loader, pictures, pretraining_view
+from datasets import loader as loaders
+from datasets.pictures import Pictures
+from datasets.views import View
+from util import UserError
+
+
+def options(**changes):
+    return argparse.Namespace(**{
+        'dataset': 'digits', 'data_folder': './data', 'seed': 0, 'max_samples': None, 'size': None, 'mean': None,
+        'std': None, 'batch_size': 32, 'loader': 'batched', 'num_workers': 0, 'device': 'cpu', **changes})
+
+
+def test_digits_are_split_once_and_for_all():
+    train, val = load_pictures(options(seed=0))
+    other_train, _ = load_pictures(options(seed=5))
+    assert len(train) + len(val) == 1797 and train.source.shape[1:] == (8, 8, 3)
+    counts, val_counts = train.labels.bincount(), val.labels.bincount()
+    assert ((val_counts / (counts + val_counts) - 0.2).abs() < 0.003).all()
+    assert np.array_equal(train.source, other_train.source)
+    assert not {p.tobytes() for p in train.source} & {p.tobytes() for p in val.source}
+    assert train.source.max() == 255 and train.source.min() == 0
+
+
+def fake_cifar(monkeypatch, tmp_path, name, folder, keys):
+    """An archive in CIFAR's format with 4 pictures a file, on a server of this machine: -> the server."""
+    cls = getattr(pictures.tv, name)
+    rng = np.random.default_rng(0)
+    files, md5 = {}, {}
+    for file in [entry[0] for entry in cls.train_list + cls.test_list]:
+        content = {b'data': rng.integers(0, 256, (4, 3072), dtype=np.uint8), keys[0].encode(): [0, 1, 1, 0]}
+        files[file] = pickle.dumps({key.decode(): value for key, value in content.items()})
+    files[cls.meta['filename']] = pickle.dumps({keys[1]: ['apple', 'bear']})
+    archive = tmp_path / 'server' / cls.filename
+    archive.parent.mkdir()
+    with tarfile.open(archive, 'w:gz') as tar:
+        for file, content in files.items():
+            info = tarfile.TarInfo(f'{folder}/{file}')
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+            md5[file] = hashlib.md5(content).hexdigest()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=archive.parent)
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(cls, 'url', f'http://127.0.0.1:{server.server_port}/{cls.filename}')
+    monkeypatch.setattr(cls, 'tgz_md5', hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(cls, 'train_list', [[file, md5[file]] for file, _ in cls.train_list])
+    monkeypatch.setattr(cls, 'test_list', [[file, md5[file]] for file, _ in cls.test_list])
+    monkeypatch.setattr(cls, 'meta', {**cls.meta, 'md5': md5[cls.meta['filename']]})
+    return server
+
+
+@pytest.mark.parametrize('dataset, name, folder, keys, n', [
+    ('cifar10', 'CIFAR10', 'cifar-10-batches-py', ('labels', 'label_names'), 20),
+    ('cifar100', 'CIFAR100', 'cifar-100-python', ('fine_labels', 'fine_label_names'), 4)])
+def test_cifar_is_downloaded(monkeypatch, tmp_path, dataset, name, folder, keys, n):
+    server = fake_cifar(monkeypatch, tmp_path, name, folder, keys)
+    opt = options(dataset=dataset, data_folder=str(tmp_path / 'data'))
+    train, val = load_pictures(opt)
+    assert (len(train), len(val), train.classes) == (n, 4, ['apple', 'bear'])
+    assert train.labels.tolist() == [0, 1, 1, 0] * (n // 4)
+    assert train.source.shape == (n, 32, 32, 3)
+    assert opt.size == 32 and opt.mean[0] == {'cifar10': 0.4914, 'cifar100': 0.5071}[dataset]
+    server.shutdown()
+    server.server_close()
+    assert len(load_pictures(opt)[0]) == n                      # the second time from the folder
+
+
+def test_cifar_that_cannot_be_downloaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(pictures.tv.CIFAR10, 'url', 'http://127.0.0.1:9/missing.tar.gz')       # nobody listens there
+    with pytest.raises(UserError, match='--data_folder'):
+        load_pictures(options(dataset='cifar10', data_folder=str(tmp_path / 'data')))
+
+
+def path_options(root, **changes):
+    return options(dataset='path', data_folder=str(root), **changes)
+
+
+@pytest.mark.parametrize('name', ['val', 'test'])
+def test_folder_with_train_and_val(picture_folder, tmp_path, name):
+    picture_folder('all/train', {'a': 3, 'b b': 4, 'c': 5})
+    picture_folder(f'all/{name}', {'b b': 2, 'c': 1})           # no pictures of class a
+    (tmp_path / 'all' / 'train' / '.cache').mkdir()             # no class
+    train, val = load_pictures(path_options(tmp_path / 'all'))
+    assert train.classes == val.classes == ['a', 'b b', 'c']
+    assert train.labels.bincount().tolist() == [3, 4, 5]
+    assert val.labels.tolist() == [1, 1, 2]
+
+
+def test_flat_folder_is_split_per_class_with_the_seed(picture_folder):
+    root = picture_folder(classes={'a': 40, 'b': 20, 'c': 2})
+    splits = [load_pictures(path_options(root, seed=seed)) for seed in (0, 0, 1)]
+    for train, val in splits:
+        assert val.labels.bincount().tolist() == [4, 2, 1] and len(train) + len(val) == 62
+        assert not set(train.source) & set(val.source)
+    assert splits[0][1].source == splits[1][1].source != splits[2][1].source
+
+
+def test_statistics_are_measured_where_none_are_given(tmp_path, picture_folder):
+    root = picture_folder()
+    opt = path_options(root)
+    train, _ = load_pictures(opt)
+    x = np.stack([np.asarray(Image.open(file)) for file in train.source]) / 255
+    np.testing.assert_allclose(opt.mean, x.mean((0, 1, 2)), atol=1e-4)
+    np.testing.assert_allclose(opt.std, x.std((0, 1, 2)), atol=1e-4)
+    opt = path_options(root, mean=(0.1, 0.2, 0.3))
+    load_pictures(opt)
+    assert opt.mean == (0.1, 0.2, 0.3)
+
+
+def test_max_samples_takes_the_classes_alike():
+    train, val = load_pictures(options(max_samples=95))
+    assert sorted(train.labels.bincount().tolist()) == [9] * 5 + [10] * 5 and len(val) == 95
+    again, _ = load_pictures(options(max_samples=95))
+    assert np.array_equal(train.source, again.source)
+    assert len(load_pictures(options(max_samples=10**6))[0]) > 1400
+
+
+@pytest.mark.parametrize('broken', ['empty', 'text', 'truncated'])
+@pytest.mark.parametrize('loader', ['batched', 'per_sample', 'auto'])
+def test_unreadable_picture_is_named(picture_folder, broken, loader):
+    root = picture_folder(size=(60, 60))
+    file = root / 'red' / '004.png'
+    content = Image.effect_noise((60, 60), 50)
+    buffer = io.BytesIO()
+    content.save(buffer, format='png')
+    file.write_bytes({'empty': b'', 'text': b'no picture', 'truncated': buffer.getvalue()[:600]}[broken])
+    opt = path_options(root, loader=loader, mean=(0., 0., 0.), std=(1., 1., 1.), size=16, num_workers=1)
+    train, _ = load_pictures(opt)
+    with pytest.raises(UserError, match='004.png: not a readable picture') as error:
+        list(make_loader(train, pretraining_view(opt), opt, n_views=2))
+    assert 'Traceback' not in str(error.value)
+
+
+def test_pictures_of_unlike_sizes_do_not_touch_the_padding(tmp_path):
+    """Every view of a picture of one colour has that colour, whatever the sizes beside it."""
+    sizes = [(30, 30), (10, 50), (50, 10), (7, 9), (100, 60), (1, 1)]
+    for i, size in enumerate(sizes):
+        (tmp_path / 'a').mkdir(exist_ok=True)
+        Image.new('RGB', size, (40 * i + 10, 200, 100)).save(tmp_path / 'a' / f'{i}.png')
+    train = pictures.folder(tmp_path)
+    for crop in ((0.2, 1.), None):
+        view = View(8, (0., 0., 0.), (1., 1., 1.), crop=crop, flip=0.5)
+        opt = options(batch_size=6)
+        for images, _ in make_loader(train, view, opt, train=False):
+            expected = torch.tensor([[40 * i + 10, 200, 100] for i in range(6)])[:, :, None, None] / 255
+            torch.testing.assert_close(images, expected.expand_as(images), atol=1e-5, rtol=0)
+
+
+def test_large_pictures_are_scaled_once(tmp_path):
+    (tmp_path / 'a').mkdir()
+    for i, size in enumerate([(500, 375), (375, 500), (40, 50)]):
+        Image.new('RGB', size).save(tmp_path / 'a' / f'{i}.jpg')
+    train = pictures.folder(tmp_path)
+    data, heights, widths = train.decode(72)
+    assert heights.tolist() == [72, 96, 50] and widths.tolist() == [96, 72, 40]       # the last is not enlarged
+    assert data.shape == (3, 96, 3, 96) and data.nbytes == train.decoded_bytes(72)
+    for file in train.source:
+        (tmp_path / file).unlink()
+    assert train.decode(72)[0] is data                          # files are not opened again
+
+
+def test_auto_takes_batched_where_the_pictures_fit(monkeypatch, picture_folder):
+    opt = path_options(picture_folder(), loader='auto')
+    train, _ = load_pictures(opt)
+    assert isinstance(make_loader(train, pretraining_view(opt), opt), loaders.BatchedLoader)
+    monkeypatch.setattr(loaders, 'available_memory', lambda: 1000)
+    assert isinstance(make_loader(train, pretraining_view(opt), opt), loaders.PerSampleLoader)
+
+
+def test_available_memory_is_that_of_this_machine():
+    assert 2**26 < loaders.available_memory() < 2**45
+
+
+def epochs(opt, train, count=2):
+    loader = make_loader(train, pretraining_view(opt), opt, n_views=2)
+    for epoch in range(1, count + 1):
+        loader.set_epoch(epoch)
+        yield [(images.clone(), labels.clone()) for images, labels in loader]
+
+
+@pytest.mark.parametrize('kind, workers', [('batched', 0), ('per_sample', 0), ('per_sample', 2)])
+def test_epochs_depend_on_seed_and_epoch_alone(kind, workers):
+    opt = options(loader=kind, num_workers=workers, batch_size=40, max_samples=100)
+    train, _ = load_pictures(opt)
+    first, second = epochs(opt, train)
+    torch.manual_seed(123)
+    again, _ = epochs(opt, train)
+    for (images, labels), (images_again, labels_again) in zip(first, again):
+        assert torch.equal(images, images_again) and torch.equal(labels, labels_again)
+    assert [len(labels) for _, labels in first] == [40, 40, 20]
+    assert first[0][0].shape == (80, 3, 16, 16)
+    assert not torch.equal(first[0][0], second[0][0])                   # another epoch
+    assert not torch.equal(first[0][0][:40], first[0][0][40:])          # another view
+    for epoch in (first, second):
+        assert sorted(torch.cat([labels for _, labels in epoch]).tolist()) == sorted(train.labels.tolist())
+
+
+def test_worker_processes_change_nothing():
+    train, _ = load_pictures(opt := options(loader='per_sample', max_samples=64))
+    alone = list(epochs(opt, train))
+    opt.num_workers = 2
+    for a, b in zip(alone, epochs(opt, train)):
+        assert all(torch.equal(x, y) for pair in zip(a, b) for x, y in zip(*pair))
+
+
+@pytest.mark.parametrize('kind', ['batched', 'per_sample'])
+def test_views_and_labels_belong_together(kind, picture_folder):
+    """Pictures of class c are bright in channel c; both views of a batch stand in the order of its labels."""
+    opt = path_options(picture_folder(classes={'a': 12, 'b': 12, 'c': 12}), loader=kind, mean=(0., 0., 0.),
+                       std=(1., 1., 1.), batch_size=10)
+    train, val = load_pictures(opt)
+    view = View(16, opt.mean, opt.std, crop=(0.2, 1.), flip=0.5)
+    for part, is_train in ((train, True), (val, False)):
+        for images, labels in make_loader(part, view, opt, n_views=2, train=is_train):
+            assert images.mean((2, 3)).argmax(1).tolist() == labels.repeat(2).tolist()
+
+
+def test_pictures_without_training_keep_their_order():
+    _, val = load_pictures(opt := options())
+    loader = make_loader(val, pretraining_view(opt), opt, train=False)
+    assert torch.equal(torch.cat([labels for _, labels in loader]), val.labels)
+
+
+def test_select_forgets_decoded_pictures():
+    source = np.arange(4, dtype=np.uint8).repeat(48).reshape(4, 4, 4, 3)
+    pictures = Pictures(source, torch.arange(4), list('abcd'))
+    pictures.decode(4)
+    assert pictures.select(np.array([2])).decode(4)[0].unique().tolist() == [2]

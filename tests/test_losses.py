@@ -1,0 +1,183 @@
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import losses
+from losses import SupConLoss, contrastive_accuracy
+
+
+def textbook(features, labels=None, mask=None, temperature=0.07, mode='all', base_temperature=0.07):
+    """The formula of the module's docstring as plain double loops: anchors, contrasts, positives."""
+    bsz, n_views = features.shape[:2]
+    z = features.flatten(2)
+    views = [(p, v) for v in range(n_views) for p in range(bsz)]
+    y = list(range(bsz)) if labels is None else labels.tolist()
+    total, anchors = 0., 0
+    for i, v in views if mode == 'all' else views[:bsz]:
+        if y[i] < 0:                                            # a near-ood picture is no anchor
+            continue
+        anchors += 1
+        numerator, weights, denominator = 0., 0., []
+        for j, u in views:
+            if (i, v) == (j, u):
+                continue
+            s = z[i, v] @ z[j, u] / temperature
+            if y[j] >= 0 or -y[j] - 1 == y[i]:                  # near-ood: seen by anchors of its own class only
+                denominator.append(s)
+            w = (1. if y[i] == y[j] else 0.) if mask is None else float(mask[i, j])
+            numerator, weights = numerator + w * s, weights + w
+        if weights > 0:
+            total = total + torch.stack(denominator).logsumexp(0) - numerator / weights
+    return (total if torch.is_tensor(total) else 0 * z.sum()) / max(anchors, 1) * temperature / base_temperature
+
+
+def random_features(bsz=7, n_views=2, shape=(5,), dtype=torch.float64):
+    features = torch.randn(bsz, n_views, *shape, dtype=dtype)
+    return F.normalize(features.flatten(2), dim=2).view_as(features).requires_grad_()
+
+
+def check(features, mode, **targets):
+    reference = copy.deepcopy(features)
+    loss = SupConLoss(0.1, mode, 0.07)(features, **targets)
+    expected = textbook(reference, temperature=0.1, mode=mode, **targets)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-12)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(features.grad, reference.grad, rtol=1e-6, atol=1e-12)
+
+
+TARGETS = {
+    'supcon': lambda: {'labels': torch.tensor([0, 1, 0, 2, 1, 0, 9])},         # the classes 2 and 9 are alone
+    'simclr': lambda: {},
+    'mask': lambda: {'mask': (torch.rand(7, 7) < 0.4).double()},               # asymmetric, not all its diagonal
+    'weights': lambda: {'mask': torch.rand(7, 7).double() * (torch.arange(7) != 3)[:, None]},
+    'ood': lambda: {'labels': torch.tensor([0, -1, 0, 1, -2, 1, -3])},         # made from classes 0, 1 and 2
+}
+
+
+@pytest.mark.parametrize('mode', ['all', 'one'])
+@pytest.mark.parametrize('n_views', [1, 2, 3])
+@pytest.mark.parametrize('targets', TARGETS)
+@pytest.mark.parametrize('block', [losses.BLOCK, 40])                          # one block, and several uneven ones
+def test_value_and_gradient_are_the_textbook_s(monkeypatch, mode, n_views, targets, block):
+    monkeypatch.setattr(losses, 'BLOCK', block)
+    check(random_features(7, n_views), mode, **TARGETS[targets]())
+
+
+@pytest.mark.parametrize('mode', ['all', 'one'])
+@pytest.mark.parametrize('targets', TARGETS)
+def test_gradcheck(monkeypatch, mode, targets):
+    monkeypatch.setattr(losses, 'BLOCK', 40)
+    keywords = TARGETS[targets]()
+    assert torch.autograd.gradcheck(lambda f: SupConLoss(0.5, mode)(f, **keywords), (random_features(),))
+
+
+def test_more_dimensions_are_flattened():
+    check(random_features(4, 2, (3, 2, 2)), 'all', labels=torch.tensor([0, 1, 0, 1]))
+
+
+def test_other_view_of_the_same_picture_is_a_positive():
+    # Two pictures of different classes: the only positive of each view is the other view of its picture.
+    features = random_features(2, 2)
+    torch.testing.assert_close(SupConLoss()(features, torch.tensor([3, 8])), SupConLoss()(features))
+    assert SupConLoss()(features, torch.tensor([3, 8])) > 0
+
+
+def test_class_zero_has_hard_negatives():
+    features = random_features(3, 2)
+    own, foreign, none = (SupConLoss()(features, torch.tensor([0, 1, third])) for third in (-1, -3, 2))
+    assert own > foreign                                        # class 0 sees the picture made from it
+    torch.testing.assert_close(foreign, SupConLoss()(features[:2], torch.tensor([0, 1])))   # nobody sees it
+    assert not torch.isclose(own, none)
+
+
+def test_collapsed_features_give_the_value_that_users_report():
+    features = F.normalize(torch.ones(256, 2, 128), dim=2)
+    loss = SupConLoss(temperature=0.1)(features, torch.randint(10, (256,)))
+    assert loss.item() == pytest.approx(8.909, abs=5e-4)
+    assert loss.item() == pytest.approx(math.log(511) * 0.1 / 0.07, rel=1e-5)
+
+
+@pytest.mark.parametrize('labels', [[0], [-1], [0, -2], [0, 1]])
+@pytest.mark.parametrize('dense', [False, True])
+def test_no_positives_adds_zero(labels, dense):
+    features = random_features(len(labels), 1)
+    targets = {'mask': torch.zeros(len(labels), len(labels))} if dense else {'labels': torch.tensor(labels)}
+    loss = SupConLoss()(features, **targets)
+    loss.backward()
+    assert loss == 0 and (features.grad == 0).all()
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    features = random_features(16, 2, (32,), torch.float32).detach().to(dtype).requires_grad_()
+    labels = torch.randint(3, (16,))
+    with torch.autocast('cpu', torch.bfloat16):
+        loss = SupConLoss()(features, labels)
+        loss.backward()
+    exact = features.detach().float().requires_grad_()
+    expected = SupConLoss()(exact, labels)
+    expected.backward()
+    assert loss.dtype == torch.float32 and features.grad.dtype == dtype
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(features.grad.float(), exact.grad, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize('labels', [torch.tensor([5., 2., 5.]), torch.tensor([[5], [2], [5]]),
+                                    torch.tensor([10**12, 7, 10**12]), torch.tensor([True, False, True])])
+def test_labels_of_any_kind(labels):
+    features = random_features(3, 2)
+    torch.testing.assert_close(SupConLoss()(features, labels), SupConLoss()(features, torch.tensor([0, 1, 0])))
+
+
+@pytest.mark.parametrize('features, targets, words', [
+    ((4, 8), {}, ['[4, 8]']),
+    ((4, 2, 8), {'labels': torch.zeros(5)}, ['[5]', '[4, 2, 8]']),
+    ((4, 2, 8), {'labels': torch.zeros(2, 2)}, ['[2, 2]', '[4, 2, 8]']),
+    ((4, 2, 8), {'mask': torch.zeros(4, 3)}, ['[4, 3]', '[4, 4]', '[4, 2, 8]']),
+    ((4, 2, 8), {'mask': torch.eye(4), 'labels': torch.zeros(4)}, ['labels', 'mask']),
+])
+def test_wrong_shapes_are_named(features, targets, words):
+    with pytest.raises(ValueError) as error:
+        SupConLoss()(torch.zeros(features), **targets)
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize('keywords', [{'contrast_mode': 'two'}, {'temperature': 0}, {'base_temperature': -1}])
+def test_wrong_settings_are_refused(keywords):
+    with pytest.raises(ValueError):
+        SupConLoss(**keywords)
+
+
+def test_memory_is_linear(monkeypatch):
+    """No tensor of the loss, forward or backward, is larger than a block or than the features."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    monkeypatch.setattr(losses, 'BLOCK', 4096)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                if torch.is_tensor(tensor):
+                    largest = max(largest, tensor.numel())
+            return result
+
+    features = random_features(512, 2, (4,))
+    with Watch():
+        SupConLoss()(features, torch.randint(5, (512,))).backward()
+    assert largest == 4096                                      # the whole matrix would have 1024 * 1024
+
+
+def test_contrastive_accuracy():
+    near, far = torch.tensor([1., 0.]), torch.tensor([0., 1.])
+    features = torch.stack([torch.stack(pair) for pair in ((near, near), (far, far), (near, far))])
+    assert contrastive_accuracy(features[:2]) == 100
+    assert contrastive_accuracy(features[:2].flip(1)) == 100
+    assert contrastive_accuracy(F.normalize(torch.tensor([[[1., 0.], [0., 1.]], [[.9, .1], [.1, .9]]]), dim=2)) == 0
+    assert contrastive_accuracy(features[[0, 0]], torch.tensor([1, 1])) == 100
+    assert contrastive_accuracy(features[:2], torch.tensor([0, -1])) == 100     # only the two views of picture 0 count

@@ -1,0 +1,312 @@
+"""The three programs from end to end: on digits, on real pictures, interrupted, and with what users do wrong."""
+import argparse
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import main_ce
+import main_linear
+import main_supcon
+import util
+from networks.resnet_big import SupConResNet
+
+LINEAR = ['--dataset', 'digits', '--size', '8', '--max_samples', '96', '--num_workers', '0']
+PRETRAINED = 'output/a/trial=0/last.ckpt'
+
+
+def events(folder):
+    accumulator = EventAccumulator(str(folder), size_guidance={'images': 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def scalars(folder, tag):
+    return [event.value for event in events(folder).Scalars(tag)]
+
+
+def parameters(file):
+    return util.load_checkpoint(file)['model']
+
+
+@pytest.fixture
+def pretrained(call):
+    status, _, err = call(main_supcon.main, *TINY, '--epochs', 1, '--output_name', 'a')
+    assert status == 0, err
+
+
+@pytest.mark.parametrize('method', ['SupCon', 'SimCLR'])
+def test_pretraining_run(call, tmp_path, method):
+    status, out, err = call(main_supcon.main, *TINY, '--method', method, '--epochs', 2, '--eval_freq', 1,
+                            '--save_freq', 1, '--print_freq', 1, '--temp', 0.1)
+    assert status == 0, err
+    folder = tmp_path / f'output/{method}_digits_resnet18_lr_0.05_decay_0.0001_bsz_32_temp_0.1_trial_0/trial=0'
+    assert {file.name.split('.tfevents')[0] for file in folder.iterdir()} == {
+        'last.ckpt', 'ckpt_epoch_1.ckpt', 'ckpt_epoch_2.ckpt', 'options.json', 'log.txt', 'views.png', 'events.out'}
+    number = r'\d+\.\d{3}'
+    assert re.search(rf'^Train: \[2\]\[3/3\]\tBT {number} \({number}\)\tDT {number} \({number}\)\t'
+                     rf'loss {number} \({number}\)$', out, re.MULTILINE)
+    assert re.search(r'^epoch 2, total time \d+\.\d\d$', out, re.MULTILINE)
+    assert 'No GPU found' in out or torch.cuda.is_available()
+    assert (folder / 'log.txt').read_text() == out
+    assert json.loads((folder / 'options.json').read_text())['method'] == method
+
+    shown = events(folder)
+    assert {'loss', 'learning_rate', 'contrastive_acc', 'knn_acc', 'pictures_per_second'} <= set(
+        shown.Tags()['scalars'])
+    assert [event.step for event in shown.Scalars('loss')] == [1, 2]
+    picture = shown.Images('views')[0]
+    assert (picture.width, picture.height) == Image.open(folder / 'views.png').size
+    checkpoint = torch.load(folder / 'last.ckpt', weights_only=True)
+    assert checkpoint['epoch'] == 2 and checkpoint['classes'] == [str(i) for i in range(10)]
+    assert {key.split('.')[0] for key in checkpoint['model']} == {'encoder', 'head'}
+
+
+def test_the_same_seed_gives_the_same_run(call, tmp_path):
+    for name, seed in (('a', 1), ('b', 1), ('c', 2)):
+        assert call(main_supcon.main, *TINY, '--epochs', 2, '--seed', seed, '--output_name', name)[0] == 0
+    a, b, c = (parameters(tmp_path / f'output/{name}/trial=0/last.ckpt') for name in 'abc')
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], c[name]) for name in a)
+
+
+def test_linear_evaluation_run(call, pretrained, tmp_path):
+    before = parameters(PRETRAINED)
+    status, out, err = call(main_linear.main, *LINEAR, '--ckpt', PRETRAINED, '--epochs', 3, '--learning_rate', 1,
+                            '--per_class', '--output_name', 'linear')
+    assert status == 0, err
+    assert re.fullmatch(r'best accuracy: \d+\.\d\d', out.splitlines()[-1])
+    assert len(re.findall(r'^accuracy of \d: \d+\.\d\d$', out, re.MULTILINE)) == 10
+    assert re.search(r'^Train: \[3\]\[1/1\]\tBT .*\tloss .*\tAcc@1 \d+\.\d{3} \(\d+\.\d{3}\)$', out, re.MULTILINE)
+    folder = tmp_path / 'output/linear/trial=0'
+    assert {'train_loss', 'train_acc', 'val_loss', 'val_acc', 'learning_rate'} <= set(events(folder).Tags()['scalars'])
+    best = max(scalars(folder, 'val_acc'))
+    assert float(out.splitlines()[-1].split()[-1]) == pytest.approx(best, abs=0.006)
+    after = parameters(folder / 'last.ckpt')
+    for name in before:
+        if name.startswith('encoder.'):                         # frozen, running statistics included
+            assert torch.equal(before[name], after[name]), name
+    assert 'classifier.fc.weight' in after
+
+
+def test_cross_entropy_run(call, tmp_path):
+    status, out, err = call(main_ce.main, *TINY, '--epochs', 2, '--method', 'SupCon', '--per_class')
+    assert status == 0, err
+    assert re.fullmatch(r'best accuracy: \d+\.\d\d', out.splitlines()[-1])
+    folder = tmp_path / 'output/SupCE_digits_resnet18_lr_0.2_decay_0.0001_bsz_32_trial_0/trial=0'
+    assert {'train_loss', 'train_acc', 'val_loss', 'val_acc', 'learning_rate'} <= set(events(folder).Tags()['scalars'])
+    assert 'fc.weight' in parameters(folder / 'last.ckpt')
+
+
+def test_real_pictures_from_end_to_end(call, cifar_jpeg, tmp_path):
+    data = ['--dataset', 'path', '--data_folder', cifar_jpeg, '--max_samples', 512, '--batch_size', 128]
+    network = ['--model', 'resnet18', '--width', 0.125]
+    status, out, err = call(main_supcon.main, *data, *network, '--epochs', 4, '--temp', 0.1, '--output_name', 'a')
+    assert status == 0, err
+    assert 'Measured on the training pictures: --mean' in out
+    losses = scalars(tmp_path / 'output/a/trial=0', 'loss')
+    assert losses[-1] < losses[0]
+    status, out, err = call(main_linear.main, *data, '--ckpt', PRETRAINED, '--epochs', 4, '--learning_rate', 1)
+    assert status == 0, err
+    assert 'Measured' not in out                                # the checkpoint's statistics
+    assert float(out.splitlines()[-1].split()[-1]) > 12         # better than chance, 10 %
+    status, out, err = call(main_ce.main, *data, *network, '--epochs', 4, '--output_name', 'ce')
+    assert status == 0, err
+    losses = scalars(tmp_path / 'output/ce/trial=0', 'train_loss')
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize('program, extra', [(main_supcon, ['--ce_weight', 0.5]), (main_ce, [])])
+@pytest.mark.parametrize('loader', ['batched', 'per_sample'])
+def test_interrupted_and_resumed_is_the_same_run(call, monkeypatch, tmp_path, program, extra, loader):
+    arguments = [*TINY, *extra, '--epochs', 4, '--loader', loader, '--eval_freq', 1, '--cosine']
+    assert call(program.main, *arguments, '--output_name', 'whole')[0] == 0
+
+    train = program.train
+
+    def interrupted(train_loader, model, criterion, optimizer, epoch, opt):
+        if epoch == 3:
+            raise KeyboardInterrupt
+        return train(train_loader, model, criterion, optimizer, epoch, opt)
+    monkeypatch.setattr(program, 'train', interrupted)
+    assert call(program.main, *arguments, '--output_name', 'halves')[0] == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    status, _, err = call(program.main, *arguments, '--output_name', 'halves', '--resume')
+    assert status == 0, err
+
+    whole, halves = (util.load_checkpoint(f'output/{name}/trial=0/last.ckpt') for name in ('whole', 'halves'))
+    assert whole['epoch'] == halves['epoch'] == 4 and whole['best_acc'] == halves['best_acc']
+    assert all(torch.equal(whole['model'][name], halves['model'][name]) for name in whole['model'])
+    assert all(torch.equal(a['momentum_buffer'], b['momentum_buffer']) for a, b in zip(
+        whole['optimizer']['state'].values(), halves['optimizer']['state'].values()))
+
+
+def test_a_run_is_not_overwritten_unasked(call, refused, pretrained, tmp_path):
+    arguments = [*TINY, '--output_name', 'a', '--epochs', 1]
+    refused(main_supcon.main, *arguments, words=['output/a/trial=0', '--overwrite'])
+    refused(main_supcon.main, *arguments, '--resume', words=['all 1 epochs', '--epochs'])
+    refused(main_supcon.main, *arguments, '--resume', '--epochs', 2, '--width', 0.125, words=['another network'])
+    assert call(main_supcon.main, *arguments, '--trial', 1)[0] == 0
+    status, out, _ = call(main_supcon.main, *arguments, '--overwrite')
+    assert status == 0
+    assert (tmp_path / 'output/a/trial=0/log.txt').read_text() == out
+    assert len(list((tmp_path / 'output/a/trial=0').glob('events*'))) == 1
+
+
+def save_original(file, name='resnet18', **network):
+    """A checkpoint as SupContrast writes it on several GPUs."""
+    model = SupConResNet(name, **network)
+    state = {key.replace('encoder.', 'encoder.module.'): value for key, value in model.state_dict().items()}
+    opt = argparse.Namespace(model=name, dataset='cifar10', batch_size=1024, cosine=True, lr_decay_epochs=[700, 800])
+    torch.save({'opt': opt, 'model': state, 'optimizer': {'state': {}, 'param_groups': []}, 'epoch': 1000}, file)
+    return model
+
+
+def test_checkpoint_of_the_original_programs(call, tmp_path):
+    model = save_original(tmp_path / 'original.pth')
+    status, out, err = call(main_linear.main, *LINEAR, '--max_samples', 20, '--ckpt', 'original.pth', '--epochs', 1)
+    assert status == 0, err
+    assert 'original.pth: resnet18 after 1000 epochs' in out
+    saved = parameters(next(tmp_path.glob('output/digits_resnet18*/trial=0/last.ckpt')))
+    assert torch.equal(saved['encoder.layer1.0.conv1.weight'], model.encoder.layer1[0].conv1.weight)
+
+
+class Evil:
+    def __reduce__(self):
+        return open, ('hacked', 'w')
+
+
+@pytest.mark.parametrize('content, words', [
+    (b'', ['not a readable checkpoint']), (b'no checkpoint', ['not a readable checkpoint']),
+    ({'weights': 1}, ['not a checkpoint of these programs']), ([1, 2], ['not a checkpoint of these programs']),
+    ({'model': {'encoder.conv1.weight': torch.zeros(3)}, 'opt': {}}, ['holds another network']),
+    ({'model': {}, 'opt': Evil()}, ['not a readable checkpoint'])])
+def test_what_is_no_checkpoint_is_refused(refused, tmp_path, content, words):
+    if isinstance(content, bytes):
+        (tmp_path / 'x.ckpt').write_bytes(content)
+    else:
+        torch.save(content, tmp_path / 'x.ckpt')
+    refused(main_linear.main, *LINEAR, '--ckpt', 'x.ckpt', words=['x.ckpt', *words])
+
+
+def test_checkpoint_of_another_architecture(refused, pretrained, tmp_path):
+    refused(main_linear.main, *LINEAR, '--ckpt', PRETRAINED, '--model', 'resnet50', words=[
+        '--model resnet50', 'resnet18'])
+    refused(main_linear.main, *LINEAR, '--ckpt', PRETRAINED, '--width', 1, words=['--width', '0.0625'])
+    checkpoint = torch.load(PRETRAINED, weights_only=True)
+    del checkpoint['opt']                                       # nothing says what network it is
+    torch.save(checkpoint, tmp_path / 'bare.ckpt')
+    refused(main_linear.main, *LINEAR, '--ckpt', 'bare.ckpt', '--model', 'resnet34', words=[
+        'bare.ckpt holds another network', 'layer', 'expected'])
+
+
+@pytest.mark.parametrize('program', [main_supcon, main_ce])
+def test_wrong_folders_are_refused(refused, picture_folder, tmp_path, program):
+    def data(folder):
+        return ['--dataset', 'path', '--data_folder', folder, '--model', 'resnet18']
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'file').write_text('x')
+    (tmp_path / 'no_pictures' / 'a').mkdir(parents=True)
+    (tmp_path / 'no_pictures' / 'a' / 'notes.txt').write_text('x')
+    broken = picture_folder('broken')
+    (broken / 'red' / '003.png').write_bytes(b'no picture')
+    picture_folder('few', {'a': 5, 'b': 1})
+    picture_folder('alone/train')
+    picture_folder('unknown/train', {'a': 2})
+    picture_folder('unknown/val', {'z': 2})
+    refused(program.main, *data('empty'), words=['empty', '<class>/<picture>'])
+    refused(program.main, *data('file'), words=['--data_folder file', 'no such folder'])
+    refused(program.main, *data('no_pictures'), words=['no_pictures', 'a'])
+    refused(program.main, *data('broken'), words=['broken/red/003.png', 'not a readable picture'])
+    refused(program.main, *data('broken'), '--loader', 'per_sample', words=['broken/red/003.png'])
+    refused(program.main, *data('few'), words=["class 'b' has 1 picture", 'at least 2'])
+    refused(program.main, *data('alone'), words=['alone', 'train/ alone', 'val/'])
+    refused(program.main, *data('unknown'), words=["'z'", 'no training pictures'])
+
+
+def test_output_that_cannot_be_written(call, tmp_path):
+    (tmp_path / 'output').write_text('a file in the way')
+    status, _, err = call(main_supcon.main, *TINY, '--epochs', 1)
+    assert status == 2 and err.count('\n') == 1 and 'output/' in err
+
+
+@pytest.mark.parametrize('program', [main_supcon, main_ce])
+def test_loss_that_is_not_finite(call, program, tmp_path):
+    status, _, err = call(program.main, *TINY, '--epochs', 2, '--learning_rate', 1e30, '--output_name', 'a')
+    assert status == 2 and 'the loss is nan' in err and '--learning_rate' in err and err.count('\n') == 1
+    assert not (tmp_path / PRETRAINED).exists()                 # no checkpoint of such weights
+
+
+def test_collapse_is_told_once_in_words(call, tmp_path):
+    for label in 'ab':                                          # views of black pictures are all the same
+        (tmp_path / 'black' / label).mkdir(parents=True)
+        for i in range(10):
+            Image.new('RGB', (8, 8)).save(tmp_path / 'black' / label / f'{i}.png')
+    status, out, err = call(main_supcon.main, '--dataset', 'path', '--data_folder', 'black', '--model', 'resnet18',
+                            '--width', 0.0625, '--size', 8, '--epochs', 3, '--batch_size', 9)
+    assert status == 0, err
+    assert out.count('the network has collapsed') == 1 and '--warm' in out
+
+
+def test_no_collapse_is_told_where_there_is_none(call):
+    assert 'collapsed' not in call(main_supcon.main, *TINY, '--epochs', 2)[1]
+
+
+@pytest.mark.parametrize('arguments', [
+    ['--amp'], ['--head', 'linear', '--zero_init', '--syncBN'], ['--warm', '--cosine'], ['--eval_freq', '0'],
+    ['--stem', 'imagenet', '--size', '32'], ['--batch_size', '95']])
+def test_options_run(call, arguments):
+    status, out, err = call(main_supcon.main, *TINY, '--epochs', 1, *arguments)
+    assert status == 0, err
+    assert ('--syncBN has no effect in a single process' in out) == ('--syncBN' in arguments)
+
+
+def test_cross_entropy_beside_the_contrastive_loss(call, tmp_path):
+    assert call(main_supcon.main, *TINY, '--epochs', 1, '--ce_weight', 1, '--output_name', 'both')[0] == 0
+    both = parameters('output/both/trial=0/last.ckpt')
+    assert both['fc.weight'].shape[0] == 10
+    status, out, err = call(main_linear.main, *LINEAR, '--ckpt', 'output/both/trial=0/last.ckpt', '--epochs', 1)
+    assert status == 0, err
+
+
+def test_wrappers_of_several_gpus_do_not_reach_the_checkpoint(tmp_path):
+    model = SupConResNet('resnet18', width=0.0625)
+    plain = {name: value.clone() for name, value in model.state_dict().items()}
+    model.encoder = torch.nn.DataParallel(model.encoder)
+    assert any('module.' in name for name in model.state_dict())
+    assert util.runs.strip_wrappers(model.state_dict()).keys() == plain.keys()
+    util.runs.load_parameters(model, {name: value + 1 for name, value in plain.items()}, 'x')
+    assert torch.equal(model.encoder.module.conv1.weight, plain['encoder.conv1.weight'] + 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('loader', ['batched', 'per_sample'])
+def test_gpu(call, loader):
+    assert call(main_supcon.main, *TINY, '--epochs', 1, '--amp', '--loader', loader, '--output_name', 'a')[0] == 0
+    assert call(main_linear.main, *LINEAR, '--ckpt', PRETRAINED, '--epochs', 1)[0] == 0
+
+
+def test_torchrun_is_refused_until_it_works(refused, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    refused(main_supcon.main, *TINY, words=['torchrun'])
+
+
+def test_views_picture_shows_the_pictures(call, tmp_path):
+    """Denormalized: a grid of digits is black and white, not washed out."""
+    assert call(main_ce.main, *TINY, '--epochs', 1, '--output_name', 'a')[0] == 0
+    picture = np.asarray(Image.open(tmp_path / 'output/a/trial=0/views.png'))
+    assert picture.min() == 0 and picture.max() > 200 and picture.shape == (2 + 66, 2 + 16 * 66, 3)
+
+
+def test_progress_bar_on_a_terminal(call, monkeypatch):
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
+    _, out, err = call(main_ce.main, *TINY, '--epochs', 1)
+    assert 'epoch 1/1' in err and 'epoch 1/1' not in out
+    assert re.search(r'\[\d\d:\d\d<', err)                        # time left

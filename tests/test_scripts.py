@@ -1,0 +1,149 @@
+"""The scripts: launch files, quickstart, benchmarks and the plot, each through its own command line."""
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+import main_ce
+import main_linear
+import main_supcon
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCH = ['supcon_cifar10', 'supcon_cifar10_linear', 'simclr_cifar10', 'simclr_cifar10_linear', 'ce_cifar10',
+          'simclr_path']
+RECIPES = {                                                     # as published, but for the path of the checkpoint
+    'ce_cifar10': 'main_ce.py --batch_size 1024 --learning_rate 0.8 --cosine --syncBN',
+    'supcon_cifar10': 'main_supcon.py --batch_size 1024 --learning_rate 0.5 --temp 0.1 --cosine',
+    'supcon_cifar10_linear': 'main_linear.py --batch_size 512 --learning_rate 5 --ckpt',
+    'simclr_cifar10': 'main_supcon.py --batch_size 1024 --learning_rate 0.5 --temp 0.5 --cosine --syncBN '
+                      '--method SimCLR',
+    'simclr_cifar10_linear': 'main_linear.py --batch_size 512 --learning_rate 1 --ckpt',
+    'simclr_path': 'main_supcon.py --batch_size 1024 --learning_rate 0.5 --temp 0.1 --cosine --dataset path '
+                   '--data_folder ./path --mean "(0.4914, 0.4822, 0.4465)" --std "(0.2675, 0.2565, 0.2761)" '
+                   '--method SimCLR',
+}
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the repository whose runs stay in a temporary folder; its environment is this one."""
+    ignore = shutil.ignore_patterns('.git', '.venv', 'output', 'data', '__pycache__', '.*_cache')
+    shutil.copytree(ROOT, tmp_path / 'copy', ignore=ignore)
+    return tmp_path / 'copy'
+
+
+def shell(command, cwd, **environment):
+    path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=500,
+                          env={**os.environ, 'PATH': path, **environment})
+
+
+def command_of(script, tmp_path, *arguments):
+    """The command line that a launch file gives to python."""
+    python = tmp_path / 'bin' / 'python'
+    python.parent.mkdir(exist_ok=True)
+    python.write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word"; done\n')
+    python.chmod(0o755)
+    result = shell(['bash', str(ROOT / 'scripts' / f'{script}.sh'), *arguments], tmp_path,
+                   PATH=f'{python.parent}:{os.environ["PATH"]}')
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def test_every_launch_file_is_tested():
+    scripts = {file.stem for file in (ROOT / 'scripts').glob('*.sh')}
+    assert scripts == {*LAUNCH, 'env', 'quickstart', 'test'}
+
+
+@pytest.mark.parametrize('script', LAUNCH)
+def test_launch_files_are_the_recipes(script, tmp_path):
+    program, *arguments = command_of(script, tmp_path, '--epochs', '3', '--output_name', 'my run')
+    recipe = shlex.split(RECIPES[script])
+    assert [program, *arguments][:len(recipe)] == recipe
+    assert arguments[-4:] == ['--epochs', '3', '--output_name', 'my run']       # "$@" is last
+    if program != 'main_linear.py':
+        opt = {'main_supcon.py': main_supcon, 'main_ce.py': main_ce}[program].parse_option(arguments)
+        assert opt.epochs == 3 and opt.output_name == 'my run'
+
+
+@pytest.mark.parametrize('script', ['supcon_cifar10', 'simclr_cifar10'])
+def test_linear_launch_files_find_the_pretraining_run(script, tmp_path):
+    name = main_supcon.parse_option(command_of(script, tmp_path)[1:]).output_name
+    arguments = command_of(f'{script}_linear', tmp_path)
+    assert arguments[arguments.index('--ckpt') + 1] == f'output/{name}/trial=0/last.ckpt'
+
+
+def test_recipes_run(call, picture_folder, monkeypatch, tmp_path):
+    """Section by section, the published commands with a small network and little data added."""
+    small = ['--model', 'resnet18', '--width', '0.0625', '--epochs', '1', '--output_name', 'a', '--overwrite']
+    picture_folder('path', {'a': 6, 'b': 6})
+    programs = {'main_supcon.py': main_supcon, 'main_ce.py': main_ce, 'main_linear.py': main_linear}
+    for script in LAUNCH:
+        program, *arguments = shlex.split(RECIPES[script])
+        data = [] if script == 'simclr_path' else TINY[:2] + TINY[6:10]
+        if program == 'main_linear.py':
+            status, _, err = call(main_linear.main, *arguments, 'output/a/trial=0/last.ckpt', *data, '--epochs', '1',
+                                  '--output_name', 'b', '--overwrite')
+        else:
+            status, _, err = call(programs[program].main, *arguments, *data, *small)
+        assert status == 0, (script, err)
+
+
+def test_quickstart_in_miniature(copy):
+    """From its command line to its last three lines, the picture included, in an environment that is there already."""
+    venv = copy / '.venv'
+    (venv / 'bin').mkdir(parents=True)
+    (venv / 'bin' / 'activate').write_text('')
+    shutil.copy(copy / 'requirements.txt', venv / 'requirements.txt')
+    result = shell(['bash', 'scripts/quickstart.sh', '--epochs', '1', '--max_samples', '60'], copy)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()[-3:]
+    for line, name in zip(lines, ('SupCon', 'SimCLR', 'cross-entropy')):
+        assert re.fullmatch(rf'{name} \d+\.\d\d', line), result.stdout
+    assert (copy / 'output' / 'quickstart.png').stat().st_size > 10_000
+    assert 'Installing' not in result.stdout
+
+
+def test_environment_is_made_once_and_errors_are_told(copy):
+    """env.sh with an interpreter that stands in for Python and records what is asked of it."""
+    record, fake = copy / 'record', copy / 'fake-python'
+    fake.write_text(f'''#!/bin/sh
+echo "$@" >> {record}
+case "$1 $2" in "-m venv") mkdir -p .venv/bin; echo "python() {{ {fake} \\"\\$@\\"; }}" > .venv/bin/activate;; esac
+''')
+    fake.chmod(0o755)
+    script = 'set -euo pipefail; source scripts/env.sh requirements.txt tests/requirements.txt'
+    for _ in range(2):
+        assert shell(['bash', '-c', script], copy, PYTHON=str(fake)).returncode == 0
+    asked = record.read_text()
+    assert asked.count('-m venv .venv') == 1 and asked.count('pip install') == 2
+    with open(copy / 'requirements.txt', 'a') as file:
+        file.write('one-more\n')
+    shell(['bash', '-c', script], copy, PYTHON=str(fake))
+    assert record.read_text().count('pip install') == 3         # only what has changed
+    result = shell(['bash', '-c', script], copy, PYTHON='no-such-python')
+    assert result.returncode == 2 and 'Python 3.10' in result.stderr
+
+
+def test_plot_refuses_in_one_line(tmp_path):
+    (tmp_path / 'x.ckpt').write_bytes(b'nothing')
+    for ckpt, words in (('nowhere.ckpt', 'no such checkpoint'), ('x.ckpt', 'not a readable checkpoint')):
+        result = shell([sys.executable, ROOT / 'scripts' / 'plot_features.py', '--ckpt', ckpt], tmp_path)
+        assert result.returncode == 2 and words in result.stderr and result.stderr.count('\n') == 1
+    assert not list(tmp_path.glob('*.png'))
+
+
+def test_loss_benchmark_ends_with_its_ratio(tmp_path):
+    benchmark = ROOT / 'benchmarks' / 'bench_loss.py'
+    result = shell([sys.executable, benchmark, '--views', '2048', '--repeat', '1'], tmp_path)
+    assert result.returncode == 0, result.stderr
+    *table, last = result.stdout.splitlines()
+    assert re.fullmatch(r'ratio \d+\.\d', last)
+    losses = [line.split()[-1] for line in table if line.startswith(('linear', 'dense'))]
+    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-5)

@@ -1,0 +1,188 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torchvision import transforms
+from torchvision.transforms.v2 import functional as tv
+
+from datasets import views
+from datasets.pictures import Pictures
+from datasets.views import View
+
+MEAN, STD = (0.49, 0.48, 0.45), (0.2, 0.21, 0.22)
+PRETRAINING = View(32, MEAN, STD, crop=(0.2, 1.), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2)
+
+
+def random_pictures(n=6, h=20, w=24):
+    """The same random pictures as uint8 [n, h, 3, w], ours, and float [n, 3, h, w], torchvision's."""
+    pictures = torch.randint(0, 256, (n, h, 3, w), dtype=torch.uint8)
+    return pictures, pictures.transpose(1, 2).float() / 255
+
+
+def planes(pictures):
+    """[n, 3, h, w] -> [3, n, h * w]"""
+    return pictures.flatten(2).transpose(0, 1).clone()
+
+
+@pytest.mark.parametrize('ours, theirs, factors', [
+    (views.adjust_brightness, tv.adjust_brightness, [0.6, 0.9, 1.0, 1.2, 1.4, 0.0]),
+    (views.adjust_contrast, tv.adjust_contrast, [0.6, 0.9, 1.0, 1.2, 1.4, 0.0]),
+    (views.adjust_saturation, tv.adjust_saturation, [0.6, 0.9, 1.0, 1.2, 1.4, 0.0]),
+    (views.adjust_hue, tv.adjust_hue, [-0.5, -0.1, 0.0, 0.05, 0.1, 0.5]),
+])
+def test_colour_operations_are_torchvision_s(ours, theirs, factors):
+    _, pictures = random_pictures()
+    pictures[0, :, 0] = pictures[0, :1, 0]                              # gray, black, white and saturated pixels too
+    pictures[1, :, 0], pictures[2, :, 0], pictures[3, 1:, 0] = 0, 1, 0
+    x = planes(pictures)
+    ours(x, torch.tensor(factors))
+    expected = torch.stack([theirs(picture, factor) for picture, factor in zip(pictures, factors)])
+    torch.testing.assert_close(x, planes(expected), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize('size, box', [
+    (16, (0, 0, 20, 24)), (16, (3, 5, 7, 8)), (8, (2, 1, 17, 20)), (32, (4, 4, 9, 3)), (16, (19, 23, 1, 1)),
+    (5, (0, 0, 20, 24)), (20, (0, 2, 20, 20))])
+@pytest.mark.parametrize('flip', [False, True])
+def test_crop_is_torchvision_s_antialiased_resize(size, box, flip):
+    ours, theirs = random_pictures()
+    n = len(ours)
+    boxes = torch.tensor(box).float().repeat(n, 1)
+    x = views.crop_resize(ours, boxes, torch.full((n,), float(flip)), size)
+    expected = tv.resized_crop(theirs, *box, [size, size], antialias=True)
+    expected = tv.horizontal_flip(expected) if flip else expected
+    torch.testing.assert_close(x, planes(expected), rtol=0, atol=1e-6)
+
+
+def test_every_picture_has_its_own_parameters():
+    ours, theirs = random_pictures()
+    boxes = torch.tensor([[i, 2 * i, 20 - 2 * i, 24 - 3 * i] for i in range(6)]).float()
+    flips = torch.tensor([0., 1, 0, 1, 1, 0])
+    x = views.crop_resize(ours, boxes, flips, 12)
+    for i, (box, flip) in enumerate(zip(boxes.int().tolist(), flips)):
+        expected = tv.resized_crop(theirs[i:i + 1], *box, [12, 12], antialias=True)
+        expected = tv.horizontal_flip(expected) if flip else expected
+        torch.testing.assert_close(x[:, i:i + 1], planes(expected), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('order', list(itertools.permutations(range(4))))
+def test_whole_view_with_the_same_parameters(order):
+    """apply() against torchvision's functions in the drawn order, several groups, flips, grayscale, normalization."""
+    ours, theirs = random_pictures(70)
+    view = View(16, MEAN, STD, crop=(0.2, 1.), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2)
+    n, heights, widths = 70, torch.full((70,), 20), torch.full((70,), 24)
+    drawn = views.draw(view, heights, widths, torch.Generator().manual_seed(1))
+    drawn.orders = [list(order)] * len(drawn.orders)
+    functions = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
+    expected = []
+    for i in range(n):
+        picture = tv.resized_crop(theirs[i], *drawn.boxes[i].int().tolist(), [16, 16], antialias=True)
+        picture = tv.horizontal_flip(picture) if drawn.flips[i] else picture
+        for operation in order:
+            picture = functions[operation](picture, drawn.factors[operation, i].item())
+        picture = tv.rgb_to_grayscale(picture, 3) if drawn.gray[i] else picture
+        expected.append(tv.normalize(picture, MEAN, STD))
+    torch.testing.assert_close(views.apply(view, ours, drawn), torch.stack(expected), rtol=0, atol=3e-5)
+
+
+def test_groups_have_their_own_order(monkeypatch):
+    monkeypatch.setattr(View, 'group', 8)
+    drawn = views.draw(PRETRAINING, torch.full((80,), 32), torch.full((80,), 32), torch.Generator().manual_seed(0))
+    assert len(drawn.orders) == 10
+    assert all(sorted(order) == [0, 1, 2, 3] for order in drawn.orders)
+    assert len(set(map(tuple, drawn.orders))) > 3
+
+
+@pytest.mark.parametrize('h, w', [(32, 32), (375, 500), (8, 8), (40, 900), (900, 40)])
+def test_random_boxes_are_distributed_as_torchvision_s(h, w):
+    n = 4000
+    ours = views.random_boxes(torch.full((n,), h), torch.full((n,), w), (0.2, 1.), torch.Generator().manual_seed(0))
+    picture = torch.empty(3, h, w)
+    theirs = torch.tensor([transforms.RandomResizedCrop.get_params(picture, (0.2, 1.), views.RATIO) for _ in range(n)])
+    top, left, box_h, box_w = ours.T
+    assert (ours[:, :2] >= 0).all() and (box_h >= 1).all() and (box_w >= 1).all()
+    assert (top + box_h <= h).all() and (left + box_w <= w).all()
+    for share in (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98):                 # quantiles within 4 % of the side
+        difference = ours.quantile(share, dim=0) - theirs.double().quantile(share, dim=0)
+        assert (difference.abs() <= 0.04 * torch.tensor([h, w, h, w]) + 1).all(), (share, difference)
+
+
+def test_crop_that_never_fits_is_central():
+    boxes = views.random_boxes(torch.tensor([10, 200, 50]), torch.tensor([200, 10, 50]), (0.9, 1.),
+                               torch.Generator().manual_seed(0), tries=1)
+    assert boxes[:2].tolist() == [[0, 93, 10, 13], [93, 0, 13, 10]]     # as transforms.RandomResizedCrop.get_params
+
+
+def test_shares_of_flips_jitter_and_grayscale():
+    n = 20000
+    drawn = views.draw(PRETRAINING, torch.full((n,), 32), torch.full((n,), 32), torch.Generator().manual_seed(0))
+    assert drawn.flips.float().mean() == pytest.approx(0.5, abs=0.015)
+    assert drawn.gray.float().mean() == pytest.approx(0.2, abs=0.015)
+    jittered = (drawn.factors != torch.tensor([1., 1, 1, 0])[:, None]).any(0)
+    assert jittered.float().mean() == pytest.approx(0.8, abs=0.015)
+    low, high = drawn.factors.amin(1), drawn.factors.amax(1)
+    torch.testing.assert_close(low, torch.tensor([0.6, 0.6, 0.6, -0.1]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(high, torch.tensor([1.4, 1.4, 1.4, 0.1]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(drawn.factors[:, jittered].mean(1), torch.tensor([1., 1, 1, 0]), atol=5e-3, rtol=0)
+
+
+def executors(view, pictures):
+    """The same view of all pictures by both executors: [n, 3, size, size] each."""
+    data, heights, widths = pictures.decode(view.short_side)
+    drawn = views.draw(view, heights, widths, torch.Generator().manual_seed(0))
+    transform = views.per_sample(view)
+    return views.apply(view, data, drawn), torch.stack([transform(pictures.load(i)) for i in range(len(pictures))])
+
+
+def statistics(x):
+    """Moments of values, of local differences, of colourfulness, and between the two halves of the view."""
+    size = x.shape[-1] // 2
+    return x.mean((0, 2, 3)), torch.stack([x.std((0, 2, 3)), x.mean((2, 3)).std(0), x.std((2, 3)).mean(0),
+                        x.diff(dim=2).abs().mean((0, 2, 3)), x.diff(dim=3).abs().mean((0, 2, 3)),
+                        (x - x.mean(1, keepdim=True)).abs().mean((0, 2, 3)),
+                        (x[..., :size].mean((2, 3)) - x[..., -size:].mean((2, 3))).std(0)])
+
+
+def compare(batched, per_sample):
+    (mean, others), (expected_mean, expected_others) = statistics(batched), statistics(per_sample)
+    # Pillow rounds down after each operation: its pictures are darker by about 1/255, here 0.02.
+    torch.testing.assert_close(mean, expected_mean, rtol=0, atol=0.05)
+    torch.testing.assert_close(others, expected_others, rtol=0.04, atol=0)
+
+
+@pytest.mark.parametrize('size', [32, 20, 48])
+def test_both_executors_have_the_same_statistics_on_real_pictures(real_pictures, size):
+    assert len(real_pictures) == 5000
+    view = View(size, MEAN, STD, crop=(0.2, 1.), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2)
+    compare(*executors(view, real_pictures))
+
+
+def test_statistics_would_see_a_missing_operation(real_pictures):
+    """The comparison above is worth something: without any one part of the view it fails."""
+    pictures = real_pictures.sample(2000, 0)
+    _, reference = executors(PRETRAINING, pictures)
+    for change in ({'crop': None}, {'grayscale': 0.}, {'jitter': None}, {'jitter_p': 0.5}):
+        view = View(**{**PRETRAINING.__dict__, **change})
+        changed, _ = executors(view, pictures)
+        with pytest.raises(AssertionError):
+            compare(changed, reference)
+
+
+@pytest.mark.parametrize('h, w, size', [(32, 32, 32), (40, 30, 24), (31, 50, 16), (8, 8, 16)])
+def test_evaluation_view_is_the_same_by_both_executors(h, w, size):
+    smooth = torch.nn.functional.interpolate(torch.rand(4, 3, 5, 5), (h, w), mode='bicubic').clamp(0, 1)
+    pictures = Pictures((smooth.permute(0, 2, 3, 1) * 255).byte().numpy(), torch.zeros(4).long(), ['a'])
+    batched, per_sample = executors(View(size, (0., 0., 0.), (1., 1., 1.)), pictures)
+    torch.testing.assert_close(batched, per_sample, rtol=0, atol=1.5 / 255)         # Pillow rounds
+
+
+def test_evaluation_of_pictures_of_the_right_size_only_normalizes():
+    source = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    batched, per_sample = executors(View(32, MEAN, STD), Pictures(source, torch.zeros(5).long(), ['a']))
+    torch.testing.assert_close(batched, per_sample, rtol=0, atol=1e-6)
+
+
+def test_largest_scaling_still_serves_the_smallest_crop():
+    assert PRETRAINING.short_side == 72                                 # 32 / sqrt(0.2)
+    assert View(32, MEAN, STD).short_side == 32
