@@ -79,7 +79,7 @@ def train(train_loader, model, criterion, optimizer, epoch, opt):
                 f'DT {data_time.val:.3f} ({data_time.avg:.3f})\tloss {losses.val:.3f} ({losses.avg:.3f})')
     log(f'epoch {epoch}, total time {time.time() - start:.2f}')
     return {'loss': losses.avg, 'contrastive_acc': accuracies.avg,
-            'collapsed': all(abs(ratio - 1) < 1e-3 for ratio in torch.stack(history).tolist()),
+            'collapsed': all(abs(ratio - 1) < 1e-4 for ratio in torch.stack(history).tolist()),
             'pictures_per_second': losses.count / (time.time() - start)}
 
 
