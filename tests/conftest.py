@@ -21,8 +21,6 @@ def call(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def call(main, *arguments):
-        util.log.file = None
-        util.log.waiting.clear()
         capsys.readouterr()
         status = 0
         try:
@@ -89,5 +87,9 @@ def picture_folder(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _fresh():
+    """Each test has its own random numbers and no run's log."""
     torch.manual_seed(0)
+    yield
+    util.log.file = None
+    util.log.waiting.clear()

@@ -39,8 +39,11 @@ class Log:
 
     def open(self, file):
         self.file = file
-        with open(file, 'a', encoding='utf-8') as stream:
-            stream.writelines(line + '\n' for line in self.waiting)
+        try:
+            with open(file, 'a', encoding='utf-8') as stream:
+                stream.writelines(line + '\n' for line in self.waiting)
+        except OSError as error:
+            raise UserError(f'{file}: cannot be written ({error})') from error
         self.waiting.clear()
 
 
