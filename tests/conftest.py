@@ -15,6 +15,11 @@ TINY = ['--dataset', 'digits', '--model', 'resnet18', '--width', '0.0625', '--si
         '--batch_size', '32', '--num_workers', '0']
 
 
+def close_log():
+    util.log.file = None
+    util.log.waiting.clear()
+
+
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys):
     """Run a program's main in an empty folder: call(main, *arguments) -> (exit status, stdout, stderr)."""
@@ -22,6 +27,7 @@ def call(tmp_path, monkeypatch, capsys):
 
     def call(main, *arguments):
         capsys.readouterr()
+        close_log()                             # in a shell every run is a process of its own
         status = 0
         try:
             util.run(lambda: main([str(argument) for argument in arguments]))
@@ -91,5 +97,4 @@ def _fresh():
     """Each test has its own random numbers and no run's log."""
     torch.manual_seed(0)
     yield
-    util.log.file = None
-    util.log.waiting.clear()
+    close_log()
