@@ -29,8 +29,9 @@ class SupConLoss(nn.Module):
     """Supervised contrastive loss (SupCon), and without labels the SimCLR loss.
 
         criterion = SupConLoss(temperature=0.1)
-        loss = criterion(features, labels)      # SupCon
-        loss = criterion(features)              # SimCLR
+        loss = criterion(features, labels)                          # SupCon
+        loss = criterion(features)                                  # SimCLR
+        loss = criterion(features, labels, positives='picture')     # SimCLR with hard negatives among the labels
 
     Args:
         temperature: divides the similarities.
@@ -49,7 +50,7 @@ class SupConLoss(nn.Module):
         self.contrast_mode = contrast_mode
         self.base_temperature = base_temperature
 
-    def forward(self, features, labels=None, mask=None):
+    def forward(self, features, labels=None, mask=None, positives='class'):
         """Compute the loss of one batch; float16 and bfloat16 features are computed in float32.
 
         Args:
@@ -57,15 +58,19 @@ class SupConLoss(nn.Module):
             labels: [bsz] class of each picture; -(c + 1) marks a near-ood picture made from class c (see above).
             mask: [bsz, bsz] weights >= 0 instead of labels: mask[i, j] is how much picture j is a positive of
                 picture i. May be asymmetric. Needs the whole similarity matrix in memory.
+            positives: what the positives of an anchor share with it: 'class', or only the 'picture', as without labels;
+                labels then only tell which near-ood pictures an anchor sees.
 
         Returns:
             A scalar. An anchor without positives adds 0 and still counts in the mean.
 
         Raises:
-            ValueError: wrong shapes (both are named), or labels and mask together.
+            ValueError: wrong shapes (both are named), labels and mask together, or unknown positives.
         """
         if features.dim() < 3:
             raise ValueError(f'features are {list(features.shape)}, expected [bsz, n_views, ...]')
+        if positives not in ('class', 'picture'):
+            raise ValueError(f"positives are {positives!r}, expected 'class' or 'picture'")
         if labels is not None and mask is not None:
             raise ValueError('labels and mask are both given, expected at most one')
         bsz, n_views = features.shape[:2]
@@ -82,18 +87,17 @@ class SupConLoss(nn.Module):
             if mask is not None:
                 loss = self._dense(anchors, contrasts, mask)
             else:
-                if labels is None:
-                    labels = torch.arange(bsz, device=features.device)
-                loss = self._blocked(anchors, contrasts, labels.flatten().repeat(n_views))
+                ids, labels = _ids_and_labels(features, labels, positives)
+                loss = self._blocked(anchors, contrasts, ids, labels)
         return loss * (self.temperature / self.base_temperature)
 
-    def _blocked(self, anchors, contrasts, labels):
+    def _blocked(self, anchors, contrasts, ids, labels):
         n = len(anchors)                                                # anchor i is contrast i
         normal = labels >= 0
         owners = None if normal.all() else torch.where(normal, -1, -labels - 1)
         log_denominator = _LogSumExp.apply(anchors, contrasts, self.temperature, labels, owners)
 
-        ids = _dense_ids(labels)
+        ids = _dense_ids(ids)
         weight = normal.to(contrasts.dtype)
         counts = contrasts.new_zeros(len(contrasts)).index_add(0, ids, weight)
         sums = torch.zeros_like(contrasts).index_add(0, ids, contrasts * weight[:, None])
@@ -161,25 +165,32 @@ def _logits(anchors, contrasts, temperature, labels, owners, rows):
     return logits
 
 
-def _dense_ids(labels):
-    """Number equal labels alike, from 0: [n] -> [n] int64 below n, without waiting for the device."""
-    ordered, order = labels.sort()
+def _ids_and_labels(features, labels, positives):
+    """For all views, view after view: an id that positives share, and the label: [n_views * bsz] each."""
+    bsz, n_views = features.shape[:2]
+    pictures = torch.arange(bsz, device=features.device)
+    labels = pictures if labels is None else labels.flatten()
+    return (labels if positives == 'class' else pictures).repeat(n_views), labels.repeat(n_views)
+
+
+def _dense_ids(ids):
+    """Number equal ids alike, from 0: [n] -> [n] int64 below n, without waiting for the device."""
+    ordered, order = ids.sort()
     steps = F.pad((ordered[1:] != ordered[:-1]).long(), (1, 0)).cumsum(0)
     return torch.empty_like(steps).scatter_(0, order, steps)
 
 
 @torch.no_grad()
-def contrastive_accuracy(features, labels=None):
+def contrastive_accuracy(features, labels=None, positives='class'):
     """Share of anchors (%) whose most similar other view in the batch is a positive; a scalar tensor.
 
-    features [bsz, n_views, dim], labels [bsz] as for SupConLoss. It rises from chance as pretraining learns.
+    features [bsz, n_views, dim], labels [bsz] and positives as for SupConLoss. It rises from chance as pretraining
+    learns.
     """
-    bsz, n_views = features.shape[:2]
     contrasts = features.detach().float().transpose(0, 1).flatten(0, 1)
-    labels = torch.arange(bsz, device=features.device) if labels is None else labels
-    labels = labels.repeat(n_views)
+    ids, labels = _ids_and_labels(features, labels, positives)
     owners = torch.where(labels >= 0, -1, -labels - 1)
     nearest = torch.cat([_logits(contrasts, contrasts, 1, labels, owners, rows).argmax(1)
                          for rows in _blocks(contrasts, contrasts)])
     is_anchor = labels >= 0
-    return 100 * ((labels == labels[nearest]) & is_anchor).sum() / is_anchor.sum().clamp(min=1)
+    return 100 * ((ids == ids[nearest]) & is_anchor).sum() / is_anchor.sum().clamp(min=1)

@@ -7,7 +7,6 @@ Uses all GPUs in CUDA_VISIBLE_DEVICES, or the CPU. Writes output/<run>/trial=<tr
 """
 import time
 
-import torch
 from torch import nn
 
 import util
@@ -28,11 +27,12 @@ def parse_option(argv=None):
 
 
 def set_loader(opt):
-    """Training and validation batches; also the classes."""
-    train, val = load_pictures(opt)
-    train_loader = make_loader(train, classification_view(opt), opt)
-    val_loader = make_loader(val, evaluation_view(opt), opt, train=False)
-    return train_loader, val_loader, train.classes
+    """Training batches; batches for evaluation: 'val', and 'id' and 'ood' of augmentation folders; the classes."""
+    data = load_pictures(opt)
+    train_loader = make_loader(data.train, classification_view(opt), opt)
+    loaders = {name: make_loader(part, evaluation_view(opt), opt, train=False)
+               for name, part in (('val', data.val), ('id', data.id), ('ood', data.ood)) if part}
+    return train_loader, loaders, data.train.classes
 
 
 def set_model(opt, classes):
@@ -72,27 +72,19 @@ def train(train_loader, model, criterion, optimizer, epoch, opt):
             'pictures_per_second': top1.count / (time.time() - start)}
 
 
-@torch.no_grad()
-def validate(val_loader, model, criterion, opt):
-    """Loss and accuracy (%) on the validation set, and the accuracy of each class that it holds."""
-    model.eval()
-    losses = AverageMeter()
-    predicted, target = [], []
-    for images, labels in util.progress(val_loader, 'validation'):
-        with util.autocast(opt):
-            output = model(images)
-        losses.update(criterion(output.float(), labels), len(labels))
-        predicted.append(output.argmax(1))
-        target.append(labels)
-    predicted, target = torch.cat(predicted), torch.cat(target)
-    correct = (predicted == target).float()
-    per_class = {c: 100 * correct[target == c].mean().item() for c in target.unique().tolist()}
-    accuracy = 100 * correct.mean().item()
-    log(f' * Acc@1 {accuracy:.3f}')
-    return {'val_loss': losses.avg, 'val_acc': accuracy}, per_class
+def validate(loaders, model, criterion, opt):
+    """-> loss, accuracy (%) and, with ood pictures, how they are told apart; and the accuracy of each class."""
+    logits, labels = util.forward_all(model, loaders['val'], opt)
+    correct = (logits.argmax(1) == labels).float()
+    values = {'val_loss': criterion(logits, labels).item(), 'val_acc': 100 * correct.mean().item()}
+    log(f" * Acc@1 {values['val_acc']:.3f}")
+    if 'ood' in loaders:
+        id_logits = util.forward_all(model, loaders['id'], opt)[0] if 'id' in loaders else logits
+        values.update(util.ood_metrics(logits, id_logits, util.forward_all(model, loaders['ood'], opt)[0]))
+    return values, {c: 100 * correct[labels == c].mean().item() for c in labels.unique().tolist()}
 
 
-def fit(run, train_loader, val_loader, model, criterion, optimizer, classes, opt):
+def fit(run, train_loader, loaders, model, criterion, optimizer, classes, opt):
     """All epochs, with validation, TensorBoard and checkpoints; prints the best accuracy last."""
     first_epoch, best_acc = run.restore(model, optimizer)
     run.start(classes)
@@ -102,7 +94,7 @@ def fit(run, train_loader, val_loader, model, criterion, optimizer, classes, opt
             run.log_views(train_loader)
         values = train(train_loader, model, criterion, optimizer, epoch, opt)
         if epoch == opt.epochs or opt.eval_freq and epoch % opt.eval_freq == 0:
-            validation, per_class = validate(val_loader, model, criterion, opt)
+            validation, per_class = validate(loaders, model, criterion, opt)
             best_acc = max(best_acc, validation['val_acc'])
             values.update(validation)
         run.log_values({'learning_rate': optimizer.param_groups[0]['lr'], **values}, epoch)
@@ -110,6 +102,8 @@ def fit(run, train_loader, val_loader, model, criterion, optimizer, classes, opt
     if opt.per_class:
         for number, value in per_class.items():
             log(f'accuracy of {classes[number]}: {value:.2f}')
+    if 'ood' in loaders:
+        log(util.ood_report(validation))
     log(f'best accuracy: {best_acc:.2f}')
 
 
@@ -118,10 +112,10 @@ def main(argv=None):
     run = util.Run(opt)
     util.set_device(opt)
     util.set_warmup(opt)
-    train_loader, val_loader, classes = set_loader(opt)
+    train_loader, loaders, classes = set_loader(opt)
     model, criterion = set_model(opt, classes)
     optimizer = util.set_optimizer(opt, model)
-    fit(run, train_loader, val_loader, model, criterion, optimizer, classes, opt)
+    fit(run, train_loader, loaders, model, criterion, optimizer, classes, opt)
 
 
 if __name__ == '__main__':

@@ -43,10 +43,10 @@ def main(argv=None):
     run = util.Run(opt)
     util.set_device(opt)
     util.set_warmup(opt)
-    train_loader, val_loader, classes = set_loader(opt)
+    train_loader, loaders, classes = set_loader(opt)
     model, criterion = set_model(opt, checkpoint, classes)
     optimizer = util.set_optimizer(opt, model)
-    fit(run, train_loader, val_loader, model, criterion, optimizer, classes, opt)
+    fit(run, train_loader, loaders, model, criterion, optimizer, classes, opt)
 
 
 if __name__ == '__main__':

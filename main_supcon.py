@@ -6,7 +6,6 @@
 
 Uses all GPUs in CUDA_VISIBLE_DEVICES, or the CPU. Writes output/<run>/trial=<trial>/last.ckpt for main_linear.py.
 """
-import math
 import time
 
 import torch
@@ -32,10 +31,12 @@ def parse_option(argv=None):
 
 def set_loader(opt):
     """Training batches of two views, and both sets as they are for the kNN accuracy; also the classes."""
-    train, val = load_pictures(opt)
+    data = load_pictures(opt)
+    train = data.train.join(data.ood) if opt.aug_mode == 'with_both' else data.train        # with hard negatives
     train_loader = make_loader(train, pretraining_view(opt), opt, N_VIEWS)
-    memory_loader, val_loader = (make_loader(part, evaluation_view(opt), opt, train=False) for part in (train, val))
-    return train_loader, memory_loader, val_loader, train.classes
+    memory_loader, val_loader = (make_loader(part, evaluation_view(opt), opt, train=False)
+                                 for part in (data.train, data.val))
+    return train_loader, memory_loader, val_loader, data.train.classes
 
 
 def set_model(opt, classes):
@@ -48,29 +49,31 @@ def train(train_loader, model, criterion, optimizer, epoch, opt):
     """One epoch: -> averages for TensorBoard."""
     model.train()
     batch_time, data_time, losses, accuracies = (AverageMeter() for _ in range(4))
+    positives = 'class' if opt.method == 'SupCon' else 'picture'
     steps, history = len(train_loader), []
     end = start = time.time()
     for idx, (images, labels) in enumerate(util.progress(train_loader, f'epoch {epoch}/{opt.epochs}')):
         data_time.update(time.time() - end)
         util.set_learning_rate(optimizer, util.learning_rate(opt, epoch, idx, steps))
-        bsz = len(labels)
-        targets = labels if opt.method == 'SupCon' else None
+        bsz = len(labels)                               # a label -(c + 1) is a hard negative made from class c
 
         with util.autocast(opt):
             output = model(images)                                          # [n_views * bsz, feat_dim]
         features, logits = output if opt.ce_weight else (output, None)
         features = features.view(N_VIEWS, bsz, -1).transpose(0, 1)          # [bsz, n_views, feat_dim]
-        loss = contrastive = criterion(features, targets)
+        loss = contrastive = criterion(features, labels, positives=positives)
         if opt.ce_weight:
-            loss = loss + opt.ce_weight * F.cross_entropy(logits.float(), labels.repeat(N_VIEWS))
+            targets = torch.where(labels >= 0, labels, -100).repeat(N_VIEWS)
+            loss = loss + opt.ce_weight * F.cross_entropy(logits.float(), targets, ignore_index=-100)
 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
         losses.update(loss, bsz)
-        accuracies.update(contrastive_accuracy(features, targets), bsz)
-        history.append(contrastive.detach() / collapsed_loss(bsz, criterion))
+        accuracies.update(contrastive_accuracy(features, labels, positives), bsz)
+        collapsed = criterion(torch.ones_like(features[..., :1]).detach(), labels, positives=positives)
+        history.append((contrastive.detach() - collapsed).abs() < 1e-4 * collapsed)
         batch_time.update(time.time() - end)
         end = time.time()
         if (idx + 1) % opt.print_freq == 0 or idx + 1 == steps:
@@ -79,19 +82,14 @@ def train(train_loader, model, criterion, optimizer, epoch, opt):
                 f'DT {data_time.val:.3f} ({data_time.avg:.3f})\tloss {losses.val:.3f} ({losses.avg:.3f})')
     log(f'epoch {epoch}, total time {time.time() - start:.2f}')
     return {'loss': losses.avg, 'contrastive_acc': accuracies.avg,
-            'collapsed': all(abs(ratio - 1) < 1e-4 for ratio in torch.stack(history).tolist()),
+            'collapsed': bool(torch.stack(history).all()),          # the loss that equal features would have
             'pictures_per_second': losses.count / (time.time() - start)}
-
-
-def collapsed_loss(bsz, criterion):
-    """The loss when all features are the same."""
-    return math.log(N_VIEWS * bsz - 1) * criterion.temperature / criterion.base_temperature
 
 
 def validate(memory_loader, val_loader, model, opt):
     """Accuracy (%) of a kNN classifier on the encoder's features: whether pretraining learns, without a classifier."""
-    memory, memory_labels = util.encode(model.encoder, memory_loader, opt)
-    features, labels = util.encode(model.encoder, val_loader, opt)
+    memory, memory_labels = util.forward_all(model.encoder, memory_loader, opt)
+    features, labels = util.forward_all(model.encoder, val_loader, opt)
     return util.knn_accuracy(memory, memory_labels, features, labels)
 
 

@@ -3,9 +3,10 @@
 A new dataset is one function in pictures.py and one row in DATASETS.
 """
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from datasets import pictures
+from datasets import mvip, pictures
+from datasets.augmentations import load_augmentations
 from datasets.loader import make_loader
 from datasets.views import View
 from util import log
@@ -16,52 +17,72 @@ class DatasetInfo:
     """How a dataset is read and shown: `load(opt)` returns training and validation Pictures.
 
     mean, std: of its channels; None: measured on the training pictures. size: side of the views in pixels.
-    crop, flip: share of the area of random crops, and whether its pictures may be mirrored.
+    pretraining, classification: its training views, as settings of View.
     """
     load: Callable
     mean: tuple | None = None
     std: tuple | None = None
     size: int = 32
-    crop: tuple = (0.2, 1.)
-    flip: bool = True
+    pretraining: dict = field(default_factory=lambda: SIMCLR)
+    classification: dict = field(default_factory=lambda: CROP)
 
+
+CROP = {'crop': (0.2, 1.), 'flip': 0.5}
+COLOUR = {'jitter': (0.4, 0.4, 0.4, 0.1), 'grayscale': 0.2}
+SIMCLR = {**CROP, **COLOUR}                             # the view of SimCLR and SupCon
+DIGIT = {'crop': (0.4, 1.)}                             # mirrored or cropped smaller, a digit is another one
+PART = {'flip': 0.5, 'rotation': 15., **COLOUR}
 
 DATASETS = {
-    'digits': DatasetInfo(pictures.digits, size=16, crop=(0.4, 1.), flip=False),
+    'digits': DatasetInfo(pictures.digits, size=16, pretraining={**DIGIT, **COLOUR}, classification=DIGIT),
     'cifar10': DatasetInfo(pictures.cifar, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     'cifar100': DatasetInfo(pictures.cifar, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     'path': DatasetInfo(pictures.path),
+    'mvip': DatasetInfo(mvip.mvip, (0.4213, 0.4252, 0.4242), (0.1955, 0.1923, 0.1912), size=224,
+                        pretraining={'crop': (0.6, 1.), **PART}, classification={'crop': (0.8, 1.), **PART}),
 }
 
 
+@dataclass
+class Data:
+    """What a run reads: training and validation Pictures, and those of augmentation folders, or None.
+
+    train already holds the id pictures with --aug_mode with_id and with_both; ood pictures it never holds.
+    """
+    train: pictures.Pictures
+    val: pictures.Pictures
+    id: pictures.Pictures | None
+    ood: pictures.Pictures | None
+
+
 def load_pictures(opt):
-    """Training and validation Pictures of opt.dataset; fills in opt.size, opt.mean and opt.std where they are None."""
+    """All Pictures of a run: Data; fills in opt.size, opt.mean and opt.std where they are None."""
     info = DATASETS[opt.dataset]
     train, val = (part.sample(opt.max_samples, opt.seed) for part in info.load(opt))
+    extra_id, extra_ood = (part and part.sample(opt.max_samples, opt.seed)
+                           for part in load_augmentations(opt, train.classes))
     opt.size = opt.size or info.size
     if opt.mean is None or opt.std is None:
         mean, std = (info.mean, info.std) if info.mean else train.statistics()
         opt.mean, opt.std = opt.mean or mean, opt.std or std
         if not info.mean:
             log(f'Measured on the training pictures: --mean "{opt.mean}" --std "{opt.std}"')
-    return train, val
+    if opt.aug_mode in ('with_id', 'with_both'):
+        train = train.join(extra_id)
+    return Data(train, val, extra_id if opt.aug_mode != 'ood_only' else None,
+                extra_ood if opt.aug_mode != 'id_only' else None)
 
 
 def pretraining_view(opt):
-    """The view of SimCLR and SupCon: crop, flip, colour jitter, grayscale."""
-    return View(opt.size, opt.mean, opt.std, jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2, **_geometry(opt))
+    """The view of contrastive pretraining."""
+    return View(opt.size, opt.mean, opt.std, **DATASETS[opt.dataset].pretraining)
 
 
 def classification_view(opt):
-    """The training view of cross-entropy and linear evaluation: crop and flip."""
-    return View(opt.size, opt.mean, opt.std, **_geometry(opt))
+    """The training view of cross-entropy and linear evaluation."""
+    return View(opt.size, opt.mean, opt.std, **DATASETS[opt.dataset].classification)
 
 
 def evaluation_view(opt):
     """The central square, resized."""
     return View(opt.size, opt.mean, opt.std)
-
-
-def _geometry(opt):
-    info = DATASETS[opt.dataset]
-    return {'crop': info.crop, 'flip': 0.5 if info.flip else 0.}

@@ -17,7 +17,7 @@ from util import UserError
 class Pictures:
     """n labelled pictures, in memory or in files.
 
-    source: uint8 array [n, h, w, 3], or a list of n file names.
+    source: uint8 array [n, h, w, 3], or a list of n file names or objects with `read()` and `size()`.
     labels: [n] int64, numbers of `classes`.
     """
     source: np.ndarray | list
@@ -32,11 +32,21 @@ class Pictures:
         """Picture i as RGB; raises UserError with the name of a file that is no readable picture."""
         if isinstance(self.source, np.ndarray):
             return Image.fromarray(self.source[i])
-        return read_picture(self.source[i])
+        return read_picture(self.source[i]) if isinstance(self.source[i], str) else self.source[i].read()
 
     def select(self, indices):
         source = self.source[indices] if isinstance(self.source, np.ndarray) else [self.source[i] for i in indices]
         return replace(self, source=source, labels=self.labels[indices], _decoded={})
+
+    def join(self, other):
+        """These pictures and others of the same classes; beside pictures in memory the others are resized to theirs."""
+        if isinstance(self.source, np.ndarray):
+            size = self.source.shape[2], self.source.shape[1]
+            extra = [np.asarray(other.load(i).resize(size, Image.Resampling.BILINEAR)) for i in range(len(other))]
+            source = np.concatenate([self.source, np.stack(extra)])
+        else:
+            source = self.source + other.source
+        return replace(self, source=source, labels=torch.cat([self.labels, other.labels]), _decoded={})
 
     def sample(self, count, seed):
         """At most `count` pictures, as many of each class as of any other while they last, drawn with `seed`."""
@@ -112,21 +122,22 @@ def scaled(size, short_side):
     return tuple(int(side * short_side / min(size)) for side in size) if min(size) > short_side else tuple(size)
 
 
-def read_picture(file):
+def open_picture(file, use):
+    """use(picture) for a picture that is just opened, its header read; UserError where the file is no picture."""
     try:
         with Image.open(file) as picture:
-            return picture.convert('RGB')
+            return use(picture)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f'{file}: not a readable picture ({error})') from error
 
 
-def picture_size(file):
-    """Width and height from the header alone."""
-    try:
-        with Image.open(file) as picture:
-            return picture.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f'{file}: not a readable picture ({error})') from error
+def read_picture(file, mode='RGB'):
+    return open_picture(file, lambda picture: picture.convert(mode))
+
+
+def picture_size(item):
+    """Width and height of an entry of Pictures.source."""
+    return open_picture(item, lambda picture: picture.size) if isinstance(item, str) else item.size()
 
 
 # Each source takes the options and returns training and validation pictures.

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 from torchvision import transforms
 
 RATIO = (3 / 4, 4 / 3)                      # aspect ratio of random crops, torchvision's default
@@ -21,6 +22,7 @@ class View:
 
     crop: (smallest, largest) share of the area of a random crop; None: the central square.
     flip: probability of a left-right flip.
+    rotation: largest angle in degrees; corners that come from outside are black.
     jitter: strengths of brightness, contrast, saturation and hue, as transforms.ColorJitter; None: no colour jitter.
     jitter_p, grayscale: probabilities of the colour jitter and of losing the colours.
     mean, std: subtracted and divided by at the end, per channel of 0..1.
@@ -30,6 +32,7 @@ class View:
     std: tuple
     crop: tuple | None = None
     flip: float = 0.
+    rotation: float = 0.
     jitter: tuple | None = None
     jitter_p: float = 0.8
     grayscale: float = 0.
@@ -57,6 +60,8 @@ def per_sample(view):
         steps = [transforms.Resize(view.size), transforms.CenterCrop(view.size)]
     if view.flip:
         steps.append(transforms.RandomHorizontalFlip(view.flip))
+    if view.rotation:
+        steps.append(transforms.RandomRotation(view.rotation, transforms.InterpolationMode.BILINEAR))
     if view.jitter:
         steps.append(transforms.RandomApply([transforms.ColorJitter(*view.jitter)], p=view.jitter_p))
     if view.grayscale:
@@ -68,12 +73,14 @@ def per_sample(view):
 class Draw:
     """Parameters of n views, as drawn by `draw`.
 
-    boxes [n, 4] top, left, height, width in pixels; flips [n] bool; factors [4, n] brightness, contrast,
+    boxes [n, 4] top, left, height, width in pixels; flips [n] bool; angles [n] in degrees, counter-clockwise, or None;
+    factors [4, n] brightness, contrast,
     saturation, hue (1, 1, 1, 0 where a picture is not jittered; None without jitter); gray [n] bool or None;
     orders: the order of the four colour operations in each group of View.group views.
     """
     boxes: torch.Tensor
     flips: torch.Tensor
+    angles: torch.Tensor | None
     factors: torch.Tensor | None
     gray: torch.Tensor | None
     orders: list
@@ -84,6 +91,7 @@ def draw(view, heights, widths, generator):
     n = len(heights)
     boxes = random_boxes(heights, widths, view.crop, generator) if view.crop else central_boxes(heights, widths)
     flips = torch.rand(n, generator=generator) < view.flip
+    angles = view.rotation * (2 * torch.rand(n, generator=generator) - 1) if view.rotation else None
     factors, orders = None, [None] * math.ceil(n / view.group)
     if view.jitter:
         low = torch.tensor([max(0., 1 - s) for s in view.jitter[:3]] + [-view.jitter[3]])
@@ -93,7 +101,7 @@ def draw(view, heights, widths, generator):
         factors = torch.where(jittered, factors, torch.tensor([1., 1., 1., 0.])[:, None])
         orders = [torch.randperm(4, generator=generator).tolist() for _ in orders]
     gray = torch.rand(n, generator=generator) < view.grayscale if view.grayscale else None
-    return Draw(boxes, flips, factors, gray, orders)
+    return Draw(boxes, flips, angles, factors, gray, orders)
 
 
 def random_boxes(heights, widths, scale, generator, tries=10):
@@ -134,14 +142,17 @@ def apply(view, pictures, drawn):
     n, device = len(pictures), pictures.device
     result = torch.empty(n, 3, view.size, view.size, device=device)
     whole = view.crop is None and not view.flip and pictures.shape[1:] == (view.size, 3, view.size)
-    boxes, flips, factors, gray = (None if x is None else x.to(device, torch.float32, non_blocking=True)
-                                   for x in (drawn.boxes, drawn.flips, drawn.factors, drawn.gray))
+    boxes, flips, angles, factors, gray = (
+        None if x is None else x.to(device, torch.float32, non_blocking=True)
+        for x in (drawn.boxes, drawn.flips, drawn.angles, drawn.factors, drawn.gray))
     for i, order in enumerate(drawn.orders):
         part = slice(i * view.group, (i + 1) * view.group)
         if whole:
             x = pictures[part].permute(2, 0, 1, 3).flatten(2).float().div_(255)
         else:
             x = crop_resize(pictures[part], boxes[part], flips[part], view.size)
+        if angles is not None:
+            x = rotate(x, angles[part])
         for operation in order or ():
             COLOUR_OPERATIONS[operation](x, factors[operation, part])
         if gray is not None:
@@ -183,6 +194,17 @@ def resize_weights(start, length, size_in, size_out, flips):
     inside = (pixel > start[:, None]) & (pixel < (start + length)[:, None])
     weights.mul_(inside[:, None])
     return weights.div_(weights.sum(2, keepdim=True))
+
+
+def rotate(x, angles):
+    """Rotate square pictures x [3, n, size * size] about their centres, bilinear, black outside; angles [n] degrees."""
+    size = math.isqrt(x.shape[2])
+    pictures = x.view(3, -1, size, size).transpose(0, 1)
+    cos, sin = torch.cos(torch.deg2rad(angles)), torch.sin(torch.deg2rad(angles))
+    zero = torch.zeros_like(cos)
+    matrices = torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(-1, 2, 3)             # output to input positions
+    grid = F.affine_grid(matrices, list(pictures.shape), align_corners=False)
+    return F.grid_sample(pictures, grid, align_corners=False).transpose(0, 1).flatten(2)
 
 
 # The colour operations of transforms.ColorJitter, in place on x [3, n, pixels], with a factor for each picture [n].

@@ -2,13 +2,15 @@
 
     python scripts/plot_features.py --ckpt output/<run>/trial=0/last.ckpt [more checkpoints] --output features.png
 
-Reads the same validation pictures as the checkpoint's run; its dataset and folder can be given otherwise.
+Reads the same validation pictures as the checkpoint's run; its dataset and folder can be given otherwise. The near-ood
+pictures of the run's augmentation folders are crosses in the colours of the classes that they were made from.
 """
 import argparse
 import sys
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from sklearn.manifold import TSNE
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -20,9 +22,6 @@ from util import UserError  # noqa: E402
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402
 
-DEFAULTS = {'dataset': 'cifar10', 'data_folder': './data', 'model': 'resnet50', 'stem': 'cifar', 'width': 1.,
-            'size': None, 'mean': None, 'std': None, 'max_samples': None, 'seed': 0}
-
 
 def parse_option():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -30,7 +29,8 @@ def parse_option():
     parser.add_argument('--output', default='features.png', metavar='FILE', help='the picture (default: %(default)s)')
     parser.add_argument('--dataset', metavar='NAME', help="default: the checkpoint's")
     parser.add_argument('--data_folder', metavar='FOLDER', help="default: the checkpoint's")
-    parser.add_argument('--max_points', type=int, default=2000, metavar='N', help='pictures (default: %(default)s)')
+    parser.add_argument('--max_points', type=int, default=2000, metavar='N',
+                        help='pictures, and as many ood pictures (default: %(default)s)')
     return parser.parse_args()
 
 
@@ -38,14 +38,28 @@ def features_of(ckpt, args):
     """Title, features [n, dim], labels [n] and class names of one checkpoint."""
     checkpoint = util.load_checkpoint(ckpt)
     given = {name: value for name, value in vars(args).items() if name in ('dataset', 'data_folder') and value}
-    opt = argparse.Namespace(**{**DEFAULTS, **checkpoint['opt'], **given})
-    opt.batch_size, opt.loader, opt.num_workers, opt.amp = 256, 'auto', 0, False
+    opt = util.defaults(**{**checkpoint['opt'], **given, 'batch_size': 256, 'loader': 'auto', 'num_workers': 0,
+                           'amp': False, 'syncBN': False})
     util.set_device(opt)
     encoder = util.load_encoder(checkpoint, opt, ckpt).to(opt.device)
-    val = load_pictures(opt)[1].sample(args.max_points, opt.seed)
-    features, labels = util.encode(encoder, make_loader(val, evaluation_view(opt), opt, train=False), opt)
-    title = f"{checkpoint['opt'].get('method') or 'cross-entropy'}, {opt.dataset}"
-    return title, features.cpu().numpy(), labels.cpu().numpy(), val.classes
+    data = load_pictures(opt)
+    parts = [part.sample(args.max_points, opt.seed) for part in (data.val, data.ood) if part]
+    outputs = [util.forward_all(encoder, make_loader(part, evaluation_view(opt), opt, train=False), opt)
+               for part in parts]
+    features, labels = (np.concatenate([output[i].cpu().numpy() for output in outputs]) for i in (0, 1))
+    return f"{checkpoint['opt'].get('method') or 'cross-entropy'}, {opt.dataset}", features, labels, data.val.classes
+
+
+def draw(ax, title, features, labels, classes):
+    points = TSNE(perplexity=min(30, (len(features) - 1) / 3), init='pca', random_state=0).fit_transform(features)
+    colours = plt.get_cmap('tab10' if len(classes) <= 10 else 'gist_ncar')
+    for c, name in enumerate(classes):
+        colour = colours(c if len(classes) <= 10 else c / len(classes))
+        ax.scatter(*points[labels == c].T, s=6, color=colour, label=name)
+        ax.scatter(*points[labels == -c - 1].T, s=10, color=colour, marker='x', linewidth=0.7)
+    if (labels < 0).any():
+        ax.scatter([], [], s=10, color='gray', marker='x', label='ood, made from\nthe class of its colour')
+    ax.set(title=title, xticks=[], yticks=[])
 
 
 def main():
@@ -54,14 +68,9 @@ def main():
         raise UserError(f'--max_points {args.max_points}: expected at least 3')
     panels = [features_of(ckpt, args) for ckpt in args.ckpt]
     fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels) + 1.2, 4), squeeze=False, layout='constrained')
-    for ax, (title, features, labels, classes) in zip(axes[0], panels):
-        points = TSNE(perplexity=min(30, (len(features) - 1) / 3), init='pca', random_state=0).fit_transform(features)
-        colours = plt.get_cmap('tab10' if len(classes) <= 10 else 'gist_ncar')
-        for c, name in enumerate(classes):
-            colour = colours(c if len(classes) <= 10 else c / len(classes))
-            ax.scatter(*points[labels == c].T, s=6, color=colour, label=name)
-        ax.set(title=title, xticks=[], yticks=[])
-    fig.legend(*axes[0, -1].get_legend_handles_labels(), loc='outside right center', markerscale=3, frameon=False,
+    for ax, panel in zip(axes[0], panels):
+        draw(ax, *panel)
+    fig.legend(*axes[0, -1].get_legend_handles_labels(), loc='outside right center', markerscale=2, frameon=False,
                ncols=-(-len(panels[-1][3]) // 20), fontsize='small')
     try:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)

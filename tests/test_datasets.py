@@ -1,4 +1,3 @@
-import argparse
 import functools
 import hashlib
 import http.server
@@ -12,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import util
 from datasets import load_pictures, make_loader, pictures, pretraining_view
 from datasets import loader as loaders
 from datasets.pictures import Pictures
@@ -20,14 +20,18 @@ from util import UserError
 
 
 def options(**changes):
-    return argparse.Namespace(**{
-        'dataset': 'digits', 'data_folder': './data', 'seed': 0, 'max_samples': None, 'size': None, 'mean': None,
-        'std': None, 'batch_size': 32, 'loader': 'batched', 'num_workers': 0, 'device': 'cpu', **changes})
+    return util.defaults(**{'dataset': 'digits', 'batch_size': 32, 'loader': 'batched', 'num_workers': 0,
+                            'device': 'cpu', **changes})
+
+
+def load(opt):
+    data = load_pictures(opt)
+    return data.train, data.val
 
 
 def test_digits_are_split_once_and_for_all():
-    train, val = load_pictures(options(seed=0))
-    other_train, _ = load_pictures(options(seed=5))
+    train, val = load(options(seed=0))
+    other_train, _ = load(options(seed=5))
     assert len(train) + len(val) == 1797 and train.source.shape[1:] == (8, 8, 3)
     counts, val_counts = train.labels.bincount(), val.labels.bincount()
     assert ((val_counts / (counts + val_counts) - 0.2).abs() < 0.003).all()
@@ -70,20 +74,20 @@ def fake_cifar(monkeypatch, tmp_path, name, folder, keys):
 def test_cifar_is_downloaded(monkeypatch, tmp_path, dataset, name, folder, keys, n):
     server = fake_cifar(monkeypatch, tmp_path, name, folder, keys)
     opt = options(dataset=dataset, data_folder=str(tmp_path / 'data'))
-    train, val = load_pictures(opt)
+    train, val = load(opt)
     assert (len(train), len(val), train.classes) == (n, 4, ['apple', 'bear'])
     assert train.labels.tolist() == [0, 1, 1, 0] * (n // 4)
     assert train.source.shape == (n, 32, 32, 3)
     assert opt.size == 32 and opt.mean[0] == {'cifar10': 0.4914, 'cifar100': 0.5071}[dataset]
     server.shutdown()
     server.server_close()
-    assert len(load_pictures(opt)[0]) == n                      # the second time from the folder
+    assert len(load(opt)[0]) == n                      # the second time from the folder
 
 
 def test_cifar_that_cannot_be_downloaded(monkeypatch, tmp_path):
     monkeypatch.setattr(pictures.tv.CIFAR10, 'url', 'http://127.0.0.1:9/missing.tar.gz')       # nobody listens there
     with pytest.raises(UserError, match='--data_folder'):
-        load_pictures(options(dataset='cifar10', data_folder=str(tmp_path / 'data')))
+        load(options(dataset='cifar10', data_folder=str(tmp_path / 'data')))
 
 
 def path_options(root, **changes):
@@ -95,7 +99,7 @@ def test_folder_with_train_and_val(picture_folder, tmp_path, name):
     picture_folder('all/train', {'a': 3, 'b b': 4, 'c': 5})
     picture_folder(f'all/{name}', {'b b': 2, 'c': 1})           # no pictures of class a
     (tmp_path / 'all' / 'train' / '.cache').mkdir()             # no class
-    train, val = load_pictures(path_options(tmp_path / 'all'))
+    train, val = load(path_options(tmp_path / 'all'))
     assert train.classes == val.classes == ['a', 'b b', 'c']
     assert train.labels.bincount().tolist() == [3, 4, 5]
     assert val.labels.tolist() == [1, 1, 2]
@@ -103,7 +107,7 @@ def test_folder_with_train_and_val(picture_folder, tmp_path, name):
 
 def test_flat_folder_is_split_per_class_with_the_seed(picture_folder):
     root = picture_folder(classes={'a': 40, 'b': 20, 'c': 2})
-    splits = [load_pictures(path_options(root, seed=seed)) for seed in (0, 0, 1)]
+    splits = [load(path_options(root, seed=seed)) for seed in (0, 0, 1)]
     for train, val in splits:
         assert val.labels.bincount().tolist() == [4, 2, 1] and len(train) + len(val) == 62
         assert not set(train.source) & set(val.source)
@@ -113,21 +117,21 @@ def test_flat_folder_is_split_per_class_with_the_seed(picture_folder):
 def test_statistics_are_measured_where_none_are_given(tmp_path, picture_folder):
     root = picture_folder()
     opt = path_options(root)
-    train, _ = load_pictures(opt)
+    train, _ = load(opt)
     x = np.stack([np.asarray(Image.open(file)) for file in train.source]) / 255
     np.testing.assert_allclose(opt.mean, x.mean((0, 1, 2)), atol=1e-4)
     np.testing.assert_allclose(opt.std, x.std((0, 1, 2)), atol=1e-4)
     opt = path_options(root, mean=(0.1, 0.2, 0.3))
-    load_pictures(opt)
+    load(opt)
     assert opt.mean == (0.1, 0.2, 0.3)
 
 
 def test_max_samples_takes_the_classes_alike():
-    train, val = load_pictures(options(max_samples=95))
+    train, val = load(options(max_samples=95))
     assert sorted(train.labels.bincount().tolist()) == [9] * 5 + [10] * 5 and len(val) == 95
-    again, _ = load_pictures(options(max_samples=95))
+    again, _ = load(options(max_samples=95))
     assert np.array_equal(train.source, again.source)
-    assert len(load_pictures(options(max_samples=10**6))[0]) > 1400
+    assert len(load(options(max_samples=10**6))[0]) > 1400
 
 
 @pytest.mark.parametrize('broken', ['empty', 'text', 'truncated'])
@@ -140,7 +144,7 @@ def test_unreadable_picture_is_named(picture_folder, broken, loader):
     content.save(buffer, format='png')
     file.write_bytes({'empty': b'', 'text': b'no picture', 'truncated': buffer.getvalue()[:600]}[broken])
     opt = path_options(root, loader=loader, mean=(0., 0., 0.), std=(1., 1., 1.), size=16, num_workers=1)
-    train, _ = load_pictures(opt)
+    train, _ = load(opt)
     with pytest.raises(UserError, match='004.png: not a readable picture') as error:
         list(make_loader(train, pretraining_view(opt), opt, n_views=2))
     assert 'Traceback' not in str(error.value)
@@ -176,7 +180,7 @@ def test_large_pictures_are_scaled_once(tmp_path):
 
 def test_auto_takes_batched_where_the_pictures_fit(monkeypatch, picture_folder):
     opt = path_options(picture_folder(), loader='auto')
-    train, _ = load_pictures(opt)
+    train, _ = load(opt)
     assert isinstance(make_loader(train, pretraining_view(opt), opt), loaders.BatchedLoader)
     monkeypatch.setattr(loaders, 'available_memory', lambda: 1000)
     assert isinstance(make_loader(train, pretraining_view(opt), opt), loaders.PerSampleLoader)
@@ -196,7 +200,7 @@ def epochs(opt, train, count=2):
 @pytest.mark.parametrize('kind, workers', [('batched', 0), ('per_sample', 0), ('per_sample', 2)])
 def test_epochs_depend_on_seed_and_epoch_alone(kind, workers):
     opt = options(loader=kind, num_workers=workers, batch_size=40, max_samples=100)
-    train, _ = load_pictures(opt)
+    train, _ = load(opt)
     first, second = epochs(opt, train)
     torch.manual_seed(123)
     again, _ = epochs(opt, train)
@@ -211,7 +215,7 @@ def test_epochs_depend_on_seed_and_epoch_alone(kind, workers):
 
 
 def test_worker_processes_change_nothing():
-    train, _ = load_pictures(opt := options(loader='per_sample', max_samples=64))
+    train, _ = load(opt := options(loader='per_sample', max_samples=64))
     alone = list(epochs(opt, train))
     opt.num_workers = 2
     for a, b in zip(alone, epochs(opt, train)):
@@ -223,7 +227,7 @@ def test_views_and_labels_belong_together(kind, picture_folder):
     """Pictures of class c are bright in channel c; both views of a batch stand in the order of its labels."""
     opt = path_options(picture_folder(classes={'a': 12, 'b': 12, 'c': 12}), loader=kind, mean=(0., 0., 0.),
                        std=(1., 1., 1.), batch_size=10)
-    train, val = load_pictures(opt)
+    train, val = load(opt)
     view = View(16, opt.mean, opt.std, crop=(0.2, 1.), flip=0.5)
     for part, is_train in ((train, True), (val, False)):
         for images, labels in make_loader(part, view, opt, n_views=2, train=is_train):
@@ -231,7 +235,7 @@ def test_views_and_labels_belong_together(kind, picture_folder):
 
 
 def test_pictures_without_training_keep_their_order():
-    _, val = load_pictures(opt := options())
+    _, val = load(opt := options())
     loader = make_loader(val, pretraining_view(opt), opt, train=False)
     assert torch.equal(torch.cat([labels for _, labels in loader]), val.labels)
 

@@ -1,14 +1,16 @@
 """The plumbing that the three programs share."""
-from util.options import UserError, parse, run
+from util.options import UserError, defaults, parse, run
 from util.runs import Run, load_checkpoint, load_encoder, log, progress
 from util.training import (
     AverageMeter,
     accuracy,
     autocast,
     check_finite,
-    encode,
+    forward_all,
     knn_accuracy,
     learning_rate,
+    ood_metrics,
+    ood_report,
     prepare,
     set_device,
     set_learning_rate,

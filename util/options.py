@@ -99,15 +99,16 @@ SUPCON, CE, LINEAR = (PROGRAMS[:1], PROGRAMS[1:2], PROGRAMS[2:])
 FLAG = {'action': 'store_true'}
 OPTIONS = {
     'data': [
-        ('--dataset', dict(type=dataset, default='cifar10', metavar='NAME', help='digits, cifar10, cifar100 or path')),
-        ('--data_folder --data_dir', dict(metavar='FOLDER', help='folder of the data; needed by --dataset path, '
-                                          'others default to ./data')),
+        ('--dataset', dict(type=dataset, default='cifar10', metavar='NAME',
+                           help='digits, cifar10, cifar100, path or mvip')),
+        ('--data_folder --data_dir', dict(metavar='FOLDER', help='folder of the data; needed by --dataset path; '
+                                          'default: ./data, mvip ./data/MVIP/sets')),
         ('--mean', dict(type=channels(number(float, -math.inf)), metavar='"(R, G, B)"',
                         help="channel means; default: the dataset's, or measured on the training pictures")),
         ('--std', dict(type=channels(POSITIVE), metavar='"(R, G, B)"',
                        help='channel standard deviations; default: as --mean')),
         ('--size --image_size', dict(type=number(int, 8, 4096), metavar='PIXELS',
-                                     help='side of the views; default: 32, digits 16')),
+                                     help='side of the views; default: 32, digits 16, mvip 224')),
         ('--max_samples', dict(type=COUNT, metavar='N', help='use at most N training and N validation pictures, '
                                'spread over the classes; default: all')),
         ('--loader', dict(choices=('auto', 'batched', 'per_sample'), default='auto',
@@ -115,6 +116,21 @@ OPTIONS = {
                                'transforms in worker processes; auto: batched where the pictures fit')),
         ('--num_workers', dict(type=COUNT_OR_ZERO, default=16, metavar='N',
                                help='worker processes of the per_sample loader, never more than there are cores')),
+    ],
+    'mvip and augmentation folders': [
+        ('--mvip_super_class', dict(default='CarComponent', metavar='NAME', help='super-class whose classes are used')),
+        ('--mvip_num_classes', dict(type=COUNT, default=20, metavar='N', help='use its first N classes, by name')),
+        ('--aug_mode', dict(choices=('none', 'with_id', 'with_both', 'id_only', 'ood_only'), default='none',
+                            help='with_id: in-distribution pictures join the training pictures; with_both: and, in '
+                            'pretraining, near-out-of-distribution ones as hard negatives; id_only, ood_only: train on '
+                            'neither, evaluate on one kind')),
+        ('--aug_root', dict(default='./da_fusion/output', metavar='FOLDER', help='root of the augmentation folders')),
+        ('--aug_output_name', dict(metavar='NAME', help='folder in it; default: no augmentation folders')),
+        ('--aug_name_id', dict(metavar='NAME', help='folder of in-distribution pictures in that; default: none')),
+        ('--aug_name_ood', dict(metavar='NAME', help='folder of near-out-of-distribution pictures; default: none')),
+        ('--aug_ex_id', dict(type=number(int, -1), default=-1, metavar='N',
+                             help='use at most N source pictures of each class; -1: all')),
+        ('--aug_ex_ood', dict(type=number(int, -1), default=-1, metavar='N', help='the same for the others')),
     ],
     'network': [
         ('--model', dict(type=network, default=('resnet50', 'resnet50', None), metavar='NAME',
@@ -168,6 +184,12 @@ OPTIONS = {
 }
 
 
+DATASET_DEFAULTS = {                        # where they differ, as published for MVIP
+    'mvip': {'data_folder': './data/MVIP/sets', 'epochs': (110, 100, 50), 'batch_size': 16, 'learning_rate': 0.001,
+             'weight_decay': (1e-4, 0., 0.), 'save_freq': 10},
+}
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         unknown = re.match(r'unrecognized arguments: (--[\w-]+)', message)
@@ -190,17 +212,29 @@ def parse(program, description, argv=None):
         for spellings, settings, programs in ((*row, PROGRAMS)[:3] for row in rows):
             if program not in programs:
                 continue
-            settings = dict(settings)
-            if isinstance(settings.get('default'), tuple):
-                settings['default'] = settings['default'][column]
+            settings = {**settings, 'default': _of_program(settings.get('default'), column)}
+            if 'action' in settings or settings.get('required'):
+                del settings['default']
             if settings.get('default') is not None:
                 settings['help'] += ' (default: %(default)s)'
             elif title == 'network' and 'action' not in settings:
                 settings['help'] += " (default: the checkpoint's)"
             group.add_argument(*spellings.split(), **settings)
-    argv = sys.argv[1:] if argv is None else argv
-    opt = parser.parse_args([_underscores(word) for word in argv])
-    return _complete(opt)
+    argv = [_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
+    defaults = DATASET_DEFAULTS.get(parser.parse_args(argv).dataset, {})
+    parser.set_defaults(**{name: _of_program(value, column) for name, value in defaults.items()})
+    return _complete(parser.parse_args(argv))
+
+
+def defaults(**changes):
+    """The options of main_ce.py as they are by default, but for `changes`: for scripts that read pictures."""
+    opt = parse('main_ce', '', [])
+    vars(opt).update(changes)
+    return opt
+
+
+def _of_program(value, column):
+    return value[column] if isinstance(value, tuple) else value
 
 
 def _underscores(word):
@@ -215,6 +249,19 @@ def _complete(opt):
         raise UserError('--dataset path: --data_folder is missing, expected a folder of pictures')
     if opt.resume and opt.overwrite:
         raise UserError('--resume and --overwrite are both given, expected at most one')
+    _check_augmentations(opt)
     opt.data_folder = opt.data_folder or './data'
     opt.num_workers = min(opt.num_workers, os.cpu_count() or 1)
     return opt
+
+
+def _check_augmentations(opt):
+    needed = {'none': (), 'with_id': ('aug_name_id',), 'with_both': ('aug_name_id', 'aug_name_ood'),
+              'id_only': ('aug_name_id',), 'ood_only': ('aug_name_ood',)}[opt.aug_mode]
+    given = [name for name in ('aug_name_id', 'aug_name_ood') if getattr(opt, name)]
+    if (needed or given) and not opt.aug_output_name:
+        reason = f'--aug_mode {opt.aug_mode}' if needed else f'--{given[0]} {getattr(opt, given[0])}'
+        raise UserError(f'{reason}: --aug_output_name is missing, expected the folder in --aug_root')
+    for name in needed:
+        if name not in given:
+            raise UserError(f'--aug_mode {opt.aug_mode}: --{name} is missing, expected a folder in --aug_output_name')

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from util.options import UserError
-from util.runs import log
+from util.runs import log, progress
 
 WARM_EPOCHS, WARM_FROM = 10, 0.01                       # as SupContrast
 
@@ -112,15 +112,38 @@ def accuracy(output, target):
 
 
 @torch.no_grad()
-def encode(encoder, loader, opt):
-    """Features [n, dim] float32 and labels [n] of all pictures of a loader, from the encoder in eval mode."""
-    encoder.eval()
-    features, labels = [], []
-    for images, target in loader:
+def forward_all(model, loader, opt):
+    """Outputs [n, dim] float32 of a network in eval mode for all pictures of a loader, and their labels [n]."""
+    model.eval()
+    outputs, labels = [], []
+    for images, target in progress(loader, 'evaluation'):
         with autocast(opt):
-            features.append(encoder(images).float())
+            outputs.append(model(images).float())
         labels.append(target)
-    return torch.cat(features), torch.cat(labels)
+    return torch.cat(outputs), torch.cat(labels)
+
+
+def ood_metrics(val_logits, id_logits, ood_logits):
+    """How a classifier's confidence, its largest softmax probability, tells near-ood pictures; logits [n, num_classes].
+
+    Mean confidence on id and on ood pictures and their difference; and for telling validation pictures, which no one
+    was trained on, from ood pictures: AUROC (%), and the share (%) of ood pictures that are taken for validation
+    pictures at the threshold where 95 % of these are (Hendrycks and Gimpel, 2017, https://arxiv.org/abs/1610.02136).
+    """
+    from sklearn.metrics import roc_auc_score, roc_curve
+    val, id, ood = (logits.softmax(1).amax(1).double().cpu() for logits in (val_logits, id_logits, ood_logits))
+    truth, scores = torch.cat([torch.ones(len(val)), torch.zeros(len(ood))]), torch.cat([val, ood])
+    false_positive_rate, true_positive_rate, _ = roc_curve(truth, scores, drop_intermediate=False)
+    return {'confidence_id': id.mean().item(), 'confidence_ood': ood.mean().item(),
+            'confidence_difference': (id.mean() - ood.mean()).item(),
+            'auroc': 100 * float(roc_auc_score(truth, scores)),
+            'fpr95': 100 * float(false_positive_rate[(true_positive_rate >= 0.95).argmax()])}
+
+
+def ood_report(values):
+    """The line for a dict of ood_metrics."""
+    return (f"confidence id {values['confidence_id']:.3f} ood {values['confidence_ood']:.3f} difference "
+            f"{values['confidence_difference']:.3f} AUROC {values['auroc']:.2f} FPR95 {values['fpr95']:.2f}")
 
 
 @torch.no_grad()

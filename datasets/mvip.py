@@ -1,0 +1,102 @@
+"""MVIP, multi-view industrial parts (Fraunhofer IPK), cropped around the object.
+
+    sets/<class>/meta.json                                              "super_class": one name or a list of names
+    sets/<class>/train_data/<set>/<orientation>/<camera>/*rgb.png       and *rgb_mask_gen.png, the object's mask
+    sets/<class>/{valid_data,test_data}/<set>/<camera>/*rgb.png         and masks
+"""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from datasets.pictures import Pictures, open_picture, read_picture
+from util import UserError, log
+
+MARGIN = 16                                 # pixels between the mask's bounding box and the crop, as published
+
+
+@dataclass(frozen=True)
+class ObjectPicture:
+    """A picture that is read cropped to the square around its object."""
+    file: Path
+    mask: Path
+
+    def box(self):
+        """The square crop: left, top, right, bottom in pixels; it may leave the picture.
+
+        The bounding box of the mask, grown by MARGIN but kept in the picture, made square around its own centre.
+        """
+        size, mask = open_picture(self.file, lambda picture: picture.size), read_picture(self.mask, 'L')
+        if mask.size != size:
+            raise UserError(f'{self.mask}: the mask has {mask.size[0]}x{mask.size[1]} pixels, expected '
+                            f'{size[0]}x{size[1]} as {self.file.name}')
+        if mask.getbbox() is None:
+            raise UserError(f'{self.mask}: the mask is empty')
+        left, top, right, bottom = mask.getbbox()
+        left, top = max(0, left - MARGIN), max(0, top - MARGIN)
+        right, bottom = min(size[0], right + MARGIN), min(size[1], bottom + MARGIN)
+        side = max(right - left, bottom - top)
+        left, top = left - (side - (right - left)) // 2, top - (side - (bottom - top)) // 2
+        return left, top, left + side, top + side
+
+    def size(self):
+        left, top, right, bottom = self.box()
+        return right - left, bottom - top
+
+    def read(self):
+        return read_picture(self.file).crop(self.box())         # black outside the picture
+
+
+def mvip(opt):
+    """The classes of --mvip_super_class, by name, at most --mvip_num_classes: training and validation pictures."""
+    root = Path(opt.data_folder)
+    if not root.is_dir():
+        raise UserError(f'--data_folder {root}: no such folder, expected the sets/ folder of MVIP')
+    folders = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and not folder.name.startswith('.')]
+    folders = [folder for folder in folders if opt.mvip_super_class in super_classes(folder)][:opt.mvip_num_classes]
+    if not folders:
+        raise UserError(f'--mvip_super_class {opt.mvip_super_class}: no class in {root} belongs to it')
+    train, val = [], []
+    for number, folder in enumerate(folders):
+        held_out = folder / 'valid_data' if (folder / 'valid_data').is_dir() else folder / 'test_data'
+        for part, pattern, found in ((folder / 'train_data', '*/*/*/*rgb.png', train), (held_out, '*/*/*rgb.png', val)):
+            files = sorted(part.glob(pattern))
+            if not files:
+                raise UserError(f'{part}: no pictures, expected {pattern}')
+            found += [(file, number) for file in files]
+    log(f'MVIP: {len(folders)} classes of {opt.mvip_super_class}, {len(train)} training and {len(val)} validation '
+        'pictures')
+    classes = [folder.name for folder in folders]
+    if not any(mask_of(file).is_file() for file, _ in val):
+        log('MVIP: no validation picture has a mask; they are used whole')
+        return with_masks(train, classes), Pictures([str(file) for file, _ in val], labels_of(val), classes)
+    return with_masks(train, classes), with_masks(val, classes)
+
+
+def super_classes(folder):
+    """The super-classes of one class folder, as its meta.json says."""
+    file = folder / 'meta.json'
+    try:
+        names = json.loads(file.read_text(encoding='utf-8'))['super_class']
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = 'no such file' if isinstance(error, FileNotFoundError) else f'{type(error).__name__}: {error}'
+        raise UserError(f'{file}: not readable as {{"super_class": ...}} ({reason})') from error
+    return [names] if isinstance(names, str) else names
+
+
+def with_masks(found, classes):
+    """Pictures of (file, class number) pairs, each cropped by the mask that its own file name tells."""
+    source = [ObjectPicture(file, mask_of(file)) for file, _ in found]
+    for picture in source:
+        if not picture.mask.is_file():
+            raise UserError(f'{picture.mask}: no such file, expected the mask of {picture.file.name}')
+    return Pictures(source, labels_of(found), classes)
+
+
+def mask_of(file):
+    return file.with_name(file.stem + '_mask_gen.png')
+
+
+def labels_of(found):
+    return torch.tensor([number for _, number in found])
