@@ -9,7 +9,7 @@ import losses
 from losses import SupConLoss, contrastive_accuracy
 
 
-def textbook(features, labels=None, mask=None, temperature=0.07, mode='all', base_temperature=0.07):
+def textbook(features, labels=None, mask=None, positives='class', temperature=0.07, mode='all', base_temperature=0.07):
     """The formula of the module's docstring as plain double loops: anchors, contrasts, positives."""
     bsz, n_views = features.shape[:2]
     z = features.flatten(2)
@@ -27,7 +27,8 @@ def textbook(features, labels=None, mask=None, temperature=0.07, mode='all', bas
             s = z[i, v] @ z[j, u] / temperature
             if y[j] >= 0 or -y[j] - 1 == y[i]:                  # near-ood: seen by anchors of its own class only
                 denominator.append(s)
-            w = (1. if y[i] == y[j] else 0.) if mask is None else float(mask[i, j])
+            same = y[i] == y[j] if positives == 'class' else i == j
+            w = float(same if mask is None else mask[i, j])
             numerator, weights = numerator + w * s, weights + w
         if weights > 0:
             total = total + torch.stack(denominator).logsumexp(0) - numerator / weights
@@ -55,6 +56,7 @@ TARGETS = {
     'mask': lambda: {'mask': (torch.rand(7, 7) < 0.4).double()},               # asymmetric, not all its diagonal
     'weights': lambda: {'mask': torch.rand(7, 7).double() * (torch.arange(7) != 3)[:, None]},
     'ood': lambda: {'labels': torch.tensor([0, -1, 0, 1, -2, 1, -3])},         # made from classes 0, 1 and 2
+    'simclr_ood': lambda: {'labels': torch.tensor([0, -1, 0, 1, -2, 1, -3]), 'positives': 'picture'},
 }
 
 
@@ -92,6 +94,16 @@ def test_class_zero_has_hard_negatives():
     assert own > foreign                                        # class 0 sees the picture made from it
     torch.testing.assert_close(foreign, SupConLoss()(features[:2], torch.tensor([0, 1])))   # nobody sees it
     assert not torch.isclose(own, none)
+
+
+def test_without_hard_negatives_it_is_supcon_and_simclr():
+    features, labels = random_features(), torch.tensor([0, 1, 0, 2, 1, 0, 9])
+    torch.testing.assert_close(SupConLoss()(features, labels, positives='picture'), SupConLoss()(features))
+    # Hard negatives of classes that have no anchors change nothing.
+    more = torch.cat([features, random_features(2, 2)])
+    for positives in ('class', 'picture'):
+        torch.testing.assert_close(SupConLoss()(more, torch.cat([labels, torch.tensor([-8, -4])]), positives=positives),
+                                   SupConLoss()(features, labels, positives=positives))
 
 
 def test_collapsed_features_give_the_value_that_users_report():
@@ -139,6 +151,7 @@ def test_labels_of_any_kind(labels):
     ((4, 2, 8), {'labels': torch.zeros(2, 2)}, ['[2, 2]', '[4, 2, 8]']),
     ((4, 2, 8), {'mask': torch.zeros(4, 3)}, ['[4, 3]', '[4, 4]', '[4, 2, 8]']),
     ((4, 2, 8), {'mask': torch.eye(4), 'labels': torch.zeros(4)}, ['labels', 'mask']),
+    ((4, 2, 8), {'positives': 'views'}, ["'views'", "'class'", "'picture'"]),
 ])
 def test_wrong_shapes_are_named(features, targets, words):
     with pytest.raises(ValueError) as error:
@@ -181,3 +194,7 @@ def test_contrastive_accuracy():
     assert contrastive_accuracy(F.normalize(torch.tensor([[[1., 0.], [0., 1.]], [[.9, .1], [.1, .9]]]), dim=2)) == 0
     assert contrastive_accuracy(features[[0, 0]], torch.tensor([1, 1])) == 100
     assert contrastive_accuracy(features[:2], torch.tensor([0, -1])) == 100     # only the two views of picture 0 count
+    assert contrastive_accuracy(features[:2], torch.tensor([0, 0]), 'picture') == 100
+    crossed = torch.stack([torch.stack([near, far]), torch.stack([near, far])])
+    assert contrastive_accuracy(crossed, torch.tensor([0, 0])) == 100
+    assert contrastive_accuracy(crossed, torch.tensor([0, 0]), 'picture') == 0

@@ -55,6 +55,15 @@ def test_crop_is_torchvision_s_antialiased_resize(size, box, flip):
     torch.testing.assert_close(x, planes(expected), rtol=0, atol=1e-6)
 
 
+def test_rotation_is_torchvision_s():
+    _, pictures = random_pictures(5, 20, 20)
+    angles = [-15., -7.3, 0., 4., 15.]
+    x = views.rotate(planes(pictures), torch.tensor(angles))
+    bilinear = transforms.InterpolationMode.BILINEAR
+    expected = torch.stack([tv.rotate(picture, angle, bilinear) for picture, angle in zip(pictures, angles)])
+    torch.testing.assert_close(x, planes(expected), rtol=0, atol=1e-5)
+
+
 def test_every_picture_has_its_own_parameters():
     ours, theirs = random_pictures()
     boxes = torch.tensor([[i, 2 * i, 20 - 2 * i, 24 - 3 * i] for i in range(6)]).float()
@@ -70,7 +79,7 @@ def test_every_picture_has_its_own_parameters():
 def test_whole_view_with_the_same_parameters(order):
     """apply() against torchvision's functions in the drawn order, several groups, flips, grayscale, normalization."""
     ours, theirs = random_pictures(70)
-    view = View(16, MEAN, STD, crop=(0.2, 1.), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2)
+    view = View(16, MEAN, STD, crop=(0.2, 1.), flip=0.5, rotation=15., jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2)
     n, heights, widths = 70, torch.full((70,), 20), torch.full((70,), 24)
     drawn = views.draw(view, heights, widths, torch.Generator().manual_seed(1))
     drawn.orders = [list(order)] * len(drawn.orders)
@@ -79,6 +88,7 @@ def test_whole_view_with_the_same_parameters(order):
     for i in range(n):
         picture = tv.resized_crop(theirs[i], *drawn.boxes[i].int().tolist(), [16, 16], antialias=True)
         picture = tv.horizontal_flip(picture) if drawn.flips[i] else picture
+        picture = tv.rotate(picture, drawn.angles[i].item(), transforms.InterpolationMode.BILINEAR)
         for operation in order:
             picture = functions[operation](picture, drawn.factors[operation, i].item())
         picture = tv.rgb_to_grayscale(picture, 3) if drawn.gray[i] else picture
@@ -151,10 +161,10 @@ def compare(batched, per_sample):
     torch.testing.assert_close(others, expected_others, rtol=0.04, atol=0)
 
 
-@pytest.mark.parametrize('size', [32, 20, 48])
-def test_both_executors_have_the_same_statistics_on_real_pictures(real_pictures, size):
+@pytest.mark.parametrize('size, rotation', [(32, 0.), (20, 15.), (48, 0.)])
+def test_both_executors_have_the_same_statistics_on_real_pictures(real_pictures, size, rotation):
     assert len(real_pictures) == 5000
-    view = View(size, MEAN, STD, crop=(0.2, 1.), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2)
+    view = View(**{**PRETRAINING.__dict__, 'size': size, 'rotation': rotation})
     compare(*executors(view, real_pictures))
 
 
@@ -162,7 +172,7 @@ def test_statistics_would_see_a_missing_operation(real_pictures):
     """The comparison above is worth something: without any one part of the view it fails."""
     pictures = real_pictures.sample(2000, 0)
     _, reference = executors(PRETRAINING, pictures)
-    for change in ({'crop': None}, {'grayscale': 0.}, {'jitter': None}, {'jitter_p': 0.5}):
+    for change in ({'crop': None}, {'rotation': 45.}, {'grayscale': 0.}, {'jitter': None}, {'jitter_p': 0.5}):
         view = View(**{**PRETRAINING.__dict__, **change})
         changed, _ = executors(view, pictures)
         with pytest.raises(AssertionError):

@@ -185,7 +185,7 @@ OPTIONS = {
 
 
 DATASET_DEFAULTS = {                        # where they differ, as published for MVIP
-    'mvip': {'data_folder': './data/MVIP/sets', 'epochs': (110, 100, 50), 'batch_size': 16, 'learning_rate': 0.001,
+    'mvip': {'epochs': (110, 100, 50), 'batch_size': 16, 'learning_rate': 0.001,
              'weight_decay': (1e-4, 0., 0.), 'save_freq': 10},
 }
 
@@ -250,9 +250,14 @@ def _complete(opt):
     if opt.resume and opt.overwrite:
         raise UserError('--resume and --overwrite are both given, expected at most one')
     _check_augmentations(opt)
-    opt.data_folder = opt.data_folder or './data'
+    opt.data_folder = opt.data_folder or data_folder(opt.dataset)
     opt.num_workers = min(opt.num_workers, os.cpu_count() or 1)
     return opt
+
+
+def data_folder(dataset):
+    """Where a dataset lies unless told otherwise."""
+    return './data/MVIP/sets' if dataset == 'mvip' else './data'
 
 
 def _check_augmentations(opt):
