@@ -1,4 +1,5 @@
 """The scripts: launch files, quickstart, benchmarks and the plot, each through its own command line."""
+import json
 import os
 import re
 import shlex
@@ -58,7 +59,7 @@ def command_of(script, tmp_path, *arguments):
 
 def test_every_launch_file_is_tested():
     scripts = {file.stem for file in (ROOT / 'scripts').glob('*.sh')}
-    assert scripts == {*LAUNCH, 'env', 'quickstart', 'test'}
+    assert scripts == {*LAUNCH, 'env', 'mvip_experiments', 'quickstart', 'test'}
 
 
 @pytest.mark.parametrize('script', LAUNCH)
@@ -110,6 +111,24 @@ def test_quickstart_in_miniature(copy):
     assert 'Installing' not in result.stdout
 
 
+def test_the_three_experiments_in_miniature(copy):
+    python = [sys.executable, 'scripts/make_augs.py', '--dataset', 'digits', '--aug_output_name', 'mvip-test-dafusion',
+              '--per_class', '2', '--variants', '1', '--patches', '2']
+    assert shell(python, copy).returncode == 0
+    result = shell(['bash', 'scripts/mvip_experiments.sh', *TINY, '--image_size', '8', '--epochs', '1'], copy,
+                   PRETRAIN='--lr 0.1 --temp 0.1', LINEAR='--lr 1')
+    assert result.returncode == 0, result.stderr
+    head, *rows = result.stdout.splitlines()[-4:]
+    assert head.split() == ['experiment', 'top-1', 'conf.id', 'conf.ood', 'difference', 'AUROC', 'FPR95']
+    for row, title in zip(rows, ('1 real pictures', '2 + id pictures, both stages', '3 + ood pictures in pretraining')):
+        assert re.fullmatch(rf'{re.escape(title)} +\d+\.\d\d( +-?\d+\.\d+){{5}}', row), row
+    modes = [json.loads((copy / 'output' / f'mvip-{name}' / 'trial=0' / 'options.json').read_text())['aug_mode']
+             for name in ('1-real-pre', '1-real-lin', '2-id-pre', '2-id-lin', '3-id-ood-pre', '3-id-ood-lin')]
+    assert modes == ['none', 'none', 'with_id', 'with_id', 'with_both', 'with_id']
+    picture = [sys.executable, 'scripts/plot_features.py', '--ckpt', 'output/mvip-3-id-ood-pre/trial=0/last.ckpt']
+    assert shell(picture, copy).returncode == 0 and (copy / 'features.png').exists()
+
+
 def test_environment_is_made_once_and_errors_are_told(copy):
     """env.sh with an interpreter that stands in for Python and records what is asked of it."""
     record, fake = copy / 'record', copy / 'fake-python'
@@ -147,3 +166,9 @@ def test_loss_benchmark_ends_with_its_ratio(tmp_path):
     assert re.fullmatch(r'ratio \d+\.\d', last)
     losses = [line.split()[-1] for line in table if line.startswith(('linear', 'dense'))]
     assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-5)
+
+
+def test_mvip_benchmark_ends_with_its_ratio(tmp_path):
+    result = shell([sys.executable, ROOT / 'benchmarks' / 'bench_mvip.py', '--pictures', '8', '--size', '16'], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert re.fullmatch(r'ratio \d+\.\d', result.stdout.splitlines()[-1])
