@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# Similarities held at a time by the blocked log-sum-exp. 2**21 floats are 8 MB: they stay in the cache of a CPU,
-# and a GPU still has whole batches of the usual sizes in one block.
+# Similarities held at a time by the blocked log-sum-exp. 2**21 floats are 8 MB, which stay in the cache of a CPU; a
+# batch of 1,024 pictures takes two blocks.
 BLOCK = 2**21
 
 

@@ -14,7 +14,7 @@ from util import UserError, log
 
 
 def parse_option(argv=None):
-    """The options, and the checkpoint, whose network and channel statistics are the defaults here."""
+    """The options, and the checkpoint: its network is the default, on the same dataset its size and statistics too."""
     opt = util.parse('main_linear', __doc__, argv)
     checkpoint = util.load_checkpoint(opt.ckpt)
     recorded = checkpoint['opt']
@@ -24,8 +24,10 @@ def parse_option(argv=None):
             setattr(opt, name, known)
         elif name in recorded and getattr(opt, name) != known:
             raise UserError(f'--{name} {getattr(opt, name)}: {opt.ckpt} holds an encoder with --{name} {known}')
-    if opt.dataset == 'path' and recorded.get('dataset') == 'path' and opt.mean is None and opt.std is None:
-        opt.mean, opt.std = recorded.get('mean'), recorded.get('std')
+    if recorded.get('dataset') == opt.dataset:
+        for name in ('size', 'mean', 'std'):
+            setattr(opt, name, getattr(opt, name) or recorded.get(name))
+        opt.split_seed = recorded.get('split_seed')     # held-out pictures must be those that pretraining held out
     opt.output_name = opt.output_name or (
         f'{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}_bsz_{opt.batch_size}'
         + '_cosine' * opt.cosine + '_warm' * opt.warm)

@@ -73,7 +73,7 @@ def train(train_loader, model, criterion, optimizer, epoch, opt):
         losses.update(loss, bsz)
         accuracies.update(contrastive_accuracy(features, labels, positives), bsz)
         collapsed = criterion(torch.ones_like(features[..., :1]).detach(), labels, positives=positives)
-        history.append((contrastive.detach() - collapsed).abs() < 1e-4 * collapsed)
+        history.append((contrastive.detach() - collapsed).abs() <= 1e-4 * collapsed)
         batch_time.update(time.time() - end)
         end = time.time()
         if (idx + 1) % opt.print_freq == 0 or idx + 1 == steps:

@@ -8,9 +8,8 @@ In-distribution ("id") pictures carry the label of their class c, near-out-of-di
 from pathlib import Path
 
 import torch
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from datasets.pictures import Pictures
+from datasets.pictures import EXTENSIONS, Pictures
 from util import UserError
 
 
@@ -39,7 +38,7 @@ def augmentation_folder(folder, classes, limit, option):
                             'have the same files, expected names that differ in more than spaces')
     found = []                                              # (class number, index, number, file)
     for file in folder.iterdir():
-        if file.suffix.lower() not in IMG_EXTENSIONS or file.name.startswith('.'):
+        if file.suffix.lower() not in EXTENSIONS or file.name.startswith('.'):
             continue
         name, *fields = file.stem.rsplit('-', 2)
         if len(fields) != 2 or not all(field.isdecimal() for field in fields):

@@ -1,5 +1,4 @@
 """Batches of views: from memory on the training device, or per sample in worker processes."""
-import math
 from pathlib import Path
 
 import torch
@@ -24,32 +23,42 @@ def make_loader(pictures, view, opt, n_views=1, train=True):
 
 def available_memory():
     """Bytes that this process may still take: what the machine has free, within the limit of a container."""
-    free = []
-    for file, unit in (('/proc/meminfo', 1024), ('/sys/fs/cgroup/memory.max', 1)):
+    def read(file):
         try:
-            words = Path(file).read_text().split()
+            return Path(file).read_text().split()
         except OSError:
-            continue
-        if 'MemAvailable:' in words:
-            words = words[words.index('MemAvailable:') + 1:]
-        if words[0].isdigit():                                          # 'max' is no limit
-            free.append(int(words[0]) * unit)
+            return []
+
+    free, meminfo = [], read('/proc/meminfo')
+    if 'MemAvailable:' in meminfo:
+        free.append(1024 * int(meminfo[meminfo.index('MemAvailable:') + 1]))
+    limit, used = read('/sys/fs/cgroup/memory.max'), read('/sys/fs/cgroup/memory.current')
+    if limit and used and limit[0] != 'max':
+        free.append(int(limit[0]) - int(used[0]))
     return min(free, default=4 * 2**30)                                 # where no one tells: 4 GB
 
 
 class Batches:
-    """The order of n pictures: yields the indices [bsz] of each batch and the generator that draws its views."""
+    """The order of n pictures: yields the indices [bsz] of each batch and the generator that draws its views.
+
+    In training a last batch of one picture, which batch norm cannot take, is added to the batch before it.
+    """
 
     def __init__(self, n, opt, train):
-        self.n, self.batch_size, self.seed, self.train, self.epoch = n, opt.batch_size, opt.seed, train, 0
+        if train and n < 2:
+            raise UserError(f'found {n} training picture, expected at least 2')
+        self.n, self.seed, self.train, self.epoch = n, opt.seed, train, 0
+        self.sizes = [opt.batch_size] * (n // opt.batch_size) + [n % opt.batch_size] * (n % opt.batch_size > 0)
+        if train and self.sizes[-1] == 1:
+            self.sizes[-2:] = [self.sizes[-2] + 1]
 
     def __len__(self):
-        return math.ceil(self.n / self.batch_size)
+        return len(self.sizes)
 
     def __iter__(self):
         generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
         order = torch.randperm(self.n, generator=generator) if self.train else torch.arange(self.n)
-        for indices in order.split(self.batch_size):
+        for indices in order.split(self.sizes):
             yield indices, generator
 
 
@@ -82,7 +91,8 @@ class PerSampleLoader:
     """torchvision transforms in DataLoader workers."""
 
     def __init__(self, pictures, view, opt, n_views, train):
-        pictures.check_headers()
+        if isinstance(pictures.source, list):
+            pictures.sizes()                            # finds what is no picture now, not in the first epoch
         self.batches, self.device = Batches(len(pictures), opt, train), torch.device(opt.device)
         self.loader = DataLoader(_Samples(pictures, views.per_sample(view), n_views),
                                  batch_sampler=_Keys(self.batches), num_workers=opt.num_workers,

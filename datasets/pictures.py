@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 from torchvision import datasets as tv
 
-from util import UserError
+from util import UserError, log
+
+EXTENSIONS = (*tv.folder.IMG_EXTENSIONS, '.gif')
 
 
 @dataclass
@@ -91,19 +93,17 @@ class Pictures:
             arrays[i] = None                                            # freed as we go: memory is not needed twice
         return data, sizes
 
-    def decoded_bytes(self, short_side, probes=500):
-        """Memory that `decode` would take, estimated from the headers of `probes` pictures."""
+    def sizes(self, limit=100_000):
+        """Widths and heights of all files, or of `limit` spread over them; UserError for one that is no picture."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(picture_size, self.source[::math.ceil(len(self) / limit)]))
+
+    def decoded_bytes(self, short_side):
+        """Memory that `decode` takes."""
         if isinstance(self.source, np.ndarray):
             return self.source.nbytes
-        indices = np.linspace(0, len(self) - 1, min(probes, len(self))).astype(int)
-        sizes = np.array([scaled(picture_size(self.source[i]), short_side) for i in indices])
+        sizes = np.array([scaled(size, short_side) for size in self.sizes()])
         return 3 * int(sizes.max(0).prod()) * len(self)
-
-    def check_headers(self, limit=100_000):
-        """Raise UserError for the first (of at most `limit`) files that does not begin as a picture."""
-        if not isinstance(self.source, np.ndarray):
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(picture_size, self.source[::math.ceil(len(self) / limit)]))
 
     def statistics(self, probes=5000):
         """Mean and standard deviation per channel of 0..1 over (at most `probes` of) the pictures."""
@@ -127,12 +127,21 @@ def open_picture(file, use):
     try:
         with Image.open(file) as picture:
             return use(picture)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f'{file}: not a readable picture ({error})') from error
+    except Exception as error:          # Pillow's plugins raise many kinds
+        raise UserError(f'{file}: not a readable picture ({error or type(error).__name__})') from error
 
 
 def read_picture(file, mode='RGB'):
-    return open_picture(file, lambda picture: picture.convert(mode))
+    """A picture file as 8-bit RGB, or another mode of Pillow."""
+    def read(picture):
+        if picture.mode.startswith('I;16') or (picture.mode == 'I' and picture.format == 'PNG'):
+            return Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).astype(np.uint8)).convert(mode)
+        if picture.mode in ('I', 'F'):
+            raise ValueError(f'pixels of mode {picture.mode} have no known range, expected 8 or 16 bits')
+        if 'transparency' in picture.info:
+            picture = picture.convert('RGBA')
+        return picture.convert(mode)
+    return open_picture(file, read)
 
 
 def picture_size(item):
@@ -156,9 +165,12 @@ def cifar(opt):
     name = {'cifar10': 'CIFAR10', 'cifar100': 'CIFAR100'}[opt.dataset]
     parts = []
     for train in (True, False):
+        new = not os.path.exists(opt.data_folder)
         try:
             data = getattr(tv, name)(opt.data_folder, train=train, download=True)
         except (OSError, RuntimeError) as error:
+            if new and os.path.isdir(opt.data_folder) and not os.listdir(opt.data_folder):
+                os.rmdir(opt.data_folder)
             raise UserError(f'--dataset {opt.dataset}: cannot be read from or downloaded into '
                             f'--data_folder {opt.data_folder} ({error})') from error
         parts.append(Pictures(data.data, torch.tensor(data.targets), data.classes))
@@ -181,7 +193,8 @@ def path(opt):
     if train.is_dir() or val:
         raise UserError(f'--data_folder {root}: found {(val or train).name}/ alone, expected train/ and val/ (or '
                         'test/), or one folder per class')
-    return split(folder(root), 0.1, opt.seed)
+    opt.split_seed = opt.seed if opt.split_seed is None else opt.split_seed
+    return split(folder(root), 0.1, opt.split_seed)
 
 
 def folder(root):
@@ -189,13 +202,30 @@ def folder(root):
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith('.'))
     if not classes:
         raise UserError(f'{root}: no folder of pictures in it, expected {root}/<class>/<picture>')
-    try:
-        samples = tv.folder.make_dataset(str(root), {name: i for i, name in enumerate(classes)},
-                                         extensions=tv.folder.IMG_EXTENSIONS)
-    except FileNotFoundError as error:
-        raise UserError(f'{root}: {error}') from error
-    files, labels = zip(*samples)
-    return Pictures(list(files), torch.tensor(labels), classes)
+    files, labels, skipped = [], [], 0
+    for number, name in enumerate(classes):
+        found = sorted(files_below(root / name))
+        pictures = [file for file in found if file.lower().endswith(EXTENSIONS)]
+        if not pictures:
+            raise UserError(f"{root / name}: no pictures in it, expected files that end in {', '.join(EXTENSIONS)}")
+        files += pictures
+        labels += [number] * len(pictures)
+        skipped += len(found) - len(pictures)
+    if skipped:
+        log(f'{root}: {skipped} files that are no pictures by their names are left out')
+    return Pictures(files, torch.tensor(labels), classes)
+
+
+def files_below(folder):
+    """All files below a folder but hidden ones; links are followed, each folder is visited once."""
+    visited = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        yield from (os.path.join(parent, name) for name in names if not name.startswith('.'))
 
 
 def split(pictures, share, seed):

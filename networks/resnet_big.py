@@ -5,6 +5,8 @@ pictures, stem='cifar': a 3x3 stem of stride 1 and no max-pool, so that a 32x32 
 the first stage. Parameter names are those of the released SupContrast checkpoints: encoder.layer1.0.conv1.weight,
 encoder.layer2.0.shortcut.0.weight, head.0.weight, head.2.weight, fc.weight.
 """
+import contextlib
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -80,10 +82,13 @@ class ResNet(nn.Module):
         width: multiplies the number of channels of every layer.
         zero_init: start the last batch norm of each block at 0, so that blocks start as the identity
             (Goyal et al., 2017, https://arxiv.org/abs/1706.02677, section 5.1).
+
+    Set `amp` to compute in bfloat16.
     """
 
     def __init__(self, name='resnet50', stem='cifar', width=1.0, zero_init=False):
         super().__init__()
+        self.amp = False
         if name not in RESNETS:
             raise ValueError(f"network is {name!r}, expected one of {', '.join(RESNETS)}")
         if stem not in ('cifar', 'imagenet'):
@@ -116,9 +121,11 @@ class ResNet(nn.Module):
                 nn.init.zeros_(last.weight)
 
     def forward(self, x):
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return x.mean((2, 3))
+        # Here, since DataParallel's threads take over whether autocast is on, but not that it means bfloat16.
+        with torch.autocast(x.device.type, torch.bfloat16) if self.amp else contextlib.nullcontext():
+            x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
+            x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+            return x.mean((2, 3))
 
 
 class SupConResNet(nn.Module):

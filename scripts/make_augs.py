@@ -19,28 +19,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import util  # noqa: E402
 from datasets import DATASETS, load_pictures  # noqa: E402
 from util import UserError  # noqa: E402
+from util.options import Parser, number  # noqa: E402
 
 BLEND, GAIN = 0.2, 0.2              # share of the other picture, and the largest relative change of a colour channel
 
 
 def parse_option():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--dataset', default='cifar10', choices=DATASETS)
     parser.add_argument('--data_folder', metavar='FOLDER', help='default: ./data, mvip ./data/MVIP/sets')
-    parser.add_argument('--max_samples', type=int, metavar='N', help='as in the training runs; default: all')
+    parser.add_argument('--max_samples', type=number(int, 1),
+                        metavar='N', help='as in the training runs; default: all')
     parser.add_argument('--aug_root', default='./da_fusion/output', metavar='FOLDER', help='default: %(default)s')
     parser.add_argument('--aug_output_name', required=True, metavar='NAME')
     parser.add_argument('--aug_name_id', default='augs-id', metavar='NAME', help='default: %(default)s')
     parser.add_argument('--aug_name_ood', default='augs-ood', metavar='NAME', help='default: %(default)s')
-    parser.add_argument('--per_class', type=int, default=16, metavar='N', help='pictures (default: %(default)s)')
-    parser.add_argument('--variants', type=int, default=4, metavar='N', help='of each picture (default: %(default)s)')
-    parser.add_argument('--patches', type=int, default=4, metavar='N', help='along each side (default: %(default)s)')
-    parser.add_argument('--seed', type=int, default=0, help='as in the training runs (default: %(default)s)')
-    args = parser.parse_args()
-    for name, low in (('max_samples', 1), ('per_class', 1), ('variants', 1), ('patches', 2), ('seed', 0)):
-        if getattr(args, name) is not None and getattr(args, name) < low:
-            raise UserError(f'--{name} {getattr(args, name)}: expected at least {low}')
-    return args
+    parser.add_argument('--per_class', type=number(int, 1), default=16,
+                        metavar='N', help='pictures (default: %(default)s)')
+    parser.add_argument('--variants', type=number(int, 1), default=4,
+                        metavar='N', help='of each picture (default: %(default)s)')
+    parser.add_argument('--patches', type=number(int, 2), default=4,
+                        metavar='N', help='along each side (default: %(default)s)')
+    parser.add_argument('--seed', type=number(int, 0, 2**31), default=0,
+                        help='as in the training runs (default: %(default)s)')
+    return parser.parse_args()
 
 
 def blend(picture, other, rng):

@@ -18,18 +18,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import util  # noqa: E402
 from datasets import evaluation_view, load_pictures, make_loader  # noqa: E402
 from util import UserError  # noqa: E402
+from util.options import Parser, dataset, number  # noqa: E402
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402
 
 
 def parse_option():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--ckpt', nargs='+', required=True, metavar='FILE', help='checkpoints of main_*.py')
     parser.add_argument('--output', default='features.png', metavar='FILE', help='the picture (default: %(default)s)')
-    parser.add_argument('--dataset', metavar='NAME', help="default: the checkpoint's")
+    parser.add_argument('--dataset', type=dataset, metavar='NAME', help="default: the checkpoint's")
     parser.add_argument('--data_folder', metavar='FOLDER', help="default: the checkpoint's")
-    parser.add_argument('--max_points', type=int, default=2000, metavar='N',
+    parser.add_argument('--max_points', type=number(int, 10), default=2000, metavar='N',
                         help='pictures, and as many ood pictures (default: %(default)s)')
     return parser.parse_args()
 
@@ -39,7 +40,7 @@ def features_of(ckpt, args):
     checkpoint = util.load_checkpoint(ckpt)
     given = {name: value for name, value in vars(args).items() if name in ('dataset', 'data_folder') and value}
     opt = util.defaults(**{**checkpoint['opt'], **given, 'batch_size': 256, 'loader': 'auto', 'num_workers': 0,
-                           'amp': False, 'syncBN': False})
+                           'amp': False, 'compile': False, 'syncBN': False})
     util.set_device(opt)
     encoder = util.load_encoder(checkpoint, opt, ckpt).to(opt.device)
     data = load_pictures(opt)
@@ -64,20 +65,24 @@ def draw(ax, title, features, labels, classes):
 
 def main():
     args = parse_option()
-    if args.max_points < 3:
-        raise UserError(f'--max_points {args.max_points}: expected at least 3')
     panels = [features_of(ckpt, args) for ckpt in args.ckpt]
+    for ckpt, (_, features, _, classes) in zip(args.ckpt, panels):
+        if classes != panels[0][3]:
+            raise UserError(f'--ckpt {ckpt}: its classes are not those of {args.ckpt[0]}')
+        if not np.isfinite(features).all() or len(np.unique(features, axis=0)) < 10:
+            raise UserError(f'--ckpt {ckpt}: t-SNE needs at least 10 pictures with different, finite features')
+    output = Path(args.output) if Path(args.output).suffix else Path(args.output + '.png')
     fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels) + 1.2, 4), squeeze=False, layout='constrained')
     for ax, panel in zip(axes[0], panels):
         draw(ax, *panel)
     fig.legend(*axes[0, -1].get_legend_handles_labels(), loc='outside right center', markerscale=2, frameon=False,
                ncols=-(-len(panels[-1][3]) // 20), fontsize='small')
     try:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        fig.savefig(args.output, dpi=150)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        fig.savefig(output, dpi=150)
     except (OSError, ValueError) as error:
-        raise UserError(f'--output {args.output}: cannot be written ({error})') from error
-    print(args.output)
+        raise UserError(f'--output {output}: cannot be written ({error})') from error
+    print(output)
 
 
 if __name__ == '__main__':

@@ -15,6 +15,10 @@ TINY = ['--dataset', 'digits', '--model', 'resnet18', '--width', '0.0625', '--si
         '--batch_size', '32', '--num_workers', '0']
 
 
+def contents(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob('*')}
+
+
 def close_log():
     util.log.file = None
     util.log.waiting.clear()
@@ -42,13 +46,13 @@ def call(tmp_path, monkeypatch, capsys):
 def refused(call, tmp_path):
     """Assert that a program refuses with status 2 and one line on stderr that holds `words`, and writes nothing."""
     def refused(main, *arguments, words):
-        before = sorted(tmp_path.rglob('*'))
+        before = contents(tmp_path)
         status, _, err = call(main, *arguments)
         assert status == 2, err
         assert err.count('\n') == 1 and err.endswith('\n'), err
         for word in words:
             assert str(word) in err, err
-        assert sorted(tmp_path.rglob('*')) == before
+        assert contents(tmp_path) == before
     return refused
 
 
@@ -71,10 +75,20 @@ def cifar_jpeg(tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
-def real_pictures(cifar_jpeg):
-    """5,000 real pictures as Pictures."""
-    from datasets.pictures import folder
-    return folder(cifar_jpeg / 'train')
+def real_pictures(request):
+    """5,000 real pictures as Pictures: CIFAR-10's, or where these are not, parts of scikit-learn's two photographs."""
+    from datasets.pictures import Pictures, folder
+    if ARCHIVE.exists():
+        return folder(request.getfixturevalue('cifar_jpeg') / 'train')
+    from sklearn.datasets import load_sample_images
+    photos, rng = load_sample_images().images, np.random.default_rng(0)
+    parts = []
+    for i in range(5000):
+        side = rng.integers(32, 200)
+        top, left = (rng.integers(0, length - side) for length in photos[i % 2].shape[:2])
+        part = Image.fromarray(photos[i % 2][top:top + side, left:left + side])
+        parts.append(np.asarray(part.resize((32, 32))))
+    return Pictures(np.stack(parts), torch.arange(5000) % 2, ['china', 'flower'])
 
 
 @pytest.fixture

@@ -340,7 +340,8 @@ def test_make_augs(monkeypatch, picture_folder, tmp_path):
 
 
 @pytest.mark.parametrize('arguments, words', [
-    (['--per_class', '0'], '--per_class 0'), (['--patches', '1'], '--patches 1'), (['--patches', '9'], '--patches 9')])
+    (['--per_class', '0'], '--per_class: found .0.'), (['--patches', '1'], '--patches: found .1.'),
+    (['--patches', '9'], '--patches 9')])
 def test_make_augs_refuses(monkeypatch, tmp_path, arguments, words):
     with pytest.raises(UserError, match=words):
         make_augs(monkeypatch, tmp_path, '--dataset', 'digits', *arguments)

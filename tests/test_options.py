@@ -98,7 +98,7 @@ def test_help_is_grouped_and_says_defaults(capsys, program):
 
 
 @pytest.mark.parametrize('arguments, words', [
-    (['--batch_size', '0'], ['--batch_size', "'0'", 'at least 1']),
+    (['--batch_size', '0'], ['--batch_size', "'0'", 'at least 2']),
     (['--batch_size', '1.5'], ['--batch_size', "'1.5'", 'whole number']),
     (['--epochs', '-3'], ['--epochs', '-3']),
     (['--learning_rate', 'nan'], ['--lr', "'nan'"]),

@@ -152,7 +152,8 @@ def test_a_run_is_not_overwritten_unasked(call, refused, pretrained, tmp_path):
     arguments = [*TINY, '--output_name', 'a', '--epochs', 1]
     refused(main_supcon.main, *arguments, words=['output/a/trial=0', '--overwrite'])
     refused(main_supcon.main, *arguments, '--resume', words=['all 1 epochs', '--epochs'])
-    refused(main_supcon.main, *arguments, '--resume', '--epochs', 2, '--width', 0.125, words=['another network'])
+    refused(main_supcon.main, *arguments, '--resume', '--epochs', 2, '--width', 0.125, '--seed', 3, words=[
+        '--width 0.125, was 0.0625', '--seed 3, was 0'])
     assert call(main_supcon.main, *arguments, '--trial', 1)[0] == 0
     status, out, _ = call(main_supcon.main, *arguments, '--overwrite')
     assert status == 0
@@ -239,7 +240,8 @@ def test_output_that_cannot_be_written(call, tmp_path):
 
 @pytest.mark.parametrize('program', [main_supcon, main_ce])
 def test_loss_that_is_not_finite(call, program, tmp_path):
-    status, _, err = call(program.main, *TINY, '--epochs', 2, '--learning_rate', 1e30, '--output_name', 'a')
+    status, _, err = call(program.main, *TINY, '--epochs', 2, '--learning_rate', 1e6, '--batch_size', 4,
+                          '--output_name', 'a')
     assert status == 2 and 'the loss is nan' in err and '--learning_rate' in err and err.count('\n') == 1
     assert not (tmp_path / PRETRAINED).exists()                 # no checkpoint of such weights
 

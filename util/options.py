@@ -5,6 +5,7 @@ import math
 import os
 import re
 import sys
+import warnings
 
 PROGRAMS = ('main_supcon', 'main_ce', 'main_linear')
 
@@ -15,16 +16,25 @@ class UserError(Exception):
 
 def run(main):
     """Run a program's main(); a UserError ends it with one line on stderr and exit status 2."""
+    warnings.filterwarnings('ignore', module='PIL')             # of pictures that are readable all the same
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='backslashreplace')       # class names may be any bytes
     try:
         main()
     except UserError as error:
         sys.exit(_refuse(os.path.basename(sys.argv[0]), str(error)))
+    except (MemoryError, RuntimeError) as error:
+        if 'out of memory' not in str(error) and 'allocate memory' not in str(error):
+            raise
+        sys.exit(_refuse(os.path.basename(sys.argv[0]), 'out of memory: try a smaller --batch_size, --size or --model, '
+                         f'or --amp ({error})'))
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def _refuse(program, message):
-    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    line = f"{program}: error: {' '.join(message.split())}"
+    print(line.encode(errors='backslashreplace').decode(), file=sys.stderr)
     return 2
 
 
@@ -46,7 +56,7 @@ def number(kind, low, high=math.inf, open_low=False):
     return parse
 
 
-COUNT, COUNT_OR_ZERO = number(int, 1), number(int, 0)
+COUNT, COUNT_OR_ZERO = number(int, 1, 2**31), number(int, 0, 2**31)
 POSITIVE, POSITIVE_OR_ZERO = number(float, 0, open_low=True), number(float, 0)
 
 
@@ -70,7 +80,7 @@ def epochs_list(text):
 
 def folder_name(text):
     """A type: one folder's name, so that no run is written outside output/."""
-    if not re.fullmatch(r'[\w+=,@%-][\w.+=,@% -]{0,199}', text):
+    if not re.fullmatch(r'[\w+=,@%-][\w.+=,@% -]*', text) or len(text.encode()) > 200:
         raise argparse.ArgumentTypeError(f'found {text!r}, expected a name of at most 200 letters, digits and "_-.+=", '
                                          'without "/" and not starting with "."')
     return text
@@ -141,12 +151,14 @@ OPTIONS = {
                          help='multiplies the channels of every layer')),
         ('--zero_init', dict(FLAG, help='start residual blocks as the identity'), SUPCON + CE),
         ('--head', dict(choices=('mlp', 'linear'), default='mlp', help='projection head'), SUPCON),
-        ('--feat_dim', dict(type=COUNT, default=128, metavar='DIM', help='dimensions after the head'), SUPCON),
+        ('--feat_dim', dict(type=number(int, 1, 2**16), default=128, metavar='DIM', help='dimensions after the head'),
+         SUPCON),
         ('--syncBN', dict(FLAG, help='batch norm over all processes'), SUPCON + CE),
     ],
     'method': [
         ('--method', dict(choices=('SupCon', 'SimCLR'), default='SupCon', help='contrastive loss'), SUPCON),
-        ('--temp --temperature', dict(type=POSITIVE, default=0.07, metavar='T', help='temperature'), SUPCON),
+        ('--temp --temperature', dict(type=number(float, 1e-4, 1e4), default=0.07, metavar='T', help='temperature'),
+         SUPCON),
         ('--ce_weight', dict(type=POSITIVE_OR_ZERO, default=0., metavar='W', help='adds W times the cross-entropy of a '
                              'linear classifier on the encoder, trained along'), SUPCON),
         ('--method', dict(default=None, metavar='NAME', help='accepted and not used'), CE),
@@ -154,8 +166,10 @@ OPTIONS = {
     ],
     'optimization': [
         ('--epochs', dict(type=COUNT, default=(1000, 500, 100), metavar='N', help='epochs')),
-        ('--batch_size', dict(type=COUNT, default=256, metavar='N', help='pictures in a batch, over all devices')),
-        ('--learning_rate --lr', dict(type=POSITIVE, default=(0.05, 0.2, 0.1), metavar='LR', help='learning rate')),
+        ('--batch_size', dict(type=number(int, 2, 2**20), default=256, metavar='N',
+                              help='pictures in a batch, over all devices')),
+        ('--learning_rate --lr', dict(type=number(float, 0, 1e6, open_low=True), default=(0.05, 0.2, 0.1),
+                                      metavar='LR', help='learning rate')),
         ('--lr_decay_epochs', dict(type=epochs_list, default=('700,800,900', '350,400,450', '60,75,90'),
                                    metavar='E,E,...', help='after these epochs the rate decays (without --cosine)')),
         ('--lr_decay_rate', dict(type=number(float, 0, 1), default=(0.1, 0.1, 0.2), metavar='RATE',
@@ -163,7 +177,8 @@ OPTIONS = {
         ('--cosine --lr_cosine', dict(FLAG, help='cosine schedule, from LR down to LR * RATE**3')),
         ('--warm --lr_warmup', dict(FLAG, help='rise from 0.01 in the first 10 epochs; pretraining and cross-entropy '
                                     'always do with batches above 256')),
-        ('--weight_decay', dict(type=POSITIVE_OR_ZERO, default=(1e-4, 1e-4, 0.), metavar='WD', help='weight decay')),
+        ('--weight_decay', dict(type=number(float, 0, 1e3), default=(1e-4, 1e-4, 0.), metavar='WD',
+                                help='weight decay')),
         ('--momentum', dict(type=number(float, 0, 1), default=0.9, metavar='M', help='momentum of SGD')),
         ('--amp', dict(FLAG, help='bfloat16 mixed precision')),
         ('--compile', dict(FLAG, help='torch.compile the encoder')),
@@ -190,21 +205,23 @@ DATASET_DEFAULTS = {                        # where they differ, as published fo
 }
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that refuses in one line."""
+
     def error(self, message):
         unknown = re.match(r'unrecognized arguments: (--[\w-]+)', message)
         known = [flag for action in self._actions for flag in action.option_strings]
         if unknown and (close := difflib.get_close_matches(unknown[1], known, 1)):
             message += f', did you mean {close[0]}?'
-        self.exit(_refuse(self.prog, message))
+        raise UserError(message)
 
 
 def parse(program, description, argv=None):
     """Parse the command line of one of PROGRAMS: -> argparse.Namespace.
 
-    `-` and `_` are the same in the name of an option. A mistake ends the program with one line and status 2.
+    `-` and `_` are the same in the name of an option. Raises UserError for a mistake.
     """
-    parser = _Parser(prog=f'{program}.py', description=description, allow_abbrev=False,
+    parser = Parser(prog=f'{program}.py', description=description, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     column = PROGRAMS.index(program)
     for title, rows in OPTIONS.items():
@@ -252,6 +269,7 @@ def _complete(opt):
     _check_augmentations(opt)
     opt.data_folder = opt.data_folder or data_folder(opt.dataset)
     opt.num_workers = min(opt.num_workers, os.cpu_count() or 1)
+    opt.split_seed = None
     return opt
 
 

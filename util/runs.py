@@ -4,20 +4,23 @@ output/<output_name>/trial=<trial>/ holds options.json, log.txt, TensorBoard eve
 ckpt_epoch_<N>.ckpt.
 """
 import argparse
+import codecs
 import io
 import json
+import math
 import os
-import pickle
 import sys
+import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from networks.resnet_big import ResNet
-from util.options import UserError
+from util.options import POSITIVE, UserError, channels, network, number
 
 # tensorboard-logger's generated messages are older than protobuf 4, whose Python implementation still reads them.
 os.environ.setdefault('PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION', 'python')
@@ -40,7 +43,7 @@ class Log:
     def open(self, file):
         self.file = file
         try:
-            with open(file, 'a', encoding='utf-8') as stream:
+            with open(file, 'a', encoding='utf-8', errors='backslashreplace') as stream:
                 stream.writelines(line + '\n' for line in self.waiting)
         except OSError as error:
             raise UserError(f'{file}: cannot be written ({error})') from error
@@ -48,6 +51,15 @@ class Log:
 
 
 log = Log()
+
+# Options that may differ when a run is resumed; the others decide what the run computes.
+MAY_CHANGE = {'epochs', 'warm_epochs', 'num_workers', 'print_freq', 'save_freq', 'eval_freq', 'per_class', 'resume',
+              'overwrite', 'device', 'data_folder', 'aug_root'}
+
+
+def plain(values):
+    """A dict of options with lists for tuples, as a file gives them back."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def progress(loader, description):
@@ -67,21 +79,36 @@ class Run:
         self.folder = Path('output') / opt.output_name / f'trial={opt.trial}'
         self.last = self.folder / 'last.ckpt'
         self.checkpoint = None
-        if opt.resume and self.last.exists():
-            self.checkpoint = load_checkpoint(self.last)
-        elif self.folder.exists() and any(self.folder.iterdir()) and not (opt.overwrite or opt.resume):
-            raise UserError(f'{self.folder} holds another run, expected --resume to continue it, --overwrite to begin '
-                            'anew, or another --trial or --output_name')
+        try:
+            if opt.resume and self.last.exists():
+                self.checkpoint = load_checkpoint(self.last)
+            elif opt.resume and any(self.folder.glob('*.ckpt')):
+                raise UserError(f'--resume: {self.folder} has checkpoints but no last.ckpt, expected the one to '
+                                'continue from under that name')
+            elif self.folder.exists() and any(self.folder.iterdir()) and not (opt.overwrite or opt.resume):
+                raise UserError(f'{self.folder} holds another run, expected --resume to continue it, --overwrite to '
+                                'begin anew, or another --trial or --output_name')
+        except OSError as error:
+            raise UserError(f'{self.folder}: not a folder of a run ({error})') from error
 
     def restore(self, model, optimizer):
         """Load last.ckpt into model and optimizer, if the run resumes: -> (first epoch, best accuracy)."""
         if self.checkpoint is None:
             return 1, 0.
-        if self.checkpoint['epoch'] >= self.opt.epochs:
-            raise UserError(f"--resume: {self.last} has all {self.checkpoint['epoch']} epochs, expected --epochs above")
-        load_parameters(model, self.checkpoint['model'], f'--resume: {self.last}')
-        optimizer.load_state_dict(self.checkpoint['optimizer'])
-        return self.checkpoint['epoch'] + 1, self.checkpoint['best_acc']
+        before = plain(self.checkpoint['opt'])
+        changed = [f'--{name} {value}, was {before.get(name)}' for name, value in plain(vars(self.opt)).items()
+                   if name not in MAY_CHANGE and before.get(name) != value]
+        if changed:
+            raise UserError(f"--resume: {self.last} was begun with other options: {'; '.join(changed)}")
+        try:
+            epoch, best_acc = int(self.checkpoint['epoch']), float(self.checkpoint['best_acc'])
+            load_parameters(model, self.checkpoint['model'], f'--resume: {self.last}')
+            optimizer.load_state_dict(self.checkpoint['optimizer'])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f'--resume: {self.last} is no whole checkpoint of a run ({error!r})') from error
+        if epoch >= self.opt.epochs:
+            raise UserError(f'--resume: {self.last} has all {epoch} epochs, expected --epochs above')
+        return epoch + 1, best_acc
 
     def start(self, classes):
         self.classes = classes
@@ -91,7 +118,7 @@ class Run:
                 for pattern in ('*.ckpt', 'events.out.tfevents.*', 'log.txt', 'views.png'):
                     for file in self.folder.glob(pattern):
                         file.unlink()
-            (self.folder / 'options.json').write_text(json.dumps(vars(self.opt), indent=2) + '\n')
+            (self.folder / 'options.json').write_text(json.dumps(plain(vars(self.opt)), indent=2) + '\n')
             log.open(self.folder / 'log.txt')
             self.events = tensorboard_logger.Logger(str(self.folder), flush_secs=2)
         except OSError as error:
@@ -128,7 +155,7 @@ class Run:
     def save(self, epoch, model, optimizer, best_acc=0.):
         """Write last.ckpt, and ckpt_epoch_<N>.ckpt every --save_freq epochs: plain tensors, numbers and texts."""
         state = {'model': strip_wrappers(model.state_dict()), 'optimizer': optimizer.state_dict(), 'epoch': epoch,
-                 'best_acc': best_acc, 'opt': vars(self.opt), 'classes': self.classes}
+                 'best_acc': best_acc, 'opt': plain(vars(self.opt)), 'classes': self.classes}
         names = ['last.ckpt'] + [f'ckpt_epoch_{epoch}.ckpt'] * (epoch % self.opt.save_freq == 0)
         for name in names:
             partial = self.folder / f'{name}.partial'
@@ -158,25 +185,44 @@ def load_parameters(model, state, source):
     model.load_state_dict({names[name]: value for name, value in state.items()})
 
 
+# What a pickled NumPy float64 is made of, under the names of NumPy 2 and NumPy 1.
+NUMPY_NUMBERS = [np.dtype, np.dtypes.Float64DType, codecs.encode] + [
+    (np.float64(0).__reduce__()[0], f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')]
+
+
 def load_checkpoint(file):
     """A checkpoint of ours or of the original programs as a dict with `model`, `epoch` and the options `opt`, a dict.
 
     Nothing in the file is executed. Raises UserError where the file is missing or no checkpoint.
     """
+    if not Path(file).is_file():
+        raise UserError(f'{file}: no such checkpoint')
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):    # the original programs keep one in `opt`
+        # The original programs keep a Namespace in `opt`, and a NumPy number as learning rate after its first decay.
+        with torch.serialization.safe_globals([argparse.Namespace, *NUMPY_NUMBERS]), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
             checkpoint = torch.load(file, map_location='cpu', weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f'{file}: no such checkpoint') from None
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().split('\n')[0] or 'empty file'
-        raise UserError(f'{file}: not a readable checkpoint ({reason})') from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('model'), dict):
+    except Exception as error:          # a damaged file can raise anything; PyTorch's advice is not ours
+        raise UserError(f'{file}: not a readable checkpoint ({type(error).__name__})') from error
+    model = checkpoint.get('model') if isinstance(checkpoint, dict) else None
+    if not isinstance(model, dict) or not all(
+            isinstance(name, str) and torch.is_tensor(value) and value.layout is torch.strided
+            for name, value in model.items()):
         raise UserError(f"{file}: not a checkpoint of these programs, expected the parameters under 'model'")
     opt = checkpoint.get('opt') or {}
-    checkpoint['opt'] = opt if isinstance(opt, dict) else vars(opt)
-    checkpoint['model'] = strip_wrappers(checkpoint['model'])
-    return checkpoint
+    opt = vars(opt) if isinstance(opt, argparse.Namespace) else opt
+    return {**checkpoint, 'opt': check_recorded(opt, file), 'model': strip_wrappers(model)}
+
+
+def check_recorded(opt, file):
+    """The recorded options that decide network and pictures, as the command line would have parsed them."""
+    types = {'model': network, 'stem': str, 'width': number(float, 1 / 64, 16), 'size': number(int, 8, 4096),
+             'mean': channels(number(float, -math.inf)), 'std': channels(POSITIVE), 'dataset': str,
+             'split_seed': number(int, 0, 2**31)}
+    try:
+        return {**opt, **{name: parse(str(opt[name])) for name, parse in types.items() if opt.get(name) is not None}}
+    except (argparse.ArgumentTypeError, AttributeError, TypeError) as error:
+        raise UserError(f'{file}: its recorded options are damaged ({error})') from error
 
 
 def load_encoder(checkpoint, opt, source):

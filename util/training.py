@@ -14,10 +14,13 @@ WARM_EPOCHS, WARM_FROM = 10, 0.01                       # as SupContrast
 
 def set_device(opt):
     """Seed everything and choose opt.device: the visible GPUs, or the CPU with a line that says so."""
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+    if os.environ.get('WORLD_SIZE', '1') not in ('', '1'):
         raise UserError('torchrun with several processes is not supported yet, expected plain python, which uses all '
                         'GPUs in CUDA_VISIBLE_DEVICES')
     opt.device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if opt.compile and opt.device == 'cuda' and torch.cuda.device_count() > 1:
+        raise UserError(f'--compile works on one GPU, found {torch.cuda.device_count()}: choose one with '
+                        'CUDA_VISIBLE_DEVICES')
     if opt.device == 'cpu':
         log('No GPU found: running on the CPU')
     if getattr(opt, 'syncBN', False):
@@ -29,6 +32,7 @@ def set_device(opt):
 def prepare(model, opt):
     """Move a network with an `encoder` to the device; compile the encoder and spread it over the GPUs as asked."""
     model.to(opt.device)
+    model.encoder.amp = opt.amp
     if opt.compile:
         model.encoder.compile()
     if opt.device == 'cuda' and torch.cuda.device_count() > 1:
@@ -102,8 +106,8 @@ class AverageMeter:
 def check_finite(losses, epoch, step):
     """Stop with a clear error when a loss was not finite; losses is the epoch's AverageMeter."""
     if not math.isfinite(losses.avg):
-        raise UserError(f'the loss is {losses.val} by epoch {epoch}, step {step}, expected a finite number: try '
-                        'a lower --learning_rate, --warm or a higher --temp')
+        raise UserError(f'the loss is {losses.avg} on average up to epoch {epoch}, step {step}, expected a finite '
+                        'number: try a lower --learning_rate or --warm')
 
 
 def accuracy(output, target):

@@ -1,0 +1,236 @@
+"""Every option reaches what it names: a value lost on the way would go unnoticed in a run that merely ends well."""
+import json
+
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import main_ce
+import main_linear
+import main_supcon
+import util
+from util import training
+
+SMALL = [*TINY, '--max_samples', '40', '--epochs', '1', '--output_name', 'a']
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """spy(object, name): replace a function by one that records its arguments and calls it."""
+    def spy(owner, name):
+        calls, original = [], getattr(owner, name)
+
+        def record(*args, **kwargs):
+            calls.append((args, kwargs))
+            return original(*args, **kwargs)
+        monkeypatch.setattr(owner, name, record)
+        return calls
+    return spy
+
+
+def run(call, program, *arguments):
+    status, out, err = call(program.main, *SMALL, *arguments)
+    assert status == 0, err
+    return out
+
+
+@pytest.mark.parametrize('program', [main_supcon, main_ce])
+def test_optimizer_options(call, spy, program):
+    calls = spy(torch.optim, 'SGD')
+    run(call, program, '--learning_rate', 0.123, '--weight_decay', 0.003, '--momentum', 0.7)
+    assert calls[0][1] == {'lr': 0.123, 'momentum': 0.7, 'weight_decay': 0.003}
+
+
+@pytest.mark.parametrize('program', [main_supcon, main_ce])
+def test_the_schedule_reaches_the_optimizer_at_every_step(call, spy, program):
+    calls = spy(util, 'set_learning_rate')
+    run(call, program, '--epochs', 4, '--warm', '--cosine', '--learning_rate', 0.5)
+    opt = program.parse_option([*SMALL, '--epochs', '4', '--warm', '--cosine', '--learning_rate', '0.5'])
+    util.set_warmup(opt)
+    expected = [util.learning_rate(opt, epoch, step, 2) for epoch in range(1, 5) for step in range(2)]
+    assert [args[1] for args, _ in calls] == pytest.approx(expected)
+    events = EventAccumulator('output/a/trial=0')
+    events.Reload()
+    assert [event.value for event in events.Scalars('learning_rate')] == pytest.approx(expected[1::2])
+
+
+@pytest.mark.parametrize('method, positives', [('SupCon', 'class'), ('SimCLR', 'picture')])
+def test_temperature_and_method_reach_the_loss(call, spy, method, positives):
+    called, made = spy(main_supcon.SupConLoss, 'forward'), spy(main_supcon, 'SupConLoss')
+    run(call, main_supcon, '--method', method, '--temp', 0.23)
+    assert made[0][1] == {'temperature': 0.23}
+    assert {kwargs['positives'] for _, kwargs in called} == {positives}
+    features, labels = called[0][0][1:3]
+    assert features.shape[:2] == (32, 2) and len(labels) == 32
+
+
+def test_both_views_of_a_picture_stand_side_by_side(call, spy, monkeypatch):
+    """Without random views, the two views of each picture give the same features."""
+    from datasets import evaluation_view
+    monkeypatch.setattr(main_supcon, 'pretraining_view', evaluation_view)
+    monkeypatch.setattr(main_supcon.SupConResNet, 'train', lambda self, mode=True: torch.nn.Module.train(self, False))
+    called = spy(main_supcon.SupConLoss, 'forward')
+    run(call, main_supcon)
+    features = called[0][0][1]
+    torch.testing.assert_close(features[:, 0], features[:, 1])
+    assert not torch.allclose(features[0, 0], features[1, 0], atol=1e-5)
+
+
+def test_amp_is_bfloat16(call, monkeypatch):
+    from networks.resnet_big import BasicBlock
+    seen = set()
+    original = BasicBlock.forward
+
+    def forward(self, x):
+        result = original(self, x)
+        seen.add(self.conv1(x).dtype)
+        return result
+    monkeypatch.setattr(BasicBlock, 'forward', forward)
+    run(call, main_supcon, '--amp')
+    assert seen == {torch.bfloat16}
+    seen.clear()
+    run(call, main_supcon, '--overwrite')
+    assert seen == {torch.float32}
+
+
+def test_amp_does_not_depend_on_the_thread():
+    """DataParallel's threads know that autocast is on, but not its type."""
+    import threading
+
+    from networks.resnet_big import ResNet
+    encoder, seen = ResNet('resnet18', width=0.0625), []
+    encoder.amp = True
+    thread = threading.Thread(target=lambda: seen.append(encoder(torch.randn(2, 3, 8, 8)).dtype))
+    thread.start()
+    thread.join()
+    assert seen == [torch.bfloat16]
+
+
+def test_compile_compiles_the_encoder(call, spy):
+    calls = spy(torch.nn.Module, 'compile')
+    opt = main_ce.parse_option(['--compile', '--model', 'resnet18', '--width', '0.0625'])
+    opt.device = 'cpu'
+    model, _ = main_ce.set_model(opt, ['a', 'b'])
+    assert [args[0] for args, _ in calls] == [model.encoder]
+    assert not any('_orig_mod' in name for name in model.state_dict())
+
+
+def test_compile_on_several_gpus_is_refused(refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    refused(main_ce.main, *SMALL, '--compile', words=['--compile', 'found 2'])
+
+
+def test_network_options(call):
+    run(call, main_supcon, '--feat_dim', 24, '--zero_init', '--width', 0.125)
+    state = util.load_checkpoint('output/a/trial=0/last.ckpt')['model']
+    assert state['head.2.weight'].shape == (24, 64) and state['encoder.conv1.weight'].shape[0] == 8
+    opt = main_ce.parse_option(['--model', 'resnet18', '--width', '0.0625', '--zero_init'])
+    opt.device = 'cpu'
+    assert (main_ce.set_model(opt, ['a', 'b'])[0].encoder.layer1[0].bn2.weight == 0).all()
+
+
+def test_ce_weight_scales_the_gradient_of_the_classifier(call, spy):
+    """--ce_weight 0.5 changes the classifier by what cross-entropy asks, halved; ood pictures take no part."""
+    calls = spy(main_supcon.F, 'cross_entropy')
+    original = torch.Tensor.backward
+    seen = []
+    torch.Tensor.backward = lambda self, *args: (seen.append(self.item()), original(self, *args))[1]
+    try:
+        losses = spy(main_supcon.SupConLoss, 'forward')
+        run(call, main_supcon, '--ce_weight', 0.5, '--batch_size', 40)
+    finally:
+        torch.Tensor.backward = original
+    (logits, targets), keywords = calls[0]
+    criterion = main_supcon.SupConLoss(0.07)
+    contrastive = criterion(losses[0][0][1], losses[0][0][2]).item()
+    expected = contrastive + 0.5 * torch.nn.functional.cross_entropy(logits, targets, **keywords).item()
+    assert seen[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_knn_remembers_training_pictures_and_asks_validation_pictures(call, spy):
+    calls = spy(util, 'knn_accuracy')
+    run(call, main_supcon, '--max_samples', 30, '--batch_size', 8)
+    memory, memory_labels, features, labels = calls[0][0]
+    data = main_supcon.load_pictures(util.defaults(dataset='digits', max_samples=30))
+    assert memory_labels.tolist() == data.train.labels.tolist() and labels.tolist() == data.val.labels.tolist()
+    assert not torch.equal(memory, features)
+
+
+@pytest.mark.parametrize('program', [main_supcon, main_ce])
+def test_evaluation_is_in_eval_mode(call, monkeypatch, program):
+    modes = []
+    original = training.forward_all
+
+    def forward_all(model, loader, opt):
+        result = original(model, loader, opt)
+        modes.append(any(module.training for module in model.modules()))
+        return result
+    monkeypatch.setattr(util, 'forward_all', forward_all)
+    run(call, program)
+    assert modes and not any(modes)
+
+
+def test_frequencies(call, tmp_path):
+    out = run(call, main_supcon, '--epochs', 5, '--save_freq', 2, '--eval_freq', 2, '--print_freq', 1)
+    assert sorted(file.name for file in (tmp_path / 'output/a/trial=0').glob('ckpt*')) == ['ckpt_epoch_2.ckpt',
+                                                                                          'ckpt_epoch_4.ckpt']
+    assert out.count('kNN accuracy') == 3 and out.count('Train: ') == 10        # after epochs 2, 4 and the last
+    out = run(call, main_supcon, '--epochs', 3, '--eval_freq', 0, '--overwrite')
+    assert out.count('kNN accuracy') == 1
+
+
+def folder_of_colours(root, size=(20, 20), count=20):
+    for c, name in enumerate(('a', 'b')):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new('RGB', size, (120 * c + i, 250 - 9 * i, 7 * i)).save(root / name / f'{i:02}.png')
+
+
+def test_linear_evaluation_sees_the_pictures_as_pretraining_did(call, tmp_path):
+    """Size, statistics and the held-out pictures come from the checkpoint, whatever this program's --seed."""
+    folder_of_colours(tmp_path / 'pictures')
+    network = ['--model', 'resnet18', '--width', 0.0625]
+    data = ['--dataset', 'path', '--data_folder', 'pictures', '--epochs', 1, '--batch_size', 8]
+    assert call(main_supcon.main, *data, *network, '--size', 16, '--seed', 5, '--output_name', 'a',
+                '--mean', '(0.1, 0.2, 0.3)')[0] == 0
+    status, _, err = call(main_linear.main, *data, '--ckpt', 'output/a/trial=0/last.ckpt', '--seed', 6,
+                          '--output_name', 'b')
+    assert status == 0, err
+    ours, theirs = (json.loads((tmp_path / f'output/{name}/trial=0/options.json').read_text()) for name in 'ab')
+    for name in ('size', 'mean', 'std', 'split_seed'):
+        assert ours[name] == theirs[name]
+    assert ours['split_seed'] == 5 and theirs['seed'] == 6
+
+
+def test_a_last_batch_of_one_picture_joins_the_one_before(call):
+    out = run(call, main_ce, '--max_samples', 41, '--batch_size', 10, '--print_freq', 1)
+    assert '[1][4/4]' in out
+
+
+@pytest.mark.parametrize('arguments, words', [
+    (['--batch_size', '1'], ['--batch_size', 'at least 2']),
+    (['--batch_size', '9' * 30], ['--batch_size', 'at most']),
+    (['--learning_rate', '1e300'], ['--lr', 'at most']),
+    (['--weight_decay', '1e300'], ['--weight_decay', 'at most']),
+    (['--epochs', '9' * 30], ['--epochs', 'at most']),
+    (['--output_name', 'é' * 150], ['--output_name', 'at most 200']),
+    (['--max_samples', '1'], ['1 training picture', 'at least 2'])])
+def test_extreme_options_are_refused(refused, arguments, words):
+    refused(main_ce.main, *TINY, *arguments, words=words)
+
+
+def test_a_file_in_the_place_of_the_run(refused, tmp_path):
+    (tmp_path / 'output' / 'a').mkdir(parents=True)
+    (tmp_path / 'output' / 'a' / 'trial=0').write_text('x')
+    refused(main_ce.main, *SMALL, words=['output/a/trial=0'])
+
+
+def test_resume_keeps_earlier_checkpoints(call, refused, tmp_path):
+    run(call, main_ce, '--save_freq', 1)
+    (tmp_path / 'output/a/trial=0/last.ckpt').unlink()
+    refused(main_ce.main, *SMALL, '--resume', words=['--resume', 'no last.ckpt'])
+    (tmp_path / 'output/a/trial=0/ckpt_epoch_1.ckpt').unlink()
+    run(call, main_ce, '--resume')                              # stopped before its first checkpoint: from the start
