@@ -150,6 +150,44 @@ def test_unreadable_picture_is_named(picture_folder, broken, loader):
     assert 'Traceback' not in str(error.value)
 
 
+@pytest.mark.parametrize('mode, value, expected', [
+    ('I;16', 0x8000, (128, 128, 128)), ('L', 77, (77, 77, 77)), ('1', 1, (255, 255, 255)),
+    ('RGBA', (10, 20, 30, 255), (10, 20, 30)), ('CMYK', (0, 0, 0, 0), (255, 255, 255)),
+    ('LA', (50, 255), (50, 50, 50))])
+def test_pictures_of_other_modes(tmp_path, mode, value, expected):
+    file = str(tmp_path / f'x.{"tif" if mode == "CMYK" else "png"}')
+    Image.new(mode, (4, 4), value).save(file)
+    assert pictures.read_picture(file).getpixel((1, 1)) == expected
+
+
+@pytest.mark.parametrize('mode', ['I', 'F'])
+def test_pictures_without_a_known_range_are_refused(tmp_path, mode):
+    Image.new(mode, (4, 4), 1).save(tmp_path / 'x.tif')
+    with pytest.raises(UserError, match='x.tif.*no known range'):
+        pictures.read_picture(str(tmp_path / 'x.tif'))
+
+
+def test_files_of_a_folder(picture_folder, tmp_path, capsys):
+    """GIFs count, subfolders too, what is no picture is said, links in a circle are walked once."""
+    root = picture_folder(classes={'a': 3})
+    Image.new('RGB', (4, 4)).save(root / 'a' / 'x.GIF', format='gif')
+    (root / 'a' / 'more').mkdir()
+    Image.new('RGB', (4, 4)).save(root / 'a' / 'more' / 'y.png')
+    (root / 'a' / 'notes.txt').write_text('x')
+    (root / 'a' / '.hidden.png').write_text('x')
+    (root / 'a' / 'circle').symlink_to(root / 'a')
+    assert len(pictures.folder(root)) == 5
+    assert '1 files that are no pictures' in capsys.readouterr().out
+
+
+def test_memory_is_estimated_from_all_pictures(tmp_path):
+    (tmp_path / 'a').mkdir()
+    for i in range(700):
+        Image.new('RGB', (8, 8)).save(tmp_path / 'a' / f'{i:04}.png')
+    Image.new('RGB', (3000, 8)).save(tmp_path / 'a' / '0123.png')
+    assert pictures.folder(tmp_path).decoded_bytes(8) == 3 * 8 * 3000 * 700
+
+
 def test_pictures_of_unlike_sizes_do_not_touch_the_padding(tmp_path):
     """Every view of a picture of one colour has that colour, whatever the sizes beside it."""
     sizes = [(30, 30), (10, 50), (50, 10), (7, 9), (100, 60), (1, 1)]

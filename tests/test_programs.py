@@ -179,6 +179,24 @@ def test_checkpoint_of_the_original_programs(call, tmp_path):
     assert torch.equal(saved['encoder.layer1.0.conv1.weight'], model.encoder.layer1[0].conv1.weight)
 
 
+def test_checkpoint_of_the_original_with_its_own_types(call, picture_folder, tmp_path):
+    """mean and std of --dataset path are texts there, and the learning rate is a NumPy number after its first decay."""
+    save_original(tmp_path / 'original.pth')
+    picture_folder()
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        checkpoint = torch.load(tmp_path / 'original.pth', weights_only=True)
+    checkpoint['opt'] = argparse.Namespace(model='resnet18', dataset='path', size=16, mean='(0.1, 0.2, 0.3)',
+                                           std='(0.4, 0.5, 0.6)')
+    checkpoint['optimizer']['param_groups'] = [{'lr': 0.05 * 0.1 ** np.sum(np.asarray([700, 800, 900]) < 701)}]
+    assert isinstance(checkpoint['optimizer']['param_groups'][0]['lr'], np.float64)
+    torch.save(checkpoint, tmp_path / 'original.pth')
+    status, _, err = call(main_linear.main, '--dataset', 'path', '--data_folder', 'pictures', '--ckpt', 'original.pth',
+                          '--epochs', 1, '--output_name', 'a')
+    assert status == 0, err
+    opt = json.loads((tmp_path / 'output/a/trial=0/options.json').read_text())
+    assert (opt['size'], opt['mean'], opt['std']) == (16, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+
+
 class Evil:
     def __reduce__(self):
         return open, ('hacked', 'w')
@@ -188,6 +206,12 @@ class Evil:
     (b'', ['not a readable checkpoint']), (b'no checkpoint', ['not a readable checkpoint']),
     ({'weights': 1}, ['not a checkpoint of these programs']), ([1, 2], ['not a checkpoint of these programs']),
     ({'model': {'encoder.conv1.weight': torch.zeros(3)}, 'opt': {}}, ['holds another network']),
+    ({'model': {3: torch.zeros(3)}}, ['not a checkpoint of these programs']),
+    ({'model': {'encoder.conv1.weight': 'text'}}, ['not a checkpoint of these programs']),
+    ({'model': {'encoder.conv1.weight': torch.zeros(3).to_sparse()}}, ['not a checkpoint of these programs']),
+    ({'model': {}, 'opt': 'text'}, ['options are damaged']),
+    ({'model': {}, 'opt': {'model': 'resnet19'}}, ['options are damaged', 'resnet19']),
+    ({'model': {}, 'opt': {'model': 'resnet18', 'width': -1}}, ['options are damaged', '-1']),
     ({'model': {}, 'opt': Evil()}, ['not a readable checkpoint'])])
 def test_what_is_no_checkpoint_is_refused(refused, tmp_path, content, words):
     if isinstance(content, bytes):
@@ -195,6 +219,19 @@ def test_what_is_no_checkpoint_is_refused(refused, tmp_path, content, words):
     else:
         torch.save(content, tmp_path / 'x.ckpt')
     refused(main_linear.main, *LINEAR, '--ckpt', 'x.ckpt', words=['x.ckpt', *words])
+
+
+def test_damaged_checkpoints_are_refused(refused, pretrained, tmp_path):
+    """Bytes cut off or changed: one line, whatever PyTorch makes of them."""
+    whole = (tmp_path / PRETRAINED).read_bytes()
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        damaged = bytearray(whole[:rng.integers(1, len(whole))] if i % 2 else whole)
+        if not i % 2:                                           # the first part holds the pickle
+            for position in rng.integers(0, 4000, 20):
+                damaged[position] = rng.integers(256)
+        (tmp_path / 'x.ckpt').write_bytes(bytes(damaged))
+        refused(main_linear.main, *LINEAR, '--ckpt', 'x.ckpt', words=['x.ckpt'])
 
 
 def test_checkpoint_of_another_architecture(refused, pretrained, tmp_path):

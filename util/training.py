@@ -155,7 +155,7 @@ def knn_accuracy(memory, memory_labels, features, labels, k=200, temperature=0.1
     """Top-1 accuracy (%) of the weighted k-nearest-neighbour classifier.
 
     Each of the k most cosine-similar of memory [n, dim] votes for its class with exp(similarity / temperature)
-    (Wu et al., 2018, https://arxiv.org/abs/1805.01978, section 3.4).
+    (Wu et al., 2018, https://arxiv.org/abs/1805.01978).
     """
     memory, features = F.normalize(memory, dim=1), F.normalize(features, dim=1)
     num_classes = int(memory_labels.max()) + 1
