@@ -102,7 +102,9 @@ class SupConLoss(nn.Module):
         counts = contrasts.new_zeros(len(contrasts)).index_add(0, ids, weight)
         sums = torch.zeros_like(contrasts).index_add(0, ids, contrasts * weight[:, None])
         positives = counts[ids[:n]] - 1
-        log_positive = (anchors * (sums[ids[:n]] - contrasts[:n])).sum(1) / positives.clamp(min=1) / self.temperature
+        # index_select, since the backward pass of sums[ids] adds in an order that changes from run to run on a CPU.
+        others = sums.index_select(0, ids[:n]) - contrasts[:n]
+        log_positive = (anchors * others).sum(1) / positives.clamp(min=1) / self.temperature
 
         is_anchor = normal[:n]
         losses = torch.where(is_anchor & (positives > 0), log_denominator - log_positive, 0)

@@ -186,6 +186,13 @@ def test_memory_is_linear(monkeypatch):
     assert largest == 4096                                      # the whole matrix would have 1024 * 1024
 
 
+@pytest.mark.parametrize('labels', [None, torch.arange(512) % 10])
+def test_gradients_are_the_same_every_time(labels):
+    features = random_features(512, 2, (128,), torch.float32)
+    gradients = [torch.autograd.grad(SupConLoss()(features, labels), features)[0] for _ in range(10)]
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
 def test_contrastive_accuracy():
     near, far = torch.tensor([1., 0.]), torch.tensor([0., 1.])
     features = torch.stack([torch.stack(pair) for pair in ((near, near), (far, far), (near, far))])
