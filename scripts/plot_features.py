@@ -36,7 +36,7 @@ def parse_option():
 
 
 def features_of(ckpt, args):
-    """Title, features [n, dim], labels [n] and class names of one checkpoint."""
+    """Title, features [n, dim], labels [n], class names and the run's name of one checkpoint."""
     checkpoint = util.load_checkpoint(ckpt)
     given = {name: value for name, value in vars(args).items() if name in ('dataset', 'data_folder') and value}
     opt = util.defaults(**{**checkpoint['opt'], **given, 'batch_size': 256, 'loader': 'auto', 'num_workers': 0,
@@ -48,7 +48,8 @@ def features_of(ckpt, args):
     outputs = [util.forward_all(encoder, make_loader(part, evaluation_view(opt), opt, train=False), opt)
                for part in parts]
     features, labels = (np.concatenate([output[i].cpu().numpy() for output in outputs]) for i in (0, 1))
-    return f"{checkpoint['opt'].get('method') or 'cross-entropy'}, {opt.dataset}", features, labels, data.val.classes
+    title = f"{checkpoint['opt'].get('method') or 'cross-entropy'}, {opt.dataset}"
+    return title, features, labels, data.val.classes, opt.output_name or Path(ckpt).stem
 
 
 def draw(ax, title, features, labels, classes):
@@ -66,15 +67,16 @@ def draw(ax, title, features, labels, classes):
 def main():
     args = parse_option()
     panels = [features_of(ckpt, args) for ckpt in args.ckpt]
-    for ckpt, (_, features, _, classes) in zip(args.ckpt, panels):
+    for ckpt, (_, features, _, classes, _) in zip(args.ckpt, panels):
         if classes != panels[0][3]:
             raise UserError(f'--ckpt {ckpt}: its classes are not those of {args.ckpt[0]}')
         if not np.isfinite(features).all() or len(np.unique(features, axis=0)) < 10:
             raise UserError(f'--ckpt {ckpt}: t-SNE needs at least 10 pictures with different, finite features')
     output = Path(args.output) if Path(args.output).suffix else Path(args.output + '.png')
     fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels) + 1.2, 4), squeeze=False, layout='constrained')
-    for ax, panel in zip(axes[0], panels):
-        draw(ax, *panel)
+    titles = [panel[0] for panel in panels]
+    for ax, (title, features, labels, classes, name) in zip(axes[0], panels):
+        draw(ax, title if titles.count(title) == 1 else name, features, labels, classes)
     fig.legend(*axes[0, -1].get_legend_handles_labels(), loc='outside right center', markerscale=2, frameon=False,
                ncols=-(-len(panels[-1][3]) // 20), fontsize='small')
     try:
