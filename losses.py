@@ -10,11 +10,14 @@ allowed contrasts A(i) (never z_i itself):
   (Khosla et al., 2020, https://arxiv.org/abs/2004.11362, Eq. 2).
 - SimCLR: P(i) holds the other views of the same picture
   (Chen et al., 2020, https://arxiv.org/abs/2002.05709, Eq. 1).
+- GenSCL: labels are distributions y_i over the classes, and the mean is weighted with cos(y_i, y_j)
+  (Kim et al., 2022, https://arxiv.org/abs/2206.00384).
 - Near-out-of-distribution pictures made from class c carry the label -(c + 1). They are hard negatives:
   no anchors, nobody's positives, and in A(i) only for anchors of class c.
 
-The second term needs no N x N matrix: mean_{j in P(i)} s_ij = z_i . (class sum - z_i) / (count - 1).
-The first is computed over blocks of rows, and each block is computed again in the backward pass.
+The second term needs no N x N matrix: mean_{j in P(i)} s_ij = z_i . (class sum - z_i) / (count - 1), and with unit
+vectors u_i = y_i / |y_i| the weighted sum is z_i . M u_i / temperature, M = sum_j z_j u_j^T [dim, C]. The first is
+computed over blocks of rows, and each block is computed again in the backward pass.
 """
 import torch
 from torch import nn
@@ -25,7 +28,21 @@ from torch.nn import functional as F
 BLOCK = 2**21
 
 
-class SupConLoss(nn.Module):
+class _ContrastiveLoss(nn.Module):
+    """The settings of both losses."""
+
+    def __init__(self, temperature=0.07, contrast_mode='all', base_temperature=0.07):
+        super().__init__()
+        if contrast_mode not in ('all', 'one'):
+            raise ValueError(f"contrast_mode is {contrast_mode!r}, expected 'all' or 'one'")
+        if temperature <= 0 or base_temperature <= 0:
+            raise ValueError(f'temperature {temperature} and base_temperature {base_temperature} must be positive')
+        self.temperature = temperature
+        self.contrast_mode = contrast_mode
+        self.base_temperature = base_temperature
+
+
+class SupConLoss(_ContrastiveLoss):
     """Supervised contrastive loss (SupCon), and without labels the SimCLR loss.
 
         criterion = SupConLoss(temperature=0.1)
@@ -39,16 +56,6 @@ class SupConLoss(nn.Module):
             The contrasts are all views of all pictures in both modes.
         base_temperature: the loss is multiplied by temperature / base_temperature.
     """
-
-    def __init__(self, temperature=0.07, contrast_mode='all', base_temperature=0.07):
-        super().__init__()
-        if contrast_mode not in ('all', 'one'):
-            raise ValueError(f"contrast_mode is {contrast_mode!r}, expected 'all' or 'one'")
-        if temperature <= 0 or base_temperature <= 0:
-            raise ValueError(f'temperature {temperature} and base_temperature {base_temperature} must be positive')
-        self.temperature = temperature
-        self.contrast_mode = contrast_mode
-        self.base_temperature = base_temperature
 
     def forward(self, features, labels=None, mask=None, positives='class'):
         """Compute the loss of one batch; float16 and bfloat16 features are computed in float32.
@@ -95,7 +102,7 @@ class SupConLoss(nn.Module):
         n = len(anchors)                                                # anchor i is contrast i
         normal = labels >= 0
         owners = None if normal.all() else torch.where(normal, -1, -labels - 1)
-        log_denominator = _LogSumExp.apply(anchors, contrasts, self.temperature, labels, owners)
+        log_denominator = _LogSumExp.apply(anchors, contrasts, self.temperature, True, labels, owners)
 
         ids = _dense_ids(ids)
         weight = normal.to(contrasts.dtype)
@@ -121,22 +128,81 @@ class SupConLoss(nn.Module):
         return torch.where(weight > 0, log_denominator - log_positive, 0).mean()
 
 
+class GenSupConLoss(_ContrastiveLoss):
+    """Generalized supervised contrastive loss (GenSCL): the labels are distributions over the classes.
+
+        criterion = GenSupConLoss(temperature=0.1)
+        loss = criterion((features_1, features_2), (labels_1, labels_2))
+
+    A positive weighs as much as the cosine similarity of its label distribution with the anchor's; for one-hot labels
+    this is SupConLoss (Kim et al., 2022, https://arxiv.org/abs/2206.00384).
+
+    Args:
+        temperature, base_temperature: as for SupConLoss.
+        contrast_mode: 'all': the views of both tuples are anchors and contrasts, itself excluded; 'one': the first are
+            the anchors and the second the contrasts.
+    """
+
+    def forward(self, features, labels):
+        """Compute the loss of one batch; float16 and bfloat16 features are computed in float32.
+
+        Args:
+            features: (anchors, contrasts), each [N, dim], normally of unit length.
+            labels: (of the anchors, of the contrasts), each [N, C] of numbers >= 0. Integers are allowed; only the
+                direction of a row counts.
+
+        Returns:
+            A scalar. An anchor whose positives weigh 0 in sum (less than 1e-9) adds 0 and still counts in the mean.
+
+        Raises:
+            ValueError: wrong shapes (all are named).
+        """
+        shapes = [list(tensor.shape) for tensor in (*features, *labels)]
+        n, classes = shapes[0][0], shapes[-1][-1]
+        if {len(shape) for shape in shapes} != {2} or shapes != [shapes[0]] * 2 + [[n, classes]] * 2:
+            raise ValueError(f'features are {shapes[:len(features)]} and labels {shapes[len(features):]}, expected two '
+                             'of the same [N, dim] and two of the same [N, C]')
+        features = [part.float() if part.dtype in (torch.float16, torch.bfloat16) else part for part in features]
+        labels = [F.normalize(part.double(), dim=1) for part in labels]
+        all_views = self.contrast_mode == 'all'
+        anchors, contrasts = [torch.cat(features)] * 2 if all_views else features
+        u, v = [torch.cat(labels)] * 2 if all_views else labels                     # [n_anchors, C], [n_contrasts, C]
+        with torch.autocast(anchors.device.type, enabled=False):
+            log_denominator = _LogSumExp.apply(anchors, contrasts, self.temperature, all_views, None, None)
+            log_positive, has_positives = self._positives(anchors.double(), contrasts.double(), u, v)
+            loss = (torch.where(has_positives, log_denominator, 0).sum() - log_positive) / len(anchors)
+        return loss.to(anchors.dtype) * (self.temperature / self.base_temperature)
+
+    def _positives(self, anchors, contrasts, u, v):
+        """Sum over the anchors of their weighted means of s_ij, and which of them have positives: [n_anchors].
+
+        In float64, since what an anchor adds to its own sums is subtracted again: the rest may be small.
+        """
+        itself = (u * v).sum(1) if self.contrast_mode == 'all' else torch.zeros_like(u[:, 0])   # w_ii, left out
+        weight = u @ v.sum(0) - itself
+        has_positives = weight > 1e-9
+        scale = torch.where(has_positives, 1 / weight, 0)
+        m, m_anchors = contrasts.T @ v, anchors.T @ (scale[:, None] * u)                        # [dim, C] each
+        similar = (m * m_anchors).sum() - (scale * itself) @ (anchors * contrasts).sum(1)
+        return similar / self.temperature, has_positives
+
+
 class _LogSumExp(torch.autograd.Function):
     """log sum_{j in A(i)} exp(anchors_i . contrasts_j / temperature) for each anchor i: [n].
 
-    Anchor i is contrast i, which A(i) leaves out. With `owners` (-1, or the class whose anchors alone see the
-    contrast) and `labels`, both [n_contrasts], A(i) also leaves out contrasts that belong to another class.
+    With `same`, anchor i is contrast i, which A(i) leaves out. With `owners` (-1, or the class whose anchors alone see
+    the contrast) and `labels`, both [n_contrasts], A(i) also leaves out contrasts that belong to another class.
     Keeps only the n results and recomputes the similarities in the backward pass.
     """
 
     @staticmethod
-    def forward(ctx, anchors, contrasts, temperature, labels, owners):
+    def forward(ctx, anchors, contrasts, temperature, same, labels, owners):
         result = anchors.new_empty(len(anchors))
         for rows in _blocks(anchors, contrasts):
-            torch.logsumexp(_logits(anchors, contrasts, temperature, labels, owners, rows), 1, out=result[rows])
+            torch.logsumexp(_logits(anchors, contrasts, rows, temperature, same, labels, owners), 1, out=result[rows])
         # An anchor without contrasts has log 0 = -inf; any finite value in its place gives the gradient 0.
         ctx.save_for_backward(anchors, contrasts, labels, owners, result.masked_fill(result == -torch.inf, 0))
-        ctx.temperature = temperature
+        ctx.temperature, ctx.same = temperature, same
         return result
 
     @staticmethod
@@ -147,11 +213,11 @@ class _LogSumExp(torch.autograd.Function):
         grad_anchors, grad_contrasts = torch.empty_like(anchors), torch.zeros_like(contrasts)
         with torch.autocast(anchors.device.type, enabled=False):
             for rows in _blocks(anchors, contrasts):
-                prob = _logits(anchors, contrasts, ctx.temperature, labels, owners, rows)
+                prob = _logits(anchors, contrasts, rows, ctx.temperature, ctx.same, labels, owners)
                 prob.sub_(result[rows, None]).exp_().mul_(grad[rows, None])
                 torch.mm(prob, contrasts, out=grad_anchors[rows])
                 grad_contrasts.addmm_(prob.T, anchors[rows])
-        return grad_anchors, grad_contrasts, None, None, None
+        return grad_anchors, grad_contrasts, None, None, None, None
 
 
 def _blocks(anchors, contrasts):
@@ -159,9 +225,10 @@ def _blocks(anchors, contrasts):
     return [slice(i, min(i + step, len(anchors))) for i in range(0, len(anchors), step)]
 
 
-def _logits(anchors, contrasts, temperature, labels, owners, rows):
+def _logits(anchors, contrasts, rows, temperature=1., same=True, labels=None, owners=None):
     logits = (anchors[rows] / temperature) @ contrasts.T                # [rows, n_contrasts]
-    logits.diagonal(rows.start).fill_(-torch.inf)
+    if same:
+        logits.diagonal(rows.start).fill_(-torch.inf)
     if owners is not None:
         logits.masked_fill_((owners >= 0) & (owners != labels[rows, None]), -torch.inf)
     return logits
@@ -186,13 +253,19 @@ def _dense_ids(ids):
 def contrastive_accuracy(features, labels=None, positives='class'):
     """Share of anchors (%) whose most similar other view in the batch is a positive; a scalar tensor.
 
-    features [bsz, n_views, dim], labels [bsz] and positives as for SupConLoss. It rises from chance as pretraining
-    learns.
+    features [bsz, n_views, dim], labels [bsz] and positives as for SupConLoss; or label distributions
+    [bsz, n_views, C], then the mean weight (%) of the most similar view. It rises from chance as pretraining learns.
     """
     contrasts = features.detach().float().transpose(0, 1).flatten(0, 1)
+    if labels is not None and labels.dim() == 3:
+        u = F.normalize(labels.transpose(0, 1).flatten(0, 1), dim=1)
+        return 100 * (u * u[_nearest(contrasts)]).sum(1).mean()
     ids, labels = _ids_and_labels(features, labels, positives)
-    owners = torch.where(labels >= 0, -1, -labels - 1)
-    nearest = torch.cat([_logits(contrasts, contrasts, 1, labels, owners, rows).argmax(1)
-                         for rows in _blocks(contrasts, contrasts)])
+    nearest = _nearest(contrasts, labels, torch.where(labels >= 0, -1, -labels - 1))
     is_anchor = labels >= 0
     return 100 * ((ids == ids[nearest]) & is_anchor).sum() / is_anchor.sum().clamp(min=1)
+
+
+def _nearest(contrasts, labels=None, owners=None):
+    return torch.cat([_logits(contrasts, contrasts, rows, labels=labels, owners=owners).argmax(1)
+                      for rows in _blocks(contrasts, contrasts)])

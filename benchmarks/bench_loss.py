@@ -1,6 +1,7 @@
-"""Time and peak memory of SupConLoss against the textbook dense form, forward and backward.
+"""Time and peak memory of the losses against their textbook dense forms, forward and backward.
 
-    python benchmarks/bench_loss.py [--views 16384] [--dim 128] [--classes 10] [--repeat 3]
+    python benchmarks/bench_loss.py [--views 16384] [--dim 128] [--classes 10] [--repeat 3]             SupConLoss
+    python benchmarks/bench_loss.py --soft --classes 100                                                GenSupConLoss
 
 Every measurement is a process of its own, so that peak memory is what the loss alone adds to an idle process that
 holds the features; the two forms take turns and medians are shown. The last line is the ratio of the memories.
@@ -17,31 +18,45 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-def dense_supcon(features, labels, temperature=0.07):
-    """The formula as the textbook writes it: features [bsz, n_views, dim], N x N matrices throughout."""
+def dense(features, labels, temperature=0.07):
+    """The formula as the textbook writes it: features [bsz, n_views, dim], N x N matrices throughout.
+
+    labels [bsz] are classes, or [bsz, n_views, classes] distributions.
+    """
     import torch
     z = torch.cat(features.unbind(1))
-    labels = labels.repeat(features.shape[1])
     not_self = 1 - torch.eye(len(z))
-    mask = (labels[:, None] == labels).float() * not_self
+    if labels.dim() == 1:
+        labels = labels.repeat(features.shape[1])
+        mask = (labels[:, None] == labels).float() * not_self
+    else:
+        u = torch.nn.functional.normalize(torch.cat(labels.unbind(1)), dim=1)
+        mask = u @ u.T * not_self
     logits = z @ z.T / temperature
     logits = logits - logits.max(1, keepdim=True).values.detach()
     log_prob = logits - (logits.exp() * not_self).sum(1, keepdim=True).log()
     return -((mask * log_prob).sum(1) / mask.sum(1)).mean()
 
 
-def measure(form, views, dim, classes):
+def measure(form, views, dim, classes, soft):
     """Print seconds, added peak memory in MB and the loss of one forward and backward pass."""
     import torch
 
-    from losses import SupConLoss
-    criterion = {'linear': SupConLoss(), 'dense': dense_supcon}[form]
+    from losses import GenSupConLoss, SupConLoss
+
+    def linear(features, labels):
+        return GenSupConLoss()(features.unbind(1), labels.unbind(1)) if soft else SupConLoss()(features, labels)
+    criterion = {'linear': linear, 'dense': dense}[form]
 
     def step(views):
         generator = torch.Generator().manual_seed(0)
         features = torch.nn.functional.normalize(torch.randn(views // 2, 2, dim, generator=generator), dim=2)
         features.requires_grad_()
         labels = torch.randint(classes, (views // 2,), generator=generator)
+        if soft:                            # each view mixed with another picture
+            labels = torch.nn.functional.one_hot(torch.randint(classes, (2, views // 2, 2), generator=generator),
+                                                 classes).float()
+            labels = 0.7 * labels[0] + 0.3 * labels[1]
         start_memory, start = peak_memory(), time.perf_counter()
         loss = criterion(features, labels)
         loss.backward()
@@ -61,20 +76,22 @@ def main():
     parser.add_argument('--views', type=int, default=16384)
     parser.add_argument('--dim', type=int, default=128)
     parser.add_argument('--classes', type=int, default=10)
+    parser.add_argument('--soft', action='store_true', help='label distributions')
     parser.add_argument('--repeat', type=int, default=3)
     parser.add_argument('--form', choices=('linear', 'dense'), help='measure this form once, in this process')
     args = parser.parse_args()
     if args.form:
-        return measure(args.form, args.views, args.dim, args.classes)
+        return measure(args.form, args.views, args.dim, args.classes, args.soft)
 
     results = {'linear': [], 'dense': []}
     for _ in range(args.repeat):
         for form, rows in results.items():
             command = [sys.executable, __file__, '--form', form, '--views', str(args.views), '--dim', str(args.dim),
-                       '--classes', str(args.classes)]
+                       '--classes', str(args.classes)] + ['--soft'] * args.soft
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             rows.append([float(value) for value in output.split()])
-    print(f'{args.views} views, {args.dim} dimensions, {args.classes} classes, forward and backward, '
+    kind = 'soft classes' if args.soft else 'classes'
+    print(f'{args.views} views, {args.dim} dimensions, {args.classes} {kind}, forward and backward, '
           f'median of {args.repeat}')
     print(f'{"form":8}{"seconds":>10}{"peak MB":>10}{"loss":>14}')
     medians = {form: [statistics.median(column) for column in zip(*rows)] for form, rows in results.items()}

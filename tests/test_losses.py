@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 import losses
-from losses import SupConLoss, contrastive_accuracy
+from losses import GenSupConLoss, SupConLoss, contrastive_accuracy
 
 
 def textbook(features, labels=None, mask=None, positives='class', temperature=0.07, mode='all', base_temperature=0.07):
@@ -33,6 +33,23 @@ def textbook(features, labels=None, mask=None, positives='class', temperature=0.
         if weights > 0:
             total = total + torch.stack(denominator).logsumexp(0) - numerator / weights
     return (total if torch.is_tensor(total) else 0 * z.sum()) / max(anchors, 1) * temperature / base_temperature
+
+
+def textbook_soft(features, labels, temperature=0.07, mode='all', base_temperature=0.07):
+    """GenSupConLoss as plain double loops."""
+    if mode == 'all':
+        z, y = torch.cat(features), torch.cat(labels).double()
+        anchors = [(z[i], y[i], [j for j in range(len(z)) if j != i]) for i in range(len(z))]
+    else:
+        z, y = features[1], labels[1].double()
+        anchors = [(features[0][i], labels[0][i].double(), range(len(z))) for i in range(len(z))]
+    total = 0 * z.sum()
+    for anchor, label, others in anchors:
+        s = torch.stack([anchor @ z[j] for j in others]) / temperature
+        w = torch.stack([label @ y[j] / (label.norm() * y[j].norm()).clamp(min=1e-12) for j in others])
+        if w.sum() > 0:
+            total = total + s.logsumexp(0) - (w * s).sum() / w.sum()
+    return total / len(anchors) * temperature / base_temperature
 
 
 def random_features(bsz=7, n_views=2, shape=(5,), dtype=torch.float64):
@@ -75,6 +92,68 @@ def test_gradcheck(monkeypatch, mode, targets):
     monkeypatch.setattr(losses, 'BLOCK', 40)
     keywords = TARGETS[targets]()
     assert torch.autograd.gradcheck(lambda f: SupConLoss(0.5, mode)(f, **keywords), (random_features(),))
+
+
+SOFT = {
+    'random': lambda: torch.rand(2, 7, 5, dtype=torch.float64),
+    'sharp': lambda: (8 * torch.randn(2, 7, 5, dtype=torch.float64)).softmax(2),
+    'mixed': lambda: 0.3 * F.one_hot(torch.randint(9, (2, 7)), 9).double() + 0.7 * F.one_hot(
+        torch.randint(9, (2, 7)), 9).double(),
+    'one_hot': lambda: F.one_hot(torch.tensor([0, 1, 0, 2, 1, 0, 4]), 5).repeat(2, 1, 1),
+    'alone': lambda: torch.stack([torch.eye(15)[:7], torch.eye(15)[7:14]]),     # nobody has a positive
+    'none': lambda: torch.rand(2, 7, 5) * (torch.arange(7) != 3)[:, None],      # a picture without label
+}
+
+
+@pytest.mark.parametrize('mode', ['all', 'one'])
+@pytest.mark.parametrize('targets', SOFT)
+@pytest.mark.parametrize('block', [losses.BLOCK, 40])
+def test_soft_labels_are_the_textbook_s(monkeypatch, mode, targets, block):
+    monkeypatch.setattr(losses, 'BLOCK', block)
+    labels, features = SOFT[targets](), random_features()
+    reference = copy.deepcopy(features)
+    loss = GenSupConLoss(0.1, mode, 0.07)(features.unbind(1), labels.unbind(0))
+    expected = textbook_soft(reference.unbind(1), labels.unbind(0), 0.1, mode)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-12)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(features.grad, reference.grad, rtol=1e-6, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda f: GenSupConLoss(0.5, mode)(f.unbind(1), labels.unbind(0)), (features,))
+
+
+def test_one_hot_labels_are_supcon():
+    features, labels = random_features(64, 2, (16,), torch.float32), torch.randint(9, (64,))
+    expected = SupConLoss(0.1)(features, labels)
+    loss = GenSupConLoss(0.1)(features.unbind(1), [F.one_hot(labels, 9)] * 2)
+    torch.testing.assert_close(loss, expected)
+    ours, theirs = (torch.autograd.grad(value, features)[0] for value in (loss, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_nearly_one_hot_labels_in_float32():
+    """What an anchor adds to its own sums is nearly all of them, and must vanish."""
+    labels = torch.stack([torch.eye(14)[:7], torch.eye(14)[7:]]) + 1e-6
+    features = random_features(dtype=torch.float32)
+    loss = GenSupConLoss(0.1)(features.unbind(1), labels.unbind(0))
+    torch.testing.assert_close(loss.double(), textbook_soft(features.double().unbind(1), labels.unbind(0), 0.1),
+                               rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_with_soft_labels(dtype):
+    features, labels = random_features(16, 2, (32,), torch.float32).detach().to(dtype), torch.rand(2, 16, 5)
+    with torch.autocast('cpu', torch.bfloat16):
+        loss = GenSupConLoss()(features.unbind(1), labels.unbind(0))
+    torch.testing.assert_close(loss, GenSupConLoss()(features.float().unbind(1), labels.unbind(0)))
+
+
+@pytest.mark.parametrize('features, labels', [
+    ([(4, 8), (5, 8)], [(4, 3), (4, 3)]), ([(4, 8), (4, 8)], [(4, 3), (4, 2)]), ([(4, 8)], [(4, 3)]),
+    ([(4, 8), (4, 8)], [(4,), (4,)]), ([(4, 2, 8), (4, 2, 8)], [(4, 3), (4, 3)]), ([(4, 8), (4, 8)], [(5, 3), (5, 3)])])
+def test_wrong_shapes_of_tuples_are_named(features, labels):
+    with pytest.raises(ValueError, match=r'expected two of the same') as error:
+        GenSupConLoss()([torch.zeros(shape) for shape in features], [torch.zeros(shape) for shape in labels])
+    assert str(list(labels[-1])) in str(error.value)
 
 
 def test_more_dimensions_are_flattened():
@@ -159,13 +238,15 @@ def test_wrong_shapes_are_named(features, targets, words):
     assert all(word in str(error.value) for word in words)
 
 
+@pytest.mark.parametrize('loss', [SupConLoss, GenSupConLoss])
 @pytest.mark.parametrize('keywords', [{'contrast_mode': 'two'}, {'temperature': 0}, {'base_temperature': -1}])
-def test_wrong_settings_are_refused(keywords):
+def test_wrong_settings_are_refused(loss, keywords):
     with pytest.raises(ValueError):
-        SupConLoss(**keywords)
+        loss(**keywords)
 
 
-def test_memory_is_linear(monkeypatch):
+@pytest.mark.parametrize('soft', [False, True])
+def test_memory_is_linear(monkeypatch, soft):
     """No tensor of the loss, forward or backward, is larger than a block or than the features."""
     from torch.utils._python_dispatch import TorchDispatchMode
     monkeypatch.setattr(losses, 'BLOCK', 4096)
@@ -181,15 +262,21 @@ def test_memory_is_linear(monkeypatch):
             return result
 
     features = random_features(512, 2, (4,))
+    labels = torch.randint(4, (512,))
     with Watch():
-        SupConLoss()(features, torch.randint(5, (512,))).backward()
+        if soft:
+            GenSupConLoss()(features.unbind(1), [F.one_hot(labels, 4)] * 2).backward()
+        else:
+            SupConLoss()(features, labels).backward()
     assert largest == 4096                                      # the whole matrix would have 1024 * 1024
 
 
-@pytest.mark.parametrize('labels', [None, torch.arange(512) % 10])
-def test_gradients_are_the_same_every_time(labels):
+@pytest.mark.parametrize('loss', [
+    SupConLoss(), lambda f: SupConLoss()(f, torch.arange(512) % 10),
+    lambda f: GenSupConLoss()(f.unbind(1), torch.eye(512)[:, :10].repeat(2, 1, 1) + 0.1)])
+def test_gradients_are_the_same_every_time(loss):
     features = random_features(512, 2, (128,), torch.float32)
-    gradients = [torch.autograd.grad(SupConLoss()(features, labels), features)[0] for _ in range(10)]
+    gradients = [torch.autograd.grad(loss(features), features)[0] for _ in range(10)]
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
@@ -205,3 +292,15 @@ def test_contrastive_accuracy():
     crossed = torch.stack([torch.stack([near, far]), torch.stack([near, far])])
     assert contrastive_accuracy(crossed, torch.tensor([0, 0])) == 100
     assert contrastive_accuracy(crossed, torch.tensor([0, 0]), 'picture') == 0
+
+
+def test_contrastive_accuracy_of_soft_labels():
+    """The weight of the most similar view; for one-hot labels the share of positives."""
+    features, labels = random_features(30, 2), torch.randint(4, (30,))
+    one_hot = F.one_hot(labels, 4).float()[:, None].repeat(1, 2, 1)
+    torch.testing.assert_close(contrastive_accuracy(features, one_hot), contrastive_accuracy(features, labels))
+    near, far = torch.tensor([1., 0.]), torch.tensor([0., 1.])
+    features = torch.stack([torch.stack([near, near]), torch.stack([far, far])])
+    labels = torch.tensor([[[1., 0.], [1., 1.]], [[3., 0.], [2., 0.]]])
+    expected = 100 * (2 * 0.5 ** 0.5 + 2) / 4                   # cos 45 degrees, and equal directions
+    torch.testing.assert_close(contrastive_accuracy(features, labels), torch.tensor(expected))

@@ -1,0 +1,50 @@
+"""Mixup and cutmix of a whole batch, on its device, with the label distributions that follow.
+
+Both mix every picture with another of the batch, by one share drawn for the batch, as published: mixup averages
+pixels (Zhang et al., 2018, https://arxiv.org/abs/1710.09412), cutmix pastes a box (Yun et al., 2019,
+https://arxiv.org/abs/1905.04899).
+"""
+import math
+
+import torch
+
+
+def mix(images, labels, kind, alpha, rng):
+    """Mix a batch: images [n, 3, h, w] and label distributions [n, C] -> the same, mixed.
+
+    kind: 'mixup', 'cutmix' or 'mixup_cutmix', which tosses a coin for the batch. The share of the picture itself is
+    drawn from Beta(alpha, alpha); rng is a numpy Generator.
+    """
+    if kind == 'mixup_cutmix':
+        kind = rng.choice(['mixup', 'cutmix'])
+    share = rng.beta(alpha, alpha)
+    others = torch.from_numpy(rng.permutation(len(images))).to(images.device)
+    if kind == 'mixup':
+        images = torch.lerp(images[others], images, share)
+    else:
+        images, share = cutmix(images, images[others], share, rng)
+    return images, torch.lerp(labels[others], labels, share)
+
+
+def mix_views(images, labels, n_views, kind, alpha, rng):
+    """Mix each view on its own: images [n_views * bsz, 3, h, w], view after view, and labels [bsz, C].
+
+    -> mixed images, and their label distributions [n_views * bsz, C].
+    """
+    mixed = [mix(view, labels, kind, alpha, rng) for view in images.chunk(n_views)]
+    return torch.cat([images for images, _ in mixed]), torch.cat([labels for _, labels in mixed])
+
+
+def cutmix(images, others, share, rng):
+    """Paste the same box of `others` into `images`; -> mixed images, share of the area that stayed.
+
+    The box has the shape of the picture and 1 - share of its area, around a uniform centre; what lies outside is cut.
+    """
+    height, width = images.shape[2:]
+    box_h, box_w = (int(side * math.sqrt(1 - share)) for side in (height, width))
+    y, x = rng.integers(height), rng.integers(width)
+    top, bottom = max(0, y - box_h // 2), min(height, y + (box_h + 1) // 2)
+    left, right = max(0, x - box_w // 2), min(width, x + (box_w + 1) // 2)
+    images = images.clone()
+    images[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
+    return images, 1 - (bottom - top) * (right - left) / (height * width)
