@@ -2,15 +2,18 @@
 
     python main_ce.py --batch_size 1024 --learning_rate 0.8 --cosine
     python main_ce.py --dataset path --data_folder ./pictures
+    python main_ce.py --model timm/efficientnetv2_rw_m --mix mixup_cutmix --optim_kind Adam --learning_rate 0.001
 
 Uses all GPUs in CUDA_VISIBLE_DEVICES, or the CPU. Writes output/<run>/trial=<trial>/last.ckpt.
 """
 import time
 
 from torch import nn
+from torch.nn import functional as F
 
 import util
 from datasets import classification_view, evaluation_view, load_pictures, make_loader
+from datasets.mixing import mix
 from networks.resnet_big import SupCEResNet
 from util import AverageMeter, log
 
@@ -36,8 +39,10 @@ def set_loader(opt):
 
 
 def set_model(opt, classes):
-    model = SupCEResNet(opt.model, len(classes), stem=opt.stem, width=opt.width, zero_init=opt.zero_init)
-    return util.prepare(model, opt), nn.CrossEntropyLoss()
+    opt.num_classes = len(classes)
+    model = SupCEResNet(opt.model, len(classes), size=opt.size, stem=opt.stem, width=opt.width,
+                        zero_init=opt.zero_init)
+    return util.prepare(model, opt), nn.CrossEntropyLoss(label_smoothing=opt.label_smoothing)
 
 
 def train(train_loader, model, criterion, optimizer, epoch, opt):
@@ -49,14 +54,14 @@ def train(train_loader, model, criterion, optimizer, epoch, opt):
     for idx, (images, labels) in enumerate(util.progress(train_loader, f'epoch {epoch}/{opt.epochs}')):
         data_time.update(time.time() - end)
         util.set_learning_rate(optimizer, util.learning_rate(opt, epoch, idx, steps))
+        if opt.mix:
+            images, labels = mix(images, F.one_hot(labels, opt.num_classes).float(), opt.mix, opt.mix_alpha,
+                                 util.step_rng(opt, epoch, idx))
 
         with util.autocast(opt):
             output = model(images)                      # [bsz, num_classes]
         loss = criterion(output.float(), labels)
-
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        util.update(loss, optimizer)
 
         losses.update(loss, len(labels))
         top1.update(util.accuracy(output, labels), len(labels))
@@ -72,11 +77,11 @@ def train(train_loader, model, criterion, optimizer, epoch, opt):
             'pictures_per_second': top1.count / (time.time() - start)}
 
 
-def validate(loaders, model, criterion, opt):
+def validate(loaders, model, opt):
     """-> loss, accuracy (%) and, with ood pictures, how they are told apart; and the accuracy of each class."""
     logits, labels = util.forward_all(model, loaders['val'], opt)
     correct = (logits.argmax(1) == labels).float()
-    values = {'val_loss': criterion(logits, labels).item(), 'val_acc': 100 * correct.mean().item()}
+    values = {'val_loss': F.cross_entropy(logits, labels).item(), 'val_acc': 100 * correct.mean().item()}
     log(f" * Acc@1 {values['val_acc']:.3f}")
     if 'ood' in loaders:
         id_logits = util.forward_all(model, loaders['id'], opt)[0] if 'id' in loaders else logits
@@ -94,7 +99,7 @@ def fit(run, train_loader, loaders, model, criterion, optimizer, classes, opt):
             run.log_views(train_loader)
         values = train(train_loader, model, criterion, optimizer, epoch, opt)
         if epoch == opt.epochs or opt.eval_freq and epoch % opt.eval_freq == 0:
-            validation, per_class = validate(loaders, model, criterion, opt)
+            validation, per_class = validate(loaders, model, opt)
             best_acc = max(best_acc, validation['val_acc'])
             values.update(validation)
         run.log_values({'learning_rate': optimizer.param_groups[0]['lr'], **values}, epoch)

@@ -2,6 +2,7 @@
 
     python main_linear.py --batch_size 512 --learning_rate 5 --ckpt output/<run>/trial=0/last.ckpt
     python main_linear.py --batch_size 512 --learning_rate 1 --ckpt simclr.pth          a checkpoint of SupContrast
+    python main_linear.py --pretrained cifar10_bsz_1024_mixup_cutmix_1.0_KD_1.0_SGD_lr_0.5           a GenSCL run
 
 Uses all GPUs in CUDA_VISIBLE_DEVICES, or the CPU. Writes output/<run>/trial=<trial>/last.ckpt.
 """
@@ -16,8 +17,13 @@ from util import UserError, log
 def parse_option(argv=None):
     """The options, and the checkpoint: its network is the default, on the same dataset its size and statistics too."""
     opt = util.parse('main_linear', __doc__, argv)
-    checkpoint = util.load_checkpoint(opt.ckpt)
+    if (opt.ckpt is None) == (opt.pretrained is None):
+        raise UserError('expected the pretrained encoder, either --ckpt FILE or --pretrained NAME')
+    ckpt = opt.ckpt or f'output/{opt.pretrained}/trial={opt.trial}/{opt.pretrained_ckpt}'
+    checkpoint = util.load_checkpoint(ckpt)
     recorded = checkpoint['opt']
+    opt = util.parse('main_linear', __doc__, argv, method=recorded.get('method'))
+    opt.ckpt = ckpt
     for name, default in (('model', 'resnet50'), ('stem', 'cifar'), ('width', 1.)):
         known = recorded.get(name, default)
         if getattr(opt, name) is None:
@@ -35,9 +41,11 @@ def parse_option(argv=None):
 
 
 def set_model(opt, checkpoint, classes):
+    opt.num_classes = len(classes)
     encoder = util.load_encoder(checkpoint, opt, opt.ckpt)
     log(f"{opt.ckpt}: {opt.model} after {checkpoint.get('epoch', 'unknown')} epochs")
-    return util.prepare(LinearProbe(encoder, len(classes)), opt), nn.CrossEntropyLoss()
+    model = LinearProbe(encoder, len(classes))
+    return util.prepare(model, opt), nn.CrossEntropyLoss(label_smoothing=opt.label_smoothing)
 
 
 def main(argv=None):

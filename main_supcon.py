@@ -1,11 +1,13 @@
-"""Contrastive pretraining: SupCon and SimCLR.
+"""Contrastive pretraining: SupCon, SimCLR and GenSCL.
 
     python main_supcon.py --batch_size 1024 --learning_rate 0.5 --temp 0.1 --cosine                     SupCon
     python main_supcon.py --batch_size 1024 --learning_rate 0.5 --temp 0.5 --cosine --method SimCLR     SimCLR
+    python main_supcon.py --method GenSCL --mix mixup_cutmix --KD --teacher_path output/teacher/trial=0  GenSCL
     python main_supcon.py --dataset path --data_folder ./pictures                                       own pictures
 
 Uses all GPUs in CUDA_VISIBLE_DEVICES, or the CPU. Writes output/<run>/trial=<trial>/last.ckpt for main_linear.py.
 """
+import math
 import time
 
 import torch
@@ -13,19 +15,26 @@ from torch.nn import functional as F
 
 import util
 from datasets import evaluation_view, load_pictures, make_loader, pretraining_view
-from losses import SupConLoss, contrastive_accuracy
+from datasets.mixing import mix_views
+from losses import GenSupConLoss, SupConLoss, contrastive_accuracy
 from networks.resnet_big import SupConResNet
 from util import AverageMeter, log
 
 N_VIEWS = 2
+POSITIVES = {'SupCon': 'class', 'SimCLR': 'picture', 'GenSCL': 'class'}     # what the positives of a view share with it
 
 
 def parse_option(argv=None):
     opt = util.parse('main_supcon', __doc__, argv)
     opt.warm = opt.warm or opt.batch_size > 256         # large batches need it
-    opt.output_name = opt.output_name or (
-        f'{opt.method}_{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}_bsz_{opt.batch_size}'
-        f'_temp_{opt.temp}_trial_{opt.trial}' + '_cosine' * opt.cosine + '_warm' * opt.warm)
+    if opt.method == 'GenSCL':
+        name = (f'{opt.dataset}_bsz_{opt.batch_size}_' + 'cutout_' * opt.cutout
+                + f'{opt.mix}_{opt.mix_alpha}_' * bool(opt.mix) + f'KD_{opt.KD_alpha}_' * opt.KD
+                + f"{'LARS' if opt.LARS else opt.optim_kind}_lr_{opt.learning_rate}")
+    else:
+        name = (f'{opt.method}_{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}_bsz_'
+                f'{opt.batch_size}_temp_{opt.temp}_trial_{opt.trial}' + '_cosine' * opt.cosine + '_warm' * opt.warm)
+    opt.output_name = opt.output_name or name
     return opt
 
 
@@ -40,39 +49,68 @@ def set_loader(opt):
 
 
 def set_model(opt, classes):
+    """The network, the loss, and the teacher of --KD or None."""
+    opt.num_classes = len(classes)
     model = SupConResNet(opt.model, opt.head, opt.feat_dim, num_classes=len(classes) if opt.ce_weight else 0,
-                         stem=opt.stem, width=opt.width, zero_init=opt.zero_init)
-    return util.prepare(model, opt), SupConLoss(temperature=opt.temp)
+                         size=opt.size, stem=opt.stem, width=opt.width, zero_init=opt.zero_init)
+    criterion = (GenSupConLoss if opt.method == 'GenSCL' else SupConLoss)(temperature=opt.temp)
+    teacher = util.load_teacher(opt, classes) if opt.KD else None
+    return util.prepare(model, opt), criterion, teacher
 
 
-def train(train_loader, model, criterion, optimizer, epoch, opt):
+def soft_labels(images, labels, teacher, opt, rng):
+    """GenSCL: mix each view of a batch on its own and ask the teacher, if there is one, about the mixed views.
+
+    images [n_views * bsz, 3, size, size], labels [bsz] -> mixed images, and what to learn from: a list of
+    (weight, label distributions [n_views, bsz, num_classes]).
+    """
+    mixed = F.one_hot(labels, opt.num_classes).float()
+    if opt.mix:
+        images, mixed = mix_views(images, mixed, N_VIEWS, opt.mix, opt.mix_alpha, rng)
+    else:
+        mixed = mixed.repeat(N_VIEWS, 1)
+    targets = [(1., mixed)]
+    if teacher is not None:
+        taught = (teacher(images).float() / opt.KD_temp).softmax(1)
+        targets = [(1., taught)] if opt.KD_alpha == math.inf else [*targets, (opt.KD_alpha, taught)]
+    return images, [(weight, soft.view(N_VIEWS, len(labels), -1)) for weight, soft in targets]
+
+
+def contrastive_loss(criterion, features, targets, opt):
+    """The loss of features [bsz, n_views, feat_dim] for labels [bsz], or for what soft_labels gives."""
+    if opt.method == 'GenSCL':
+        return sum(weight * criterion(features.unbind(1), soft.unbind(0)) for weight, soft in targets)
+    return criterion(features, targets, positives=POSITIVES[opt.method])
+
+
+def train(train_loader, model, criterion, optimizer, epoch, opt, teacher=None):
     """One epoch: -> averages for TensorBoard."""
     model.train()
     batch_time, data_time, losses, accuracies = (AverageMeter() for _ in range(4))
-    positives = 'class' if opt.method == 'SupCon' else 'picture'
     steps, history = len(train_loader), []
     end = start = time.time()
     for idx, (images, labels) in enumerate(util.progress(train_loader, f'epoch {epoch}/{opt.epochs}')):
         data_time.update(time.time() - end)
         util.set_learning_rate(optimizer, util.learning_rate(opt, epoch, idx, steps))
         bsz = len(labels)                               # a label -(c + 1) is a hard negative made from class c
+        targets, classes = labels, torch.where(labels >= 0, labels, -100).repeat(N_VIEWS)
+        if opt.method == 'GenSCL':
+            images, targets = soft_labels(images, labels, teacher, opt, util.step_rng(opt, epoch, idx))
+            labels = targets[0][1].transpose(0, 1)      # [bsz, n_views, num_classes]
+            classes = targets[0][1].flatten(0, 1)
 
         with util.autocast(opt):
             output = model(images)                                          # [n_views * bsz, feat_dim]
         features, logits = output if opt.ce_weight else (output, None)
         features = features.view(N_VIEWS, bsz, -1).transpose(0, 1)          # [bsz, n_views, feat_dim]
-        loss = contrastive = criterion(features, labels, positives=positives)
+        loss = contrastive = contrastive_loss(criterion, features, targets, opt)
         if opt.ce_weight:
-            targets = torch.where(labels >= 0, labels, -100).repeat(N_VIEWS)
-            loss = loss + opt.ce_weight * F.cross_entropy(logits.float(), targets, ignore_index=-100)
-
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+            loss = loss + opt.ce_weight * F.cross_entropy(logits.float(), classes)
+        util.update(loss, optimizer)
 
         losses.update(loss, bsz)
-        accuracies.update(contrastive_accuracy(features, labels, positives), bsz)
-        collapsed = criterion(torch.ones_like(features[..., :1]).detach(), labels, positives=positives)
+        accuracies.update(contrastive_accuracy(features, labels, POSITIVES[opt.method]), bsz)
+        collapsed = contrastive_loss(criterion, torch.ones_like(features[..., :1]).detach(), targets, opt)
         history.append((contrastive.detach() - collapsed).abs() <= 1e-4 * collapsed)
         batch_time.update(time.time() - end)
         end = time.time()
@@ -99,7 +137,7 @@ def main(argv=None):
     util.set_device(opt)
     util.set_warmup(opt)
     train_loader, memory_loader, val_loader, classes = set_loader(opt)
-    model, criterion = set_model(opt, classes)
+    model, criterion, teacher = set_model(opt, classes)
     optimizer = util.set_optimizer(opt, model)
     first_epoch, _ = run.restore(model, optimizer)
     run.start(classes)
@@ -109,7 +147,7 @@ def main(argv=None):
         train_loader.set_epoch(epoch)
         if epoch == 1:
             run.log_views(train_loader)
-        averages = train(train_loader, model, criterion, optimizer, epoch, opt)
+        averages = train(train_loader, model, criterion, optimizer, epoch, opt, teacher)
         if averages.pop('collapsed') and not warned:
             warned = True
             log(f"Warning: all through epoch {epoch} the loss was {averages['loss']:.3f}, its value when all features "

@@ -9,7 +9,7 @@ from datasets import mvip, pictures
 from datasets.augmentations import load_augmentations
 from datasets.loader import make_loader
 from datasets.views import View
-from util import log
+from util import UserError, log
 
 
 @dataclass(frozen=True)
@@ -17,29 +17,40 @@ class DatasetInfo:
     """How a dataset is read and shown: `load(opt)` returns training and validation Pictures.
 
     mean, std: of its channels; None: measured on the training pictures. size: side of the views in pixels.
-    pretraining, classification: its training views, as settings of View.
+    pretraining, classification: how the training views are cut, as settings of View; policy: what colours those of
+    classification unless told otherwise (a key of POLICIES; of pretraining it is 'sim'). auto: its AutoAugment policy.
+    padding: classification with 'auto' and 'rand' cuts views from the padded picture instead.
     """
     load: Callable
     mean: tuple | None = None
     std: tuple | None = None
     size: int = 32
-    pretraining: dict = field(default_factory=lambda: SIMCLR)
+    pretraining: dict = field(default_factory=lambda: CROP)
     classification: dict = field(default_factory=lambda: CROP)
+    policy: str = 'no'
+    auto: str = 'imagenet'
+    padding: int = 0
 
 
 CROP = {'crop': (0.2, 1.), 'flip': 0.5}
-COLOUR = {'jitter': (0.4, 0.4, 0.4, 0.1), 'grayscale': 0.2}
-SIMCLR = {**CROP, **COLOUR}                             # the view of SimCLR and SupCon
 DIGIT = {'crop': (0.4, 1.)}                             # mirrored or cropped smaller, a digit is another one
-PART = {'flip': 0.5, 'rotation': 15., **COLOUR}
+PART = {'flip': 0.5, 'rotation': 15.}
+CIFAR = {'auto': 'cifar10', 'padding': 4}
 
 DATASETS = {
-    'digits': DatasetInfo(pictures.digits, size=16, pretraining={**DIGIT, **COLOUR}, classification=DIGIT),
-    'cifar10': DatasetInfo(pictures.cifar, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    'cifar100': DatasetInfo(pictures.cifar, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    'digits': DatasetInfo(pictures.digits, size=16, pretraining=DIGIT, classification=DIGIT, auto='svhn'),
+    'cifar10': DatasetInfo(pictures.cifar, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), **CIFAR),
+    'cifar100': DatasetInfo(pictures.cifar, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), **CIFAR),
     'path': DatasetInfo(pictures.path),
-    'mvip': DatasetInfo(mvip.mvip, (0.4213, 0.4252, 0.4242), (0.1955, 0.1923, 0.1912), size=224,
+    'mvip': DatasetInfo(mvip.mvip, (0.4213, 0.4252, 0.4242), (0.1955, 0.1923, 0.1912), size=224, policy='sim',
                         pretraining={'crop': (0.6, 1.), **PART}, classification={'crop': (0.8, 1.), **PART}),
+}
+
+POLICIES = {                                            # --augment_policy: what is done after cropping
+    'no': lambda opt, info: {},
+    'sim': lambda opt, info: {'jitter': (0.4, 0.4, 0.4, 0.1), 'grayscale': 0.2},        # SimCLR, SupCon
+    'auto': lambda opt, info: {'auto': info.auto},
+    'rand': lambda opt, info: {'rand': (opt.rand_n, opt.rand_m)},
 }
 
 
@@ -75,12 +86,24 @@ def load_pictures(opt):
 
 def pretraining_view(opt):
     """The view of contrastive pretraining."""
-    return View(opt.size, opt.mean, opt.std, **DATASETS[opt.dataset].pretraining)
+    return _training_view(opt, DATASETS[opt.dataset].pretraining, opt.augment_policy or 'sim')
 
 
 def classification_view(opt):
     """The training view of cross-entropy and linear evaluation."""
-    return View(opt.size, opt.mean, opt.std, **DATASETS[opt.dataset].classification)
+    info = DATASETS[opt.dataset]
+    policy, cut = opt.augment_policy or info.policy, info.classification
+    if info.padding and policy in ('auto', 'rand'):
+        cut = {'padding': info.padding, 'flip': 0.5}                                    # as GenSCL
+    return _training_view(opt, cut, policy, erasing=opt.erasing_p if opt.erasing else 0.)
+
+
+def _training_view(opt, cut, policy, **more):
+    if opt.cutout and opt.cutout_length >= 2 * opt.size:
+        raise UserError(f'--cutout_length {opt.cutout_length} hides the whole view of {opt.size} pixels, expected less')
+    cutout = (opt.n_holes, opt.cutout_length) if opt.cutout else None
+    colour = POLICIES[policy](opt, DATASETS[opt.dataset])
+    return View(opt.size, opt.mean, opt.std, **cut, **colour, cutout=cutout, **more)
 
 
 def evaluation_view(opt):

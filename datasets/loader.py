@@ -14,9 +14,9 @@ def make_loader(pictures, view, opt, n_views=1, train=True):
     Call `set_epoch(epoch)` before each epoch: permutation and views depend on opt.seed and the epoch alone. With
     train=False the pictures come in their own order. opt.loader: 'batched' decodes everything into memory first,
     'per_sample' decodes in opt.num_workers processes, 'auto' takes 'batched' where the pictures fit into half of the
-    free memory.
+    free memory and the view can be drawn in batches.
     """
-    batched = opt.loader == 'batched' or (
+    batched = not view.per_sample_only and (opt.loader == 'batched' or
         opt.loader == 'auto' and pictures.decoded_bytes(view.short_side) < available_memory() / 2)
     return (BatchedLoader if batched else PerSampleLoader)(pictures, view, opt, n_views, train)
 

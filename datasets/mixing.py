@@ -1,6 +1,6 @@
 """Mixup and cutmix of a whole batch, on its device, with the label distributions that follow.
 
-Both mix every picture with another of the batch, by one share drawn for the batch, as published: mixup averages
+Both mix every picture with another of the batch, by one lam drawn for the batch, as published: mixup averages
 pixels (Zhang et al., 2018, https://arxiv.org/abs/1710.09412), cutmix pastes a box (Yun et al., 2019,
 https://arxiv.org/abs/1905.04899).
 """
@@ -12,18 +12,18 @@ import torch
 def mix(images, labels, kind, alpha, rng):
     """Mix a batch: images [n, 3, h, w] and label distributions [n, C] -> the same, mixed.
 
-    kind: 'mixup', 'cutmix' or 'mixup_cutmix', which tosses a coin for the batch. The share of the picture itself is
-    drawn from Beta(alpha, alpha); rng is a numpy Generator.
+    kind: 'mixup', 'cutmix' or 'mixup_cutmix', which tosses a coin for the batch. lam, the share of the picture
+    itself, is drawn from Beta(alpha, alpha); rng is a numpy Generator.
     """
     if kind == 'mixup_cutmix':
         kind = rng.choice(['mixup', 'cutmix'])
-    share = rng.beta(alpha, alpha)
+    lam = rng.beta(alpha, alpha)
     others = torch.from_numpy(rng.permutation(len(images))).to(images.device)
     if kind == 'mixup':
-        images = torch.lerp(images[others], images, share)
+        images = torch.lerp(images[others], images, lam)
     else:
-        images, share = cutmix(images, images[others], share, rng)
-    return images, torch.lerp(labels[others], labels, share)
+        images, lam = cutmix(images, images[others], lam, rng)
+    return images, torch.lerp(labels[others], labels, lam)
 
 
 def mix_views(images, labels, n_views, kind, alpha, rng):
@@ -35,13 +35,13 @@ def mix_views(images, labels, n_views, kind, alpha, rng):
     return torch.cat([images for images, _ in mixed]), torch.cat([labels for _, labels in mixed])
 
 
-def cutmix(images, others, share, rng):
+def cutmix(images, others, lam, rng):
     """Paste the same box of `others` into `images`; -> mixed images, share of the area that stayed.
 
-    The box has the shape of the picture and 1 - share of its area, around a uniform centre; what lies outside is cut.
+    The box has the shape of the picture and 1 - lam of its area, around a uniform centre; what lies outside is cut.
     """
     height, width = images.shape[2:]
-    box_h, box_w = (int(side * math.sqrt(1 - share)) for side in (height, width))
+    box_h, box_w = (int(side * math.sqrt(1 - lam)) for side in (height, width))
     y, x = rng.integers(height), rng.integers(width)
     top, bottom = max(0, y - box_h // 2), min(height, y + (box_h + 1) // 2)
     left, right = max(0, x - box_w // 2), min(width, x + (box_w + 1) // 2)

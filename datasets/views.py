@@ -9,10 +9,12 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torchvision import transforms
 
-RATIO = (3 / 4, 4 / 3)                      # aspect ratio of random crops, torchvision's default
+RATIO = (3 / 4, 4 / 3)                      # aspect ratio (width / height) of random crops, torchvision's default
+ERASING_AREA, ERASING_RATIO = (0.02, 0.33), (0.3, 3.3)      # of RandomErasing (height / width), torchvision's defaults
 GRAY = (0.2989, 0.587, 0.114)               # luma weights of ITU-R BT.601, as torchvision
 
 
@@ -22,25 +24,41 @@ class View:
 
     crop: (smallest, largest) share of the area of a random crop; None: the central square.
     flip: probability of a left-right flip.
+    padding: pixels of black around the square from which it is cut again at random, instead of `crop`.
     rotation: largest angle in degrees; corners that come from outside are black.
+    auto: AutoAugment with its policy for 'cifar10', 'imagenet' or 'svhn'; rand: (number, magnitude) of RandAugment's
+        operations. Only `per_sample` executes these two.
     jitter: strengths of brightness, contrast, saturation and hue, as transforms.ColorJitter; None: no colour jitter.
     jitter_p, grayscale: probabilities of the colour jitter and of losing the colours.
-    mean, std: subtracted and divided by at the end, per channel of 0..1.
+    mean, std: subtracted and divided by, per channel of 0..1.
+    cutout: (number, length) of squares that are set to 0 last, around uniform centres
+        (DeVries and Taylor, 2017, https://arxiv.org/abs/1708.04552).
+    erasing: probability that a rectangle is set to 0 last, as transforms.RandomErasing.
     """
     size: int
     mean: tuple
     std: tuple
     crop: tuple | None = None
     flip: float = 0.
+    padding: int = 0
     rotation: float = 0.
+    auto: str | None = None
+    rand: tuple | None = None
     jitter: tuple | None = None
     jitter_p: float = 0.8
     grayscale: float = 0.
+    cutout: tuple | None = None
+    erasing: float = 0.
 
     @property
     def short_side(self):
         """Shorter side from which even the smallest crop need not be enlarged."""
         return math.ceil(self.size / math.sqrt(self.crop[0])) if self.crop else self.size
+
+    @property
+    def per_sample_only(self):
+        """Whether only torchvision draws it, one picture after the other."""
+        return bool(self.auto or self.rand)
 
     @property
     def group(self):
@@ -60,29 +78,53 @@ def per_sample(view):
         steps = [transforms.Resize(view.size), transforms.CenterCrop(view.size)]
     if view.flip:
         steps.append(transforms.RandomHorizontalFlip(view.flip))
+    if view.padding:
+        steps.append(transforms.RandomCrop(view.size, view.padding))
     if view.rotation:
         steps.append(transforms.RandomRotation(view.rotation, transforms.InterpolationMode.BILINEAR))
+    if view.auto:
+        steps.append(transforms.AutoAugment(transforms.AutoAugmentPolicy(view.auto)))
+    if view.rand:
+        steps.append(transforms.RandAugment(*view.rand))
     if view.jitter:
         steps.append(transforms.RandomApply([transforms.ColorJitter(*view.jitter)], p=view.jitter_p))
     if view.grayscale:
         steps.append(transforms.RandomGrayscale(view.grayscale))
-    return transforms.Compose(steps + [transforms.ToTensor(), transforms.Normalize(view.mean, view.std)])
+    steps += [transforms.ToTensor(), transforms.Normalize(view.mean, view.std)]
+    if view.cutout:
+        steps.append(Cutout(*view.cutout))
+    if view.erasing:
+        steps.append(transforms.RandomErasing(view.erasing, ERASING_AREA, ERASING_RATIO))
+    return transforms.Compose(steps)
+
+
+class Cutout(nn.Module):
+    """Squares set to 0 in a tensor [3, size, size], as View.cutout."""
+
+    def __init__(self, number, length):
+        super().__init__()
+        self.number, self.length = number, length
+
+    def forward(self, picture):
+        return erase(picture[None], cutout_boxes(1, self.number, self.length, picture.shape[1]))[0]
 
 
 @dataclass
 class Draw:
     """Parameters of n views, as drawn by `draw`.
 
-    boxes [n, 4] top, left, height, width in pixels; flips [n] bool; angles [n] in degrees, counter-clockwise, or None;
-    factors [4, n] brightness, contrast,
-    saturation, hue (1, 1, 1, 0 where a picture is not jittered; None without jitter); gray [n] bool or None;
-    orders: the order of the four colour operations in each group of View.group views.
+    boxes [n, 4] top, left, height, width in pixels; flips [n] bool; shifts [n, 2] top, left in the padded view, or
+    None; angles [n] in degrees, counter-clockwise, or None; factors [4, n] brightness, contrast, saturation, hue (1, 1,
+    1, 0 where a picture is not jittered; None without jitter); gray [n] bool or None; holes [n, k, 4] boxes of the view
+    that are set to 0, or None; orders: the order of the four colour operations in each group of View.group views.
     """
     boxes: torch.Tensor
     flips: torch.Tensor
+    shifts: torch.Tensor | None
     angles: torch.Tensor | None
     factors: torch.Tensor | None
     gray: torch.Tensor | None
+    holes: torch.Tensor | None
     orders: list
 
 
@@ -91,6 +133,7 @@ def draw(view, heights, widths, generator):
     n = len(heights)
     boxes = random_boxes(heights, widths, view.crop, generator) if view.crop else central_boxes(heights, widths)
     flips = torch.rand(n, generator=generator) < view.flip
+    shifts = torch.randint(2 * view.padding + 1, (n, 2), generator=generator) if view.padding else None
     angles = view.rotation * (2 * torch.rand(n, generator=generator) - 1) if view.rotation else None
     factors, orders = None, [None] * math.ceil(n / view.group)
     if view.jitter:
@@ -101,30 +144,59 @@ def draw(view, heights, widths, generator):
         factors = torch.where(jittered, factors, torch.tensor([1., 1., 1., 0.])[:, None])
         orders = [torch.randperm(4, generator=generator).tolist() for _ in orders]
     gray = torch.rand(n, generator=generator) < view.grayscale if view.grayscale else None
-    return Draw(boxes, flips, angles, factors, gray, orders)
+    holes = []
+    if view.cutout:
+        holes.append(cutout_boxes(n, *view.cutout, view.size, generator))
+    if view.erasing:
+        holes.append(erasing_boxes(n, view.erasing, view.size, generator))
+    return Draw(boxes, flips, shifts, angles, factors, gray, torch.cat(holes, 1) if holes else None, orders)
 
 
 def random_boxes(heights, widths, scale, generator, tries=10):
     """Boxes [n, 4] of random crops, distributed as transforms.RandomResizedCrop draws them.
 
-    The first of `tries` draws that fits into the picture counts; where none does, the largest central crop whose
-    aspect ratio is allowed.
+    Where no draw fits, the largest central crop whose aspect ratio is allowed.
+    """
+    boxes, fits = _fitting_boxes(heights, widths, scale, RATIO, generator, tries=tries)
+    h, w = heights.double()[:, None], widths.double()[:, None]
+    central_h, central_w = torch.minimum(h, (w / RATIO[0]).round()), torch.minimum(w, (h * RATIO[1]).round())
+    central = torch.cat([((h - central_h) / 2).floor(), ((w - central_w) / 2).floor(), central_h, central_w], 1)
+    return torch.where(fits, boxes, central)
+
+
+def cutout_boxes(n, number, length, size, generator=None):
+    """Boxes [n, number, 4] around uniform pixels of a view; they may reach beyond it."""
+    corners = torch.randint(size, (n, number, 2), generator=generator) - length // 2
+    return torch.cat([corners, torch.full_like(corners, length)], 2)
+
+
+def erasing_boxes(n, probability, size, generator):
+    """Boxes [n, 1, 4] distributed as transforms.RandomErasing draws them; 0 x 0 where nothing is erased."""
+    sides = torch.full((n,), size)
+    ratio = 1 / ERASING_RATIO[1], 1 / ERASING_RATIO[0]                  # there height / width, here width / height
+    boxes, fits = _fitting_boxes(sides, sides, ERASING_AREA, ratio, generator, largest=sides - 1)
+    erased = fits & (torch.rand(n, 1, generator=generator) < probability)
+    return torch.where(erased, boxes, 0)[:, None]
+
+
+def _fitting_boxes(heights, widths, scale, ratio, generator, largest=None, tries=10):
+    """The first of `tries` random boxes that fits into the picture, and whether there is one: [n, 4], [n, 1].
+
+    Area uniform in `scale` times the picture's, log of the aspect ratio uniform, sides at most `largest` [n].
     """
     n = len(heights)
     h, w = heights.double()[:, None], widths.double()[:, None]
     uniform = torch.rand(4, n, tries, generator=generator, dtype=torch.float64)
     area = h * w * (scale[0] + (scale[1] - scale[0]) * uniform[0])
-    low, high = math.log(RATIO[0]), math.log(RATIO[1])
+    low, high = math.log(ratio[0]), math.log(ratio[1])
     ratio = torch.exp(low + (high - low) * uniform[1])
     box_w, box_h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-    fits = (box_w > 0) & (box_w <= w) & (box_h > 0) & (box_h <= h)
-    first = fits.int().argmax(1, keepdim=True)                          # 0 where none fits, replaced below
+    max_h, max_w = (h, w) if largest is None else (largest[:, None],) * 2
+    fits = (box_w > 0) & (box_w <= max_w) & (box_h > 0) & (box_h <= max_h)
+    first = fits.int().argmax(1, keepdim=True)                          # 0 where none fits
     box_h, box_w = box_h.gather(1, first), box_w.gather(1, first)
     top, left = ((uniform[i, :, :1] * (side - box + 1)).floor() for i, side, box in ((2, h, box_h), (3, w, box_w)))
-
-    central_h, central_w = torch.minimum(h, (w / RATIO[0]).round()), torch.minimum(w, (h * RATIO[1]).round())
-    central = torch.cat([((h - central_h) / 2).floor(), ((w - central_w) / 2).floor(), central_h, central_w], 1)
-    return torch.where(fits.any(1, keepdim=True), torch.cat([top, left, box_h, box_w], 1), central)
+    return torch.cat([top, left, box_h, box_w], 1), fits.any(1, keepdim=True)
 
 
 def central_boxes(heights, widths):
@@ -142,15 +214,18 @@ def apply(view, pictures, drawn):
     n, device = len(pictures), pictures.device
     result = torch.empty(n, 3, view.size, view.size, device=device)
     whole = view.crop is None and not view.flip and pictures.shape[1:] == (view.size, 3, view.size)
-    boxes, flips, angles, factors, gray = (
+    boxes, flips, angles, factors, gray, holes = (
         None if x is None else x.to(device, torch.float32, non_blocking=True)
-        for x in (drawn.boxes, drawn.flips, drawn.angles, drawn.factors, drawn.gray))
+        for x in (drawn.boxes, drawn.flips, drawn.angles, drawn.factors, drawn.gray, drawn.holes))
+    shifts = None if drawn.shifts is None else drawn.shifts.to(device, non_blocking=True)
     for i, order in enumerate(drawn.orders):
         part = slice(i * view.group, (i + 1) * view.group)
         if whole:
             x = pictures[part].permute(2, 0, 1, 3).flatten(2).float().div_(255)
         else:
             x = crop_resize(pictures[part], boxes[part], flips[part], view.size)
+        if shifts is not None:
+            x = shift(x, shifts[part], view.padding)
         if angles is not None:
             x = rotate(x, angles[part])
         for operation in order or ():
@@ -160,6 +235,8 @@ def apply(view, pictures, drawn):
         for channel in range(3):
             torch.sub(x[channel].view(-1, view.size, view.size), view.mean[channel], out=result[part, channel])
             result[part, channel].div_(view.std[channel])
+        if holes is not None:
+            erase(result[part], holes[part])
     return result
 
 
@@ -194,6 +271,24 @@ def resize_weights(start, length, size_in, size_out, flips):
     inside = (pixel > start[:, None]) & (pixel < (start + length)[:, None])
     weights.mul_(inside[:, None])
     return weights.div_(weights.sum(2, keepdim=True))
+
+
+def shift(x, shifts, padding):
+    """Cut views of the same size at shifts [n, 2] (top, left) from x [3, n, size * size], padded with black."""
+    size = math.isqrt(x.shape[2])
+    padded = F.pad(x.view(3, -1, size, size), (padding,) * 4)
+    rows, columns = (shifts[:, i, None] + torch.arange(size, device=x.device) for i in (0, 1))      # [n, size]
+    pictures = torch.arange(len(shifts), device=x.device)[:, None, None]
+    return padded[:, pictures, rows[:, :, None], columns[:, None]].flatten(2)
+
+
+def erase(images, boxes):
+    """Set boxes [n, k, 4] (top, left, height, width) to 0, in place on images [n, 3, size, size]."""
+    pixel = torch.arange(images.shape[2], device=images.device)
+    rows, columns = ((pixel >= boxes[..., i, None]) & (pixel < (boxes[..., i] + boxes[..., i + 2])[..., None])
+                     for i in (0, 1))                                                               # [n, k, size]
+    inside = (rows[..., None] & columns[..., None, :]).any(1)                                       # [n, size, size]
+    return images.masked_fill_(inside[:, None], 0)
 
 
 def rotate(x, angles):

@@ -83,12 +83,12 @@ class ResNet(nn.Module):
         zero_init: start the last batch norm of each block at 0, so that blocks start as the identity
             (Goyal et al., 2017, https://arxiv.org/abs/1706.02677, section 5.1).
 
-    Set `amp` to compute in bfloat16.
+    Set `precision` to a dtype to compute in mixed precision.
     """
 
     def __init__(self, name='resnet50', stem='cifar', width=1.0, zero_init=False):
         super().__init__()
-        self.amp = False
+        self.precision = None
         if name not in RESNETS:
             raise ValueError(f"network is {name!r}, expected one of {', '.join(RESNETS)}")
         if stem not in ('cifar', 'imagenet'):
@@ -121,11 +121,26 @@ class ResNet(nn.Module):
                 nn.init.zeros_(last.weight)
 
     def forward(self, x):
-        # Here, since DataParallel's threads take over whether autocast is on, but not that it means bfloat16.
-        with torch.autocast(x.device.type, torch.bfloat16) if self.amp else contextlib.nullcontext():
+        with mixed_precision(x, self.precision):
             x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
             x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
             return x.mean((2, 3))
+
+
+def mixed_precision(x, precision):
+    """The context to compute with x in: autocast to a dtype, or unchanged for None.
+
+    Encoders enter it themselves, since DataParallel's threads take over whether autocast is on, but not its dtype.
+    """
+    return contextlib.nullcontext() if precision is None else torch.autocast(x.device.type, precision)
+
+
+def make_encoder(name, size=32, **settings):
+    """The ResNet `name`, or the backbone timm/<name> for pictures of `size` pixels; settings as for ResNet."""
+    if name.startswith('timm/'):
+        from networks.timm_encoder import TimmEncoder
+        return TimmEncoder(name[len('timm/'):], size, **settings)
+    return ResNet(name, **settings)
 
 
 class SupConResNet(nn.Module):
@@ -135,7 +150,7 @@ class SupConResNet(nn.Module):
     (features, logits [bsz, num_classes]).
 
     Args:
-        name, **encoder: as for ResNet.
+        name, **encoder: as for make_encoder.
         head: 'mlp' (Linear, ReLU, Linear) or 'linear'.
         feat_dim: dimensions of the projected features.
         num_classes: classes of the classifier; 0: none.
@@ -143,7 +158,7 @@ class SupConResNet(nn.Module):
 
     def __init__(self, name='resnet50', head='mlp', feat_dim=128, num_classes=0, **encoder):
         super().__init__()
-        self.encoder = ResNet(name, **encoder)
+        self.encoder = make_encoder(name, **encoder)
         dim = self.encoder.dim_out
         if head == 'mlp':
             self.head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(inplace=True), nn.Linear(dim, feat_dim))
@@ -166,7 +181,7 @@ class SupCEResNet(nn.Module):
 
     def __init__(self, name='resnet50', num_classes=10, **encoder):
         super().__init__()
-        self.encoder = ResNet(name, **encoder)
+        self.encoder = make_encoder(name, **encoder)
         self.fc = nn.Linear(self.encoder.dim_out, num_classes)
 
     def forward(self, x):

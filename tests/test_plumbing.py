@@ -40,7 +40,8 @@ def run(call, program, *arguments):
 def test_optimizer_options(call, spy, program):
     calls = spy(torch.optim, 'SGD')
     run(call, program, '--learning_rate', 0.123, '--weight_decay', 0.003, '--momentum', 0.7)
-    assert calls[0][1] == {'lr': 0.123, 'momentum': 0.7, 'weight_decay': 0.003}
+    (groups,), settings = calls[0]
+    assert settings == {'momentum': 0.7} and [(g['lr'], g['weight_decay']) for g in groups] == [(0.123, 0.003)]
 
 
 @pytest.mark.parametrize('program', [main_supcon, main_ce])
@@ -101,7 +102,7 @@ def test_amp_does_not_depend_on_the_thread():
 
     from networks.resnet_big import ResNet
     encoder, seen = ResNet('resnet18', width=0.0625), []
-    encoder.amp = True
+    encoder.precision = torch.bfloat16
     thread = threading.Thread(target=lambda: seen.append(encoder(torch.randn(2, 3, 8, 8)).dtype))
     thread.start()
     thread.join()

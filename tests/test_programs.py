@@ -130,10 +130,10 @@ def test_interrupted_and_resumed_is_the_same_run(call, monkeypatch, tmp_path, pr
 
     train = program.train
 
-    def interrupted(train_loader, model, criterion, optimizer, epoch, opt):
+    def interrupted(train_loader, model, criterion, optimizer, epoch, *rest):
         if epoch == 3:
             raise KeyboardInterrupt
-        return train(train_loader, model, criterion, optimizer, epoch, opt)
+        return train(train_loader, model, criterion, optimizer, epoch, *rest)
     monkeypatch.setattr(program, 'train', interrupted)
     assert call(program.main, *arguments, '--output_name', 'halves')[0] == 130
     monkeypatch.undo()

@@ -11,7 +11,7 @@ from util.training import AverageMeter, knn_accuracy, learning_rate
 
 def options(**changes):
     return argparse.Namespace(**{'learning_rate': 0.5, 'lr_decay_rate': 0.1, 'lr_decay_epochs': [3, 5], 'epochs': 100,
-                                 'cosine': False, 'warm': False, 'warm_epochs': 0, **changes})
+                                 'cosine': False, 'warm': False, 'warm_epochs': 10, 'warmup_from': 0.01, **changes})
 
 
 def test_step_schedule_decays_after_each_epoch_of_the_list():

@@ -1,6 +1,7 @@
 """The plumbing that the three programs share."""
 from util.options import UserError, defaults, parse, run
 from util.runs import Run, load_checkpoint, load_encoder, log, progress
+from util.teachers import load_teacher
 from util.training import (
     AverageMeter,
     accuracy,
@@ -16,4 +17,6 @@ from util.training import (
     set_learning_rate,
     set_optimizer,
     set_warmup,
+    step_rng,
+    update,
 )

@@ -1,6 +1,7 @@
 """The command line: one table of options, shared by the three programs, with the defaults of each."""
 import argparse
 import difflib
+import importlib.util
 import math
 import os
 import re
@@ -87,12 +88,40 @@ def folder_name(text):
 
 
 def network(text):
-    """A type: resnet50 or resnet-50."""
+    """A type: resnet50 or resnet-50, or timm/ and the name of a model of timm."""
     from networks.resnet_big import RESNETS
+    if text.startswith('timm/'):
+        return 'timm/' + timm_model(text[len('timm/'):])
     name = text.lower().replace('-', '')
     if name not in RESNETS:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected one of {', '.join(RESNETS)}")
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected one of {', '.join(RESNETS)} or timm/<name>")
     return name
+
+
+def timm_model(text):
+    """A type: the name of a model of timm."""
+    import timm
+    if not timm.is_model(text):
+        close = difflib.get_close_matches(text, timm.list_models(), 1)
+        raise argparse.ArgumentTypeError(f'found {text!r}, expected the name of a model of timm {timm.__version__}'
+                                         + ''.join(f', did you mean {name}?' for name in close))
+    return text
+
+
+def weight_or_inf(text):
+    """A type: a number of at least 0, or inf."""
+    return math.inf if text.strip().lower() == 'inf' else POSITIVE_OR_ZERO(text)
+
+
+class Switch(argparse.Action):
+    """A flag that --no_<name> turns off again, where a method turns it on."""
+
+    def __init__(self, option_strings, dest, **settings):
+        option_strings = [*option_strings, *(f'--no_{flag[2:]}' for flag in option_strings)]
+        super().__init__(option_strings, dest, nargs=0, default=False, help=settings.get('help'))
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, not option_string.startswith('--no_'))
 
 
 def dataset(text):
@@ -127,6 +156,24 @@ OPTIONS = {
         ('--num_workers', dict(type=COUNT_OR_ZERO, default=16, metavar='N',
                                help='worker processes of the per_sample loader, never more than there are cores')),
     ],
+    'views': [
+        ('--augment_policy', dict(choices=('no', 'sim', 'auto', 'rand'), help='training views beside cropping and '
+                                  'flipping: no: nothing; sim: colour jitter and grayscale; auto: AutoAugment; rand: '
+                                  'RandAugment (default: sim in pretraining and for mvip, else no)')),
+        ('--rand_n', dict(type=number(int, 1, 20), default=1, metavar='N', help='operations of RandAugment')),
+        ('--rand_m', dict(type=number(int, 0, 30), default=2, metavar='M', help='their magnitude')),
+        ('--cutout', dict(FLAG, help='set squares of training views to the mean colour')),
+        ('--n_holes', dict(type=number(int, 1, 100), default=1, metavar='N', help='squares of --cutout')),
+        ('--cutout_length', dict(type=COUNT, default=16, metavar='PIXELS', help='their side')),
+        ('--erasing', dict(FLAG, help='set a rectangle of training views to the mean colour'), CE + LINEAR),
+        ('--erasing_p', dict(type=number(float, 0, 1), default=0.5, metavar='P', help='probability of --erasing'),
+         CE + LINEAR),
+        ('--mix', dict(choices=('mixup', 'cutmix', 'mixup_cutmix'), help='mix the pictures of a batch and their '
+                       'labels; mixup_cutmix tosses a coin for each batch and view; pretraining: for GenSCL (default: '
+                       'none)')),
+        ('--mix_alpha', dict(type=number(float, 0, 1e3, open_low=True), default=1., metavar='ALPHA',
+                             help='the share of each picture is drawn from Beta(ALPHA, ALPHA)')),
+    ],
     'mvip and augmentation folders': [
         ('--mvip_super_class', dict(default='CarComponent', metavar='NAME', help='super-class whose classes are used')),
         ('--mvip_num_classes', dict(type=COUNT, default=20, metavar='N', help='use its first N classes, by name')),
@@ -144,9 +191,9 @@ OPTIONS = {
     ],
     'network': [
         ('--model', dict(type=network, default=('resnet50', 'resnet50', None), metavar='NAME',
-                         help='resnet18, 34, 50, 101, 152 or 200')),
+                         help='resnet18, 34, 50, 101, 152 or 200, or timm/<name>')),
         ('--stem', dict(choices=('cifar', 'imagenet'), default=('cifar', 'cifar', None),
-                        help='cifar: 3x3 convolution; imagenet: 7x7 of stride 2 and max-pool')),
+                        help='cifar: 3x3 convolution; imagenet: 7x7 of stride 2 and max-pool, or as timm has it')),
         ('--width', dict(type=number(float, 1 / 64, 16), default=(1., 1., None), metavar='FACTOR',
                          help='multiplies the channels of every layer')),
         ('--zero_init', dict(FLAG, help='start residual blocks as the identity'), SUPCON + CE),
@@ -156,13 +203,28 @@ OPTIONS = {
         ('--syncBN', dict(FLAG, help='batch norm over all processes'), SUPCON + CE),
     ],
     'method': [
-        ('--method', dict(choices=('SupCon', 'SimCLR'), default='SupCon', help='contrastive loss'), SUPCON),
+        ('--method', dict(choices=('SupCon', 'SimCLR', 'GenSCL'), default='SupCon', help='contrastive loss; GenSCL '
+                          'changes the defaults of other options too, see the README'), SUPCON),
         ('--temp --temperature', dict(type=number(float, 1e-4, 1e4), default=0.07, metavar='T', help='temperature'),
          SUPCON),
         ('--ce_weight', dict(type=POSITIVE_OR_ZERO, default=0., metavar='W', help='adds W times the cross-entropy of a '
                              'linear classifier on the encoder, trained along'), SUPCON),
         ('--method', dict(default=None, metavar='NAME', help='accepted and not used'), CE),
-        ('--ckpt', dict(required=True, metavar='FILE', help='checkpoint of the pretrained encoder'), LINEAR),
+        ('--KD', dict(FLAG, help='GenSCL: learn from the class probabilities of a teacher too'), SUPCON),
+        ('--KD_alpha', dict(type=weight_or_inf, default=1., metavar='W', help='weight of the teacher; inf: learn from '
+                            'it alone'), SUPCON),
+        ('--KD_temp', dict(type=number(float, 1e-4, 1e4), default=1., metavar='T',
+                           help="temperature of the teacher's softmax"), SUPCON),
+        ('--teacher_path', dict(metavar='FOLDER', help="folder of the teacher's checkpoint; needed by --KD"), SUPCON),
+        ('--teacher_ckpt', dict(metavar='FILE', help='the checkpoint in it; default: ckpt_best.pth, in a run of '
+                                'main_ce.py last.ckpt'), SUPCON),
+        ('--teacher_kind', dict(type=timm_model, default='efficientnetv2_rw_m', metavar='NAME', help='model of timm '
+                                'that it holds; one of main_ce.py or main_linear.py tells itself'), SUPCON),
+        ('--ckpt', dict(metavar='FILE', help='checkpoint of the pretrained encoder; needed, or:'), LINEAR),
+        ('--pretrained', dict(type=folder_name, metavar='NAME', help='the run output/NAME, of the same --trial, needed '
+                              'where --ckpt is not given'), LINEAR),
+        ('--pretrained_ckpt', dict(type=folder_name, default='last.ckpt', metavar='FILE',
+                                   help='checkpoint of that run'), LINEAR),
     ],
     'optimization': [
         ('--epochs', dict(type=COUNT, default=(1000, 500, 100), metavar='N', help='epochs')),
@@ -174,13 +236,19 @@ OPTIONS = {
                                    metavar='E,E,...', help='after these epochs the rate decays (without --cosine)')),
         ('--lr_decay_rate', dict(type=number(float, 0, 1), default=(0.1, 0.1, 0.2), metavar='RATE',
                                  help='factor of each decay')),
-        ('--cosine --lr_cosine', dict(FLAG, help='cosine schedule, from LR down to LR * RATE**3')),
-        ('--warm --lr_warmup', dict(FLAG, help='rise from 0.01 in the first 10 epochs; pretraining and cross-entropy '
-                                    'always do with batches above 256')),
+        ('--cosine --lr_cosine', dict(action=Switch, help='cosine schedule, from LR down to LR * RATE**3')),
+        ('--warm --lr_warmup', dict(action=Switch, help='let the rate rise in the first epochs; pretraining and '
+                                    'cross-entropy always do with batches above 256')),
+        ('--warm_epochs', dict(type=COUNT, default=10, metavar='N', help='epochs of --warm, at most half of the run')),
+        ('--warmup_from', dict(type=number(float, 0, 1e6), default=0.01, metavar='LR', help='its first learning rate')),
+        ('--optim_kind', dict(choices=('SGD', 'RMSProp', 'Adam', 'AdamW'), default='SGD', help='optimizer')),
+        ('--LARS', dict(FLAG, help='adapt the rate of each layer of SGD to its weights')),
         ('--weight_decay', dict(type=number(float, 0, 1e3), default=(1e-4, 1e-4, 0.), metavar='WD',
                                 help='weight decay')),
-        ('--momentum', dict(type=number(float, 0, 1), default=0.9, metavar='M', help='momentum of SGD')),
-        ('--amp', dict(FLAG, help='bfloat16 mixed precision')),
+        ('--momentum', dict(type=number(float, 0, 1), default=0.9, metavar='M', help='momentum of SGD and RMSProp')),
+        ('--label_smoothing', dict(type=number(float, 0, 1), default=0., metavar='S', help='share of each label that '
+                                   'is spread over all classes'), CE + LINEAR),
+        ('--amp', dict(FLAG, help='mixed precision: bfloat16, or float16 on GPUs without it')),
         ('--compile', dict(FLAG, help='torch.compile the encoder')),
     ],
     'run': [
@@ -195,10 +263,20 @@ OPTIONS = {
         ('--eval_freq', dict(type=COUNT_OR_ZERO, default=(10, 1, 1), metavar='N',
                              help='epochs between evaluations (pretraining: kNN accuracy); 0: only after the last')),
         ('--per_class', dict(FLAG, help='print the accuracy of each class'), CE + LINEAR),
+        ('--debug', dict(FLAG, help='one epoch only')),
+        ('--wandb', dict(FLAG, help='send curves and pictures to Weights & Biases too (pip install wandb)')),
+        ('--wandb_entity', dict(metavar='NAME', help='its user or team; default: yours')),
+        ('--wandb_project', dict(default='supcon', metavar='NAME', help='its project')),
     ],
 }
 
 
+METHOD_DEFAULTS = {                         # where they differ; of the encoder's method for main_linear
+    ('main_supcon', 'GenSCL'): {'epochs': 500, 'batch_size': 1024, 'learning_rate': 0.5, 'temp': 0.1, 'cosine': True,
+                                'warm': True, 'seed': 3407},
+    ('main_linear', 'GenSCL'): {'batch_size': 512, 'learning_rate': 5., 'warm': True, 'warm_epochs': 5,
+                                'warmup_from': 1e-5, 'seed': 3407},
+}
 DATASET_DEFAULTS = {                        # where they differ, as published for MVIP
     'mvip': {'epochs': (110, 100, 50), 'batch_size': 16, 'learning_rate': 0.001,
              'weight_decay': (1e-4, 0., 0.), 'save_freq': 10},
@@ -216,10 +294,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def parse(program, description, argv=None):
+def parse(program, description, argv=None, method=None):
     """Parse the command line of one of PROGRAMS: -> argparse.Namespace.
 
-    `-` and `_` are the same in the name of an option. Raises UserError for a mistake.
+    `-` and `_` are the same in the name of an option. The defaults are those of `method` (of --method, if that is an
+    option) and of --dataset. Raises UserError for a mistake.
     """
     parser = Parser(prog=f'{program}.py', description=description, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -230,7 +309,7 @@ def parse(program, description, argv=None):
             if program not in programs:
                 continue
             settings = {**settings, 'default': _of_program(settings.get('default'), column)}
-            if 'action' in settings or settings.get('required'):
+            if 'action' in settings:
                 del settings['default']
             if settings.get('default') is not None:
                 settings['help'] += ' (default: %(default)s)'
@@ -238,7 +317,9 @@ def parse(program, description, argv=None):
                 settings['help'] += " (default: the checkpoint's)"
             group.add_argument(*spellings.split(), **settings)
     argv = [_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
-    defaults = DATASET_DEFAULTS.get(parser.parse_args(argv).dataset, {})
+    opt = parser.parse_args(argv)
+    defaults = {**METHOD_DEFAULTS.get((program, method or getattr(opt, 'method', None)), {}),
+                **DATASET_DEFAULTS.get(opt.dataset, {})}
     parser.set_defaults(**{name: _of_program(value, column) for name, value in defaults.items()})
     return _complete(parser.parse_args(argv))
 
@@ -266,11 +347,35 @@ def _complete(opt):
         raise UserError('--dataset path: --data_folder is missing, expected a folder of pictures')
     if opt.resume and opt.overwrite:
         raise UserError('--resume and --overwrite are both given, expected at most one')
+    if opt.loader == 'batched' and opt.augment_policy in ('auto', 'rand'):
+        raise UserError(f'--augment_policy {opt.augment_policy} is drawn one picture at a time, expected --loader auto '
+                        'or per_sample')
+    if opt.LARS and opt.optim_kind != 'SGD':
+        raise UserError(f'--LARS is a form of SGD, found --optim_kind {opt.optim_kind}')
+    if opt.wandb and not importlib.util.find_spec('wandb'):
+        raise UserError('--wandb: the package wandb is missing, expected it installed: pip install wandb')
+    if 'KD' in opt:
+        _check_generalized(opt)
     _check_augmentations(opt)
+    if opt.debug:
+        opt.epochs = 1
     opt.data_folder = opt.data_folder or data_folder(opt.dataset)
     opt.num_workers = min(opt.num_workers, os.cpu_count() or 1)
     opt.split_seed = None
     return opt
+
+
+def _check_generalized(opt):
+    for name in ('mix', 'KD'):
+        if getattr(opt, name) and opt.method != 'GenSCL':
+            raise UserError(f'--{name} needs --method GenSCL, found {opt.method}')
+    if opt.KD and not opt.teacher_path:
+        raise UserError("--KD: --teacher_path is missing, expected the folder of the teacher's checkpoint")
+    if opt.teacher_path and not opt.KD:
+        raise UserError(f'--teacher_path {opt.teacher_path}: --KD is missing, without it there is no teacher')
+    if opt.method == 'GenSCL' and opt.aug_mode == 'with_both':
+        raise UserError('--aug_mode with_both: hard negatives have no label distribution for --method GenSCL, expected '
+                        'SupCon or SimCLR')
 
 
 def data_folder(dataset):

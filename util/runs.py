@@ -19,7 +19,7 @@ from PIL import Image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from networks.resnet_big import ResNet
+from networks.resnet_big import make_encoder
 from util.options import POSITIVE, UserError, channels, network, number
 
 # tensorboard-logger's generated messages are older than protobuf 4, whose Python implementation still reads them.
@@ -54,7 +54,7 @@ log = Log()
 
 # Options that may differ when a run is resumed; the others decide what the run computes.
 MAY_CHANGE = {'epochs', 'warm_epochs', 'num_workers', 'print_freq', 'save_freq', 'eval_freq', 'per_class', 'resume',
-              'overwrite', 'device', 'data_folder', 'aug_root'}
+              'overwrite', 'device', 'data_folder', 'aug_root', 'debug', 'wandb', 'wandb_entity', 'wandb_project'}
 
 
 def plain(values):
@@ -76,6 +76,7 @@ class Run:
 
     def __init__(self, opt):
         self.opt = opt
+        opt.output_name = opt.output_name.replace('/', '-')             # of --model timm/<name>
         self.folder = Path('output') / opt.output_name / f'trial={opt.trial}'
         self.last = self.folder / 'last.ckpt'
         self.checkpoint = None
@@ -104,6 +105,8 @@ class Run:
             epoch, best_acc = int(self.checkpoint['epoch']), float(self.checkpoint['best_acc'])
             load_parameters(model, self.checkpoint['model'], f'--resume: {self.last}')
             optimizer.load_state_dict(self.checkpoint['optimizer'])
+            if self.checkpoint.get('scaler'):
+                optimizer.scaler.load_state_dict(self.checkpoint['scaler'])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f'--resume: {self.last} is no whole checkpoint of a run ({error!r})') from error
         if epoch >= self.opt.epochs:
@@ -112,6 +115,7 @@ class Run:
 
     def start(self, classes):
         self.classes = classes
+        self.wandb = self._start_wandb() if self.opt.wandb else None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.checkpoint is None:                                 # what an overwritten run left
@@ -125,11 +129,23 @@ class Run:
             raise UserError(f'{self.folder}: cannot be written ({error})') from error
         log(f'{self.folder}: tensorboard --logdir output')
 
+    def _start_wandb(self):
+        import wandb
+        before = (self.checkpoint or {}).get('wandb')
+        try:
+            return wandb.init(entity=self.opt.wandb_entity, project=self.opt.wandb_project, id=before,
+                              name=f'{self.opt.output_name}, trial {self.opt.trial}', config=plain(vars(self.opt)),
+                              resume='allow' if before else None)
+        except (wandb.Error, TypeError, ValueError) as error:
+            raise UserError(f'--wandb: {error}') from error
+
     def log_values(self, values, step):
-        """Send a dict of numbers to TensorBoard; None is left out."""
+        """Send a dict of numbers to TensorBoard, and to W&B; None is left out."""
+        values = {tag: value for tag, value in values.items() if value is not None}
         for tag, value in values.items():
-            if value is not None:
-                self.events.log_value(tag, value, step)
+            self.events.log_value(tag, value, step)
+        if self.wandb:
+            self.wandb.log(values, step=step, commit=True)
 
     def log_views(self, loader, count=16):
         """Show the first `count` pictures of a batch, a row for each of their views."""
@@ -142,7 +158,7 @@ class Run:
         self.log_picture('views', (grid * 255).round().byte().permute(1, 2, 0).numpy(), 0)
 
     def log_picture(self, tag, picture, step):
-        """Send a uint8 array [h, w, 3] to TensorBoard, and write it to <tag>.png."""
+        """Send a uint8 array [h, w, 3] to TensorBoard, and to W&B, and write it to <tag>.png."""
         # The package's own log_images needs functions that SciPy no longer has.
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, format='png')
@@ -151,11 +167,15 @@ class Run:
         image = summary.Image(encoded_image_string=buffer.getvalue(), height=picture.shape[0], width=picture.shape[1])
         summary.value.add(tag=tag, image=image)
         self.events._log_summary(tag, summary, None, step)
+        if self.wandb:
+            import wandb
+            self.wandb.log({tag: wandb.Image(picture)}, step=step, commit=True)
 
     def save(self, epoch, model, optimizer, best_acc=0.):
         """Write last.ckpt, and ckpt_epoch_<N>.ckpt every --save_freq epochs: plain tensors, numbers and texts."""
-        state = {'model': strip_wrappers(model.state_dict()), 'optimizer': optimizer.state_dict(), 'epoch': epoch,
-                 'best_acc': best_acc, 'opt': plain(vars(self.opt)), 'classes': self.classes}
+        state = {'model': strip_wrappers(model.state_dict()), 'optimizer': optimizer.state_dict(),
+                 'scaler': optimizer.scaler.state_dict(), 'epoch': epoch, 'best_acc': best_acc,
+                 'opt': plain(vars(self.opt)), 'classes': self.classes, 'wandb': self.wandb and self.wandb.id}
         names = ['last.ckpt'] + [f'ckpt_epoch_{epoch}.ckpt'] * (epoch % self.opt.save_freq == 0)
         for name in names:
             partial = self.folder / f'{name}.partial'
@@ -190,8 +210,8 @@ NUMPY_NUMBERS = [np.dtype, np.dtypes.Float64DType, codecs.encode] + [
     (np.float64(0).__reduce__()[0], f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')]
 
 
-def load_checkpoint(file):
-    """A checkpoint of ours or of the original programs as a dict with `model`, `epoch` and the options `opt`, a dict.
+def read_checkpoint(file, keys):
+    """A checkpoint as a dict, of which one of `keys` holds parameters: -> (the dict, the parameters by their names).
 
     Nothing in the file is executed. Raises UserError where the file is missing or no checkpoint.
     """
@@ -204,14 +224,24 @@ def load_checkpoint(file):
             checkpoint = torch.load(file, map_location='cpu', weights_only=True)
     except Exception as error:          # a damaged file can raise anything; PyTorch's advice is not ours
         raise UserError(f'{file}: not a readable checkpoint ({type(error).__name__})') from error
-    model = checkpoint.get('model') if isinstance(checkpoint, dict) else None
+    model = next((checkpoint[key] for key in keys if key in checkpoint), None) if isinstance(checkpoint, dict) else None
     if not isinstance(model, dict) or not all(
             isinstance(name, str) and torch.is_tensor(value) and value.layout is torch.strided
             for name, value in model.items()):
-        raise UserError(f"{file}: not a checkpoint of these programs, expected the parameters under 'model'")
+        raise UserError(f"{file}: not a checkpoint of these programs, expected the parameters under "
+                        f"{' or '.join(map(repr, keys))}")
+    return checkpoint, strip_wrappers(model)
+
+
+def load_checkpoint(file):
+    """A checkpoint of ours or of the original programs as a dict with `model`, `epoch` and the options `opt`, a dict.
+
+    Raises UserError as read_checkpoint.
+    """
+    checkpoint, model = read_checkpoint(file, ['model'])
     opt = checkpoint.get('opt') or {}
     opt = vars(opt) if isinstance(opt, argparse.Namespace) else opt
-    return {**checkpoint, 'opt': check_recorded(opt, file), 'model': strip_wrappers(model)}
+    return {**checkpoint, 'opt': check_recorded(opt, file), 'model': model}
 
 
 def check_recorded(opt, file):
@@ -226,8 +256,8 @@ def check_recorded(opt, file):
 
 
 def load_encoder(checkpoint, opt, source):
-    """The encoder of a checkpoint, built as opt.model, opt.stem and opt.width say; `source` names it in errors."""
-    encoder = ResNet(opt.model, stem=opt.stem, width=opt.width)
+    """The encoder of a checkpoint, built as opt.model, stem, width and size say; `source` names it in errors."""
+    encoder = make_encoder(opt.model, size=opt.size, stem=opt.stem, width=opt.width)
     prefix = 'encoder.'
     state = {name[len(prefix):]: value for name, value in checkpoint['model'].items() if name.startswith(prefix)}
     load_parameters(encoder, state, source)

@@ -2,14 +2,13 @@
 import math
 import os
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from util.options import UserError
 from util.runs import log, progress
-
-WARM_EPOCHS, WARM_FROM = 10, 0.01                       # as SupContrast
 
 
 def set_device(opt):
@@ -32,40 +31,86 @@ def set_device(opt):
 def prepare(model, opt):
     """Move a network with an `encoder` to the device; compile the encoder and spread it over the GPUs as asked."""
     model.to(opt.device)
-    model.encoder.amp = opt.amp
+    model.encoder.precision = precision(opt)
     if opt.compile:
         model.encoder.compile()
-    if opt.device == 'cuda' and torch.cuda.device_count() > 1:
-        model.encoder = nn.DataParallel(model.encoder)
+    model.encoder = spread(model.encoder, opt)
     return model
 
 
+def spread(network, opt):
+    """The network, over all visible GPUs where there are several."""
+    return nn.DataParallel(network) if opt.device == 'cuda' and torch.cuda.device_count() > 1 else network
+
+
+def precision(opt, mixed=None):
+    """The dtype of mixed precision (of --amp, unless told): bfloat16, which needs no loss scaling, or float16 on GPUs
+    that lack it. None without.
+    """
+    if not (opt.amp if mixed is None else mixed):
+        return None
+    return torch.bfloat16 if opt.device == 'cpu' or torch.cuda.is_bf16_supported(False) else torch.float16
+
+
 def autocast(opt):
-    """bfloat16 under --amp: float32's range, so that no loss scaling is needed."""
-    return torch.autocast(opt.device, torch.bfloat16, enabled=opt.amp)
+    """The context of --amp."""
+    return torch.autocast(opt.device, precision(opt), enabled=opt.amp)
+
+
+OPTIMIZERS = {
+    'SGD': lambda parameters, opt: torch.optim.SGD(parameters, momentum=opt.momentum),
+    'RMSProp': lambda parameters, opt: torch.optim.RMSprop(parameters, momentum=opt.momentum),
+    'Adam': lambda parameters, opt: torch.optim.Adam(parameters),
+    'AdamW': lambda parameters, opt: torch.optim.AdamW(parameters),
+}
 
 
 def set_optimizer(opt, model):
+    """The optimizer of --optim_kind, or LARS, with the `scaler` that float16 needs."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.SGD(parameters, lr=opt.learning_rate, momentum=opt.momentum, weight_decay=opt.weight_decay)
+    settings = {'lr': opt.learning_rate, 'weight_decay': opt.weight_decay}
+    if opt.LARS:
+        # Biases and norms are neither adapted nor decayed (You et al., 2017, https://arxiv.org/abs/1708.03888).
+        from timm.optim import Lars
+        optimizer = Lars([{'params': [p for p in parameters if p.dim() > 1], **settings, 'always_adapt': True},
+                          {'params': [p for p in parameters if p.dim() <= 1], **settings, 'weight_decay': 0.}],
+                         momentum=opt.momentum)
+    else:
+        optimizer = OPTIMIZERS[opt.optim_kind]([{'params': parameters, **settings}], opt)
+    optimizer.scaler = torch.amp.GradScaler(opt.device, enabled=precision(opt) == torch.float16)
+    return optimizer
+
+
+def update(loss, optimizer):
+    """One step down the gradient of the loss."""
+    optimizer.zero_grad()
+    optimizer.scaler.scale(loss).backward()
+    optimizer.scaler.step(optimizer)
+    optimizer.scaler.update()
+
+
+def step_rng(opt, epoch, step):
+    """The random numbers of a training step, so that a run can continue at any of them."""
+    return np.random.default_rng([opt.seed, epoch, step])
 
 
 def set_warmup(opt):
-    """Fill in opt.warm_epochs: 10 with --warm, but at most half of the run."""
-    opt.warm_epochs = min(WARM_EPOCHS, opt.epochs // 2) if opt.warm else 0
-    if opt.warm and opt.warm_epochs < WARM_EPOCHS:
-        log(f'Warm-up over {opt.warm_epochs} epochs, half of the run, instead of {WARM_EPOCHS}')
+    """Limit opt.warm_epochs to half of the run; 0 without --warm."""
+    wished = opt.warm_epochs
+    opt.warm_epochs = min(wished, opt.epochs // 2) if opt.warm else 0
+    if opt.warm and opt.warm_epochs < wished:
+        log(f'Warm-up over {opt.warm_epochs} epochs, half of the run, instead of {wished}')
 
 
 def learning_rate(opt, epoch, step=0, steps=1):
     """The learning rate at step 0 .. steps - 1 of an epoch, counted from 1.
 
     Cosine from opt.learning_rate down to learning_rate * lr_decay_rate**3, or decay by lr_decay_rate after each of
-    lr_decay_epochs; constant within an epoch. Warm-up rises linearly per step from 0.01 (a tenth of learning_rate,
-    if that is not above 0.01) to the schedule's value at the end of opt.warm_epochs.
+    lr_decay_epochs; constant within an epoch. Warm-up rises linearly per step from opt.warmup_from (a tenth of
+    learning_rate, if that is not above it) to the schedule's value at the end of opt.warm_epochs.
     """
     if epoch <= opt.warm_epochs:
-        start = WARM_FROM if opt.learning_rate > WARM_FROM else opt.learning_rate / 10
+        start = opt.warmup_from if opt.learning_rate > opt.warmup_from else opt.learning_rate / 10
         done = ((epoch - 1) * steps + step) / (opt.warm_epochs * steps)
         return start + done * (_schedule(opt, opt.warm_epochs) - start)
     return _schedule(opt, epoch)
@@ -111,8 +156,13 @@ def check_finite(losses, epoch, step):
 
 
 def accuracy(output, target):
-    """Top-1 accuracy (%) of logits [bsz, num_classes] for classes [bsz], a scalar tensor."""
-    return 100 * (output.argmax(1) == target).float().mean()
+    """Top-1 accuracy (%) of logits [bsz, num_classes] for classes [bsz], a scalar tensor.
+
+    For label distributions [bsz, num_classes], the mean share (%) of the predicted class.
+    """
+    predicted = output.argmax(1)
+    right = predicted == target if target.dim() == 1 else target.gather(1, predicted[:, None])
+    return 100 * right.float().mean()
 
 
 @torch.no_grad()

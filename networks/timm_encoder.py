@@ -1,0 +1,60 @@
+"""Models of timm, for small pictures too: backbones as encoders, and classifiers as teachers."""
+import timm
+import torch
+from torch import nn
+
+from networks.resnet_big import mixed_precision
+from util import UserError
+
+
+def timm_model(name, num_classes, stem, size):
+    """A model of timm with random weights; num_classes 0: without classifier.
+
+    stem 'cifar' makes its first convolution 3x3 of stride 1 and removes the max-pool after it, so that small pictures
+    keep their resolution; patch embeddings and stem 'imagenet' stay as they are.
+    """
+    try:
+        model = timm.create_model(name, num_classes=num_classes, img_size=size)     # transformers need to know it
+    except TypeError:
+        model = timm.create_model(name, num_classes=num_classes)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(f'timm/{name} cannot be made for pictures of {size} pixels ({error})') from error
+    first = model.default_cfg.get('first_conv')
+    first_conv = model.get_submodule(first) if isinstance(first, str) else None
+    if stem == 'cifar' and isinstance(first_conv, nn.Conv2d) and first_conv.kernel_size != first_conv.stride:
+        small = nn.Conv2d(first_conv.in_channels, first_conv.out_channels, 3, padding=1,
+                          bias=first_conv.bias is not None)
+        nn.init.kaiming_normal_(small.weight, mode='fan_out', nonlinearity='relu')
+        model.set_submodule(first, small)
+        for pool in ('maxpool', 'features.pool0', 'stem.pool'):
+            if isinstance(dict(model.named_modules()).get(pool), nn.MaxPool2d):
+                model.set_submodule(pool, nn.Identity())
+    return model
+
+
+class TimmEncoder(nn.Module):
+    """A backbone of timm as encoder: pictures [bsz, 3, size, size] -> features [bsz, dim_out].
+
+    dim_out is what the backbone gives. Set `precision` to a dtype to compute in mixed precision. Raises UserError where
+    the backbone takes no pictures of this size, or gives no vectors.
+    """
+
+    def __init__(self, name, size=32, stem='cifar', width=1.0, zero_init=False):
+        super().__init__()
+        if width != 1 or zero_init:
+            raise UserError(f"--model timm/{name} takes no {'--zero_init' if zero_init else f'--width {width}'}")
+        self.precision = None
+        self.backbone = timm_model(name, 0, stem, size)
+        try:
+            with torch.no_grad():
+                features = self.backbone.eval()(torch.zeros(1, 3, size, size))
+        except Exception as error:                          # what a model says to a wrong size is its own affair
+            raise UserError(f'--model timm/{name} takes no pictures of {size} pixels ({error})') from error
+        if not torch.is_tensor(features) or features.dim() != 2:
+            raise UserError(f'--model timm/{name} gives no feature vectors, expected a model for classification')
+        self.dim_out = features.shape[1]
+        self.backbone.train()
+
+    def forward(self, x):
+        with mixed_precision(x, self.precision):
+            return self.backbone(x)

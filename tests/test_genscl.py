@@ -1,0 +1,505 @@
+"""GenSCL: mixing, teachers, optimizers, policies, models of timm, and its published commands."""
+import itertools
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from torch.nn import functional as F
+
+import main_ce
+import main_linear
+import main_supcon
+import util
+from datasets import classification_view, pretraining_view
+from datasets.mixing import cutmix, mix, mix_views
+from networks.timm_encoder import TimmEncoder, timm_model
+from util import UserError
+from util.training import OPTIMIZERS, accuracy
+
+GENSCL = [*TINY, '--method', 'GenSCL', '--epochs', '1']
+TEACHER = 'output/teacher/trial=0'
+
+
+class Rng:
+    """A generator that gives the numbers it was made with."""
+
+    def __init__(self, lam=0.25, order=None, integers=(), coin='mixup'):
+        self.lam, self.order, self.drawn, self.coin = lam, order, list(integers), coin
+
+    def beta(self, a, b):
+        self.alpha = a, b
+        return self.lam
+
+    def permutation(self, n):
+        return np.array(self.order)
+
+    def integers(self, high):
+        return self.drawn.pop(0)
+
+    def choice(self, kinds):
+        assert kinds == ['mixup', 'cutmix']
+        return self.coin
+
+
+def batch(n=3, size=8):
+    return torch.rand(n, 3, size, size), F.one_hot(torch.arange(n), n).float()
+
+
+def test_mixup_averages_pictures_and_labels():
+    (images, labels), rng = batch(), Rng(0.25, [1, 2, 0])
+    mixed, soft = mix(images, labels, 'mixup', 0.7, rng)
+    for i, other in enumerate([1, 2, 0]):
+        torch.testing.assert_close(mixed[i], 0.25 * images[i] + 0.75 * images[other])
+        torch.testing.assert_close(soft[i], 0.25 * labels[i] + 0.75 * labels[other])
+    assert rng.alpha == (0.7, 0.7)
+
+
+@pytest.mark.parametrize('centre, box, share', [
+    ((4, 4), (2, 6, 2, 6), 16), ((0, 4), (0, 2, 2, 6), 8), ((7, 7), (5, 8, 5, 8), 9)])
+def test_cutmix_pastes_a_box_and_labels_follow_its_area(centre, box, share):
+    images, labels = batch()
+    rng = Rng(0.75, [1, 2, 0], centre)                          # 1 - lam = 1/4: a box of 4 x 4 in 8 x 8
+    mixed, soft = mix(images, labels, 'cutmix', 1., rng)
+    top, bottom, left, right = box
+    inside = torch.zeros(8, 8, dtype=torch.bool)
+    inside[top:bottom, left:right] = True
+    assert inside.sum() == share
+    for i, other in enumerate([1, 2, 0]):
+        torch.testing.assert_close(mixed[i], torch.where(inside, images[other], images[i]))
+        torch.testing.assert_close(soft[i], (1 - share / 64) * labels[i] + share / 64 * labels[other])
+
+
+@pytest.mark.parametrize('lam, stays', [(1., 1.), (0., 0.)])
+def test_cutmix_of_nothing_and_of_everything(lam, stays):
+    images, _ = batch(2)
+    mixed, share = cutmix(images, images.flip(0), lam, Rng(integers=(4, 4)))
+    assert share == stays
+    torch.testing.assert_close(mixed, images if stays else images.flip(0))
+
+
+@pytest.mark.parametrize('kind', ['mixup', 'cutmix', 'mixup_cutmix'])
+def test_views_are_mixed_on_their_own(kind):
+    images, labels = batch(16)
+    mixed, soft = mix_views(torch.cat([images, images]), labels, 2, kind, 1., np.random.default_rng(0))
+    torch.testing.assert_close(soft.sum(1), torch.ones(32))
+    assert (soft > 0).sum(1).max() == 2 and not torch.equal(soft[:16], soft[16:])
+    assert not torch.equal(mixed[:16], mixed[16:])
+
+
+def test_coin_and_share_are_drawn_for_each_batch_and_view():
+    kinds, shares = [], []
+    for seed in range(300):
+        images, labels = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)]), torch.eye(2)
+        rng = np.random.default_rng(seed)
+        mixed, soft = mix(images, labels, 'mixup_cutmix', 1., rng)
+        if 0 < soft[0, 0] < 1:
+            kinds.append('cutmix' if set(mixed.unique().tolist()) == {0., 1.} else 'mixup')
+            shares.append(soft[0, 0].item())
+    assert 0.35 < kinds.count('mixup') / len(kinds) < 0.65
+    assert min(shares) < 0.1 and max(shares) > 0.9              # Beta(1, 1) is uniform
+
+
+@pytest.mark.parametrize('alpha', [1e-300, 1e-3, 1e3])
+def test_extreme_alpha_gives_distributions(alpha):
+    images, labels = batch()
+    mixed, soft = mix(images, labels, 'mixup', alpha, np.random.default_rng(0))
+    assert torch.isfinite(mixed).all() and torch.allclose(soft.sum(1), torch.ones(3))
+
+
+def test_accuracy_of_mixed_labels():
+    output = torch.tensor([[2., 1.], [0., 3.]])
+    assert accuracy(output, torch.tensor([0, 0])) == 50
+    torch.testing.assert_close(accuracy(output, torch.tensor([[0.7, 0.3], [0.6, 0.4]])), torch.tensor(55.))
+
+
+# Programs
+
+@pytest.fixture
+def spy(monkeypatch):
+    def spy(owner, name):
+        calls, original = [], getattr(owner, name)
+
+        def record(*args, **kwargs):
+            calls.append((args, kwargs))
+            return original(*args, **kwargs)
+        monkeypatch.setattr(owner, name, record)
+        return calls
+    return spy
+
+
+def ok(call, program, *arguments):
+    status, out, err = call(program.main, *arguments)
+    assert status == 0, err
+    return out
+
+
+@pytest.fixture
+def teacher(call):
+    ok(call, main_ce, *TINY, '--epochs', 2, '--mix', 'mixup_cutmix', '--output_name', 'teacher')
+
+
+def test_defaults_of_the_method():
+    opt = main_supcon.parse_option(['--method', 'GenSCL'])
+    assert (opt.batch_size, opt.epochs, opt.learning_rate, opt.temp, opt.seed) == (1024, 500, 0.5, 0.1, 3407)
+    assert opt.cosine and opt.warm and (opt.warm_epochs, opt.warmup_from) == (10, 0.01)
+    assert opt.output_name == 'cifar10_bsz_1024_SGD_lr_0.5'
+    opt = main_supcon.parse_option(['--method', 'GenSCL', '--no_cosine', '--seed', '1', '--batch_size', '64',
+                                    '--no-warm'])
+    assert not opt.cosine and not opt.warm and (opt.seed, opt.batch_size) == (1, 64)
+    assert main_supcon.parse_option([]).temp == 0.07                        # of the other methods untouched
+    assert main_supcon.parse_option(['--method', 'GenSCL', '--dataset', 'mvip']).batch_size == 16
+
+
+@pytest.mark.parametrize('arguments, name', [
+    ('--mix mixup_cutmix --KD --KD-alpha 1 --teacher-path x', 'cifar10_bsz_1024_mixup_cutmix_1.0_KD_1.0_SGD_lr_0.5'),
+    ('--dataset cifar100 --cutout --mix mixup --mix-alpha 0.5 --optim-kind Adam --lr 0.001',
+     'cifar100_bsz_1024_cutout_mixup_0.5_Adam_lr_0.001'),
+    ('--KD --KD-alpha inf --teacher-path x --LARS', 'cifar10_bsz_1024_KD_inf_LARS_lr_0.5'),
+    ('--desc mine', 'mine')])
+def test_run_names(arguments, name):
+    assert main_supcon.parse_option(['--method', 'GenSCL', *arguments.split()]).output_name == name
+
+
+def test_the_published_pair(call, teacher, tmp_path):
+    """As typed, with data and network made small: the second command finds the first's run by its default name."""
+    data = [*TINY[:2], *TINY[6:10], '--num_workers', 0]
+    small = [*TINY[2:6], '--epochs', 1, '--batch_size', 1024]
+    out = ok(call, main_supcon, '--method', 'GenSCL', '--mix', 'mixup_cutmix', '--KD', '--KD-alpha', '1',
+             '--teacher-path', TEACHER, *data, *small)
+    assert f'{TEACHER}/last.ckpt: resnet18 as teacher' in out
+    name = 'digits_bsz_1024_mixup_cutmix_1.0_KD_1.0_SGD_lr_0.5'
+    out = ok(call, main_linear, '--pretrained', name, '--augment-policy', 'no', '--amp', *data, '--debug')
+    assert f'output/{name}/trial=0/last.ckpt: resnet18 after 1 epochs' in out
+    opt = json.loads(next(tmp_path.glob('output/digits_resnet18_*/trial=0/options.json')).read_text())
+    assert (opt['batch_size'], opt['learning_rate'], opt['warmup_from'], opt['seed']) == (512, 5, 1e-5, 3407)
+    assert (opt['lr_decay_epochs'], opt['lr_decay_rate'], opt['warm']) == ([60, 75, 90], 0.2, True)
+    assert opt['epochs'] == 1                                               # --debug
+
+
+def test_loss_is_that_of_labels_and_of_the_teacher(call, teacher, spy, tmp_path):
+    called, updates = spy(main_supcon.GenSupConLoss, 'forward'), spy(util, 'update')
+    losses = {}
+    for alpha in ('0', '0.5', 'inf'):
+        called.clear()
+        updates.clear()
+        ok(call, main_supcon, *GENSCL, '--mix', 'mixup', '--KD', '--KD_alpha', alpha, '--KD_temp', 2, '--teacher_path',
+           TEACHER, '--output_name', alpha)
+        terms = [main_supcon.GenSupConLoss(0.1)(*args[1:]).item() for args, _ in called[:2]]
+        losses[alpha] = updates[0][0][0].item(), terms
+        labels = called[0][0][2] if alpha == 'inf' else called[1][0][2]
+        assert [part.shape for part in labels] == [(32, 10), (32, 10)]
+        torch.testing.assert_close(labels[0].sum(1), torch.ones(32))
+        assert (labels[0] > 0).all()                                        # a softmax
+        if alpha != 'inf':
+            assert ((called[0][0][2][0] > 0).sum(1) <= 2).all()             # two pictures mixed
+    for alpha in ('0', '0.5'):
+        total, (of_labels, of_teacher) = losses[alpha]
+        assert total == pytest.approx(of_labels + float(alpha) * of_teacher, rel=1e-5)
+    total, (of_teacher, *_) = losses['inf']
+    assert total == pytest.approx(of_teacher, rel=1e-5)
+    assert losses['0.5'][1][1] == pytest.approx(of_teacher, rel=1e-5)       # the same first batch
+
+
+def test_teacher_is_asked_in_eval_mode_without_gradient_about_the_mixed_views(call, teacher, monkeypatch):
+    from util.teachers import Teacher
+    seen = []
+    original = Teacher.forward
+
+    def forward(self, images):
+        logits = original(self, images)
+        seen.append((self.training or any(m.training for m in self.modules()), logits.requires_grad, images, logits))
+        return logits
+    monkeypatch.setattr(Teacher, 'forward', forward)
+    given = []
+    network = main_supcon.SupConResNet.forward
+    monkeypatch.setattr(main_supcon.SupConResNet, 'forward', lambda self, x: (given.append(x), network(self, x))[1])
+    ok(call, main_supcon, *GENSCL, '--mix', 'cutmix', '--KD', '--teacher_path', TEACHER, '--output_name', 'a',
+       '--seed', 0)                                                        # the sample that the teacher knows
+    assert seen and not any(training or grad for training, grad, *_ in seen)
+    assert torch.equal(seen[0][2], given[0])
+    checkpoint = util.load_checkpoint(f'{TEACHER}/last.ckpt')
+    from networks.resnet_big import SupCEResNet
+    model = SupCEResNet('resnet18', 10, width=0.0625)
+    model.load_state_dict(checkpoint['model'])
+    torch.testing.assert_close(seen[0][3], model.eval()(given[0]).detach(), rtol=1e-4, atol=1e-5)
+    seen.clear()
+    ok(call, main_supcon, *GENSCL, '--KD', '--teacher_path', TEACHER, '--output_name', 'b', '--amp')
+    assert seen[0][3].dtype == torch.bfloat16
+
+
+def test_teacher_with_other_statistics_sees_its_own(call, spy):
+    from util.teachers import Teacher
+    teacher = Teacher(torch.nn.Identity(), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), (0.4, 0.4, 0.4), (0.2, 0.2, 0.3))
+    picture = torch.rand(2, 3, 4, 4)
+
+    def normalized(mean, std):
+        return (picture - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    torch.testing.assert_close(teacher(normalized((0.4, 0.4, 0.4), (0.2, 0.2, 0.3))),
+                               normalized((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)))
+
+
+def test_teacher_of_linear_evaluation_and_of_the_original(call, tmp_path):
+    ok(call, main_supcon, *TINY, '--epochs', 1, '--output_name', 'a')
+    ok(call, main_linear, *TINY[:2], *TINY[6:10], '--ckpt', 'output/a/trial=0/last.ckpt', '--epochs', 1,
+       '--output_name', 'linear')
+    out = ok(call, main_supcon, *GENSCL, '--KD', '--teacher_path', 'output/linear/trial=0', '--output_name', 'b')
+    assert 'resnet18 as teacher' in out
+
+
+def test_teacher_of_timm(call, tmp_path):
+    """A checkpoint as training scripts of timm write it: state_dict, of several GPUs, beside other things."""
+    model = timm_model('resnet10t', 10, 'cifar', 32)
+    state = {f'module.{name}': value for name, value in model.state_dict().items()}
+    (tmp_path / 'saves').mkdir()
+    torch.save({'epoch': 3, 'arch': 'resnet10t', 'state_dict': state}, tmp_path / 'saves' / 'ckpt_best.pth')
+    arguments = [*GENSCL, '--KD', '--teacher_path', 'saves', '--teacher_kind', 'resnet10t', '--size', '16']
+    assert 'timm/resnet10t as teacher' in ok(call, main_supcon, *arguments, '--output_name', 'a')
+    torch.save({'state_dict': state}, tmp_path / 'saves' / 'other.pth')
+    ok(call, main_supcon, *arguments, '--teacher_ckpt', 'other.pth', '--output_name', 'b')
+
+
+def test_the_published_teacher_has_a_small_stem():
+    model = timm_model('efficientnetv2_rw_m', 10, 'cifar', 32)
+    assert (model.conv_stem.kernel_size, model.conv_stem.stride) == ((3, 3), (1, 1))
+    assert timm_model('efficientnetv2_rw_m', 10, 'imagenet', 32).conv_stem.stride == (2, 2)
+
+
+@pytest.mark.parametrize('arguments, words', [
+    (['--KD'], ['--KD', '--teacher_path is missing']),
+    (['--teacher_path', 'x'], ['--teacher_path x', '--KD is missing']),
+    (['--KD', '--teacher_path', 'nowhere'], ['--teacher_path nowhere', 'no such folder']),
+    (['--KD', '--teacher_path', 'output'], ['--teacher_path output', 'no ckpt_best.pth or last.ckpt']),
+    (['--KD', '--teacher_path', TEACHER, '--teacher_ckpt', 'x.pth'], ['no x.pth in it']),
+    (['--KD', '--teacher_path', TEACHER, '--dataset', 'path', '--data_folder', 'pictures'],
+     [TEACHER, 'knows 10 classes', 'have 2']),
+    (['--KD', '--teacher_path', 'pretrained'], ['pretrained/last.ckpt', 'no classifier']),
+    (['--KD', '--teacher_path', 'damaged'], ['damaged/ckpt_best.pth', 'not a readable checkpoint']),
+    (['--KD', '--teacher_path', 'timm'], ['timm/ckpt_best.pth', 'efficientnetv2_rw_m']),
+    (['--KD', '--teacher_path', 'timm', '--teacher_kind', 'resnet10t'], ['knows 7 classes', 'have 10']),
+    (['--KD', '--teacher_path', 'renamed'], ['other classes', '1, 0, 2']),
+    (['--teacher_kind', 'efficientnetv2_rw'], ['--teacher_kind', "'efficientnetv2_rw'", 'did you mean']),
+    (['--model', 'timm/nothing_like_it'], ['--model', 'nothing_like_it', 'timm']),
+    (['--model', 'timm/resnet10t'], ['--width 0.0625']),
+    (['--mix', 'mixup', '--mix-alpha', '0'], ['--mix_alpha', "'0'", 'above 0']),
+    (['--mix', 'mix'], ['--mix', 'mixup_cutmix']),
+    (['--KD-alpha', '-1'], ['--KD_alpha', "'-1'"]),
+    (['--KD-temp', '0'], ['--KD_temp', "'0'"]),
+    (['--method', 'SupCon', '--mix', 'mixup'], ['--mix', '--method GenSCL']),
+    (['--method', 'SimCLR', '--KD', '--teacher_path', 'x'], ['--KD', '--method GenSCL']),
+    (['--optim-kind', 'Adam', '--LARS'], ['--LARS', 'Adam']),
+    (['--optim-kind', 'Lion'], ['--optim_kind', 'Lion', 'AdamW']),
+    (['--augment-policy', 'rand', '--loader', 'batched'], ['--augment_policy rand', 'per_sample']),
+    (['--cutout'], ['--cutout_length 16', '8 pixels']),
+    (['--rand-m', '31'], ['--rand_m', '30']),
+    (['--aug_mode', 'with_both', '--aug_output_name', 'x', '--aug_name_id', 'a', '--aug_name_ood', 'b'], ['GenSCL']),
+])
+def test_mistakes(call, refused, teacher, picture_folder, tmp_path, arguments, words):
+    picture_folder()
+    for name in ('pretrained', 'damaged', 'timm', 'renamed'):
+        (tmp_path / name).mkdir()
+    torch.save({'model': main_supcon.SupConResNet('resnet18', width=0.0625).state_dict(),
+                'opt': {'model': 'resnet18', 'width': 0.0625}}, tmp_path / 'pretrained' / 'last.ckpt')
+    (tmp_path / 'damaged' / 'ckpt_best.pth').write_bytes(b'PK')
+    seven = timm_model('resnet10t', 7, 'cifar', 32).state_dict()
+    torch.save({'state_dict': seven}, tmp_path / 'timm' / 'ckpt_best.pth')
+    checkpoint = torch.load(tmp_path / TEACHER / 'last.ckpt', weights_only=True)
+    checkpoint['classes'] = ['1', '0', *checkpoint['classes'][2:]]
+    torch.save(checkpoint, tmp_path / 'renamed' / 'last.ckpt')
+    refused(main_supcon.main, *GENSCL, *arguments, words=words)
+
+
+def test_pretrained_or_ckpt(refused):
+    refused(main_linear.main, words=['--ckpt', '--pretrained'])
+    refused(main_linear.main, '--ckpt', 'a', '--pretrained', 'b', words=['--ckpt', '--pretrained'])
+    refused(main_linear.main, '--pretrained', 'b', words=['output/b/trial=0/last.ckpt', 'no such checkpoint'])
+    refused(main_linear.main, '--pretrained', '../b', words=['--pretrained'])
+
+
+@pytest.mark.parametrize('program', [main_supcon, main_ce])
+@pytest.mark.parametrize('kind, made', [('SGD', torch.optim.SGD), ('RMSProp', torch.optim.RMSprop),
+                                        ('Adam', torch.optim.Adam), ('AdamW', torch.optim.AdamW)])
+def test_optimizers(program, kind, made):
+    opt = program.parse_option(['--optim-kind', kind, '--lr', '0.01', '--weight_decay', '0.02', '--momentum', '0.8'])
+    opt.device = 'cpu'
+    optimizer = util.set_optimizer(opt, torch.nn.Linear(3, 2))
+    assert type(optimizer) is made and set(OPTIMIZERS) == {'SGD', 'RMSProp', 'Adam', 'AdamW'}
+    group, = optimizer.param_groups
+    assert (group['lr'], group['weight_decay']) == (0.01, 0.02) and group.get('momentum', 0.8) == 0.8
+
+
+@pytest.mark.parametrize('weight_decay', [0.02, 0.])
+def test_lars_adapts_weights_and_leaves_biases_alone(weight_decay):
+    opt = main_supcon.parse_option(['--LARS', '--lr', '0.1', '--momentum', '0', '--weight_decay', str(weight_decay)])
+    opt.device = 'cpu'
+    layer = torch.nn.Linear(3, 2)
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    optimizer = util.set_optimizer(opt, layer)
+    util.update(((layer(torch.ones(4, 3)) - 5) ** 2).mean(), optimizer)
+    grad = layer.weight.grad
+    trust = 0.001 * weight.norm() / (grad.norm() + weight_decay * weight.norm())        # You et al., Eq. 6
+    torch.testing.assert_close(layer.weight.detach(), weight - 0.1 * trust * (grad + weight_decay * weight))
+    torch.testing.assert_close(layer.bias.detach(), bias - 0.1 * layer.bias.grad)
+
+
+@pytest.mark.parametrize('arguments', [
+    ['--optim-kind', 'RMSProp', '--lr', '0.001'], ['--optim-kind', 'AdamW', '--lr', '0.001'], ['--LARS'],
+    ['--augment-policy', 'auto'], ['--augment-policy', 'rand', '--cutout', '--cutout-length', '4'],
+    ['--augment-policy', 'no', '--cutout', '--cutout-length', '4', '--n_holes', '2'],
+    ['--mix', 'cutmix', '--ce_weight', '1'], ['--no_cosine', '--no_warm']])
+def test_options_run(call, arguments):
+    out = ok(call, main_supcon, *GENSCL, *arguments)
+    assert 'collapsed' not in out
+
+
+@pytest.mark.parametrize('arguments', [
+    ['--mix', 'mixup_cutmix'], ['--erasing', '--augment-policy', 'auto'], ['--erasing', '--erasing-p', '1'],
+    ['--label-smoothing', '0.1'], ['--cutout', '--n-holes', '3', '--cutout-length', '3']])
+def test_options_run_in_cross_entropy(call, arguments):
+    ok(call, main_ce, *TINY, '--epochs', 1, *arguments)
+
+
+def test_label_smoothing_is_of_training_alone(call, spy):
+    calls = spy(main_ce.nn, 'CrossEntropyLoss')
+    ok(call, main_ce, *TINY, '--epochs', 1, '--label_smoothing', 0.3)
+    assert calls[0][1] == {'label_smoothing': 0.3}
+
+
+def test_cross_entropy_learns_from_mixed_pictures(call, spy):
+    calls, mixed = spy(torch.nn.CrossEntropyLoss, 'forward'), spy(main_ce, 'mix')
+    ok(call, main_ce, *TINY, '--epochs', 1, '--mix', 'cutmix', '--mix-alpha', 0.4)
+    logits, labels = calls[0][0][1:]
+    assert labels.shape == logits.shape == (32, 10) and ((labels > 0).sum(1) == 2).any()
+    assert mixed[0][0][2:4] == ('cutmix', 0.4)
+
+
+def test_mixing_is_the_same_again_and_differs_between_steps():
+    opt = main_supcon.parse_option(['--seed', '3'])
+    numbers = [util.step_rng(opt, epoch, step).random() for epoch, step in itertools.product((1, 2), (0, 1))]
+    assert len(set(numbers)) == 4 and numbers[0] == util.step_rng(opt, 1, 0).random()
+
+
+# Views
+
+def view(program, make, *arguments):
+    opt = program.parse_option([*arguments])
+    opt.size, opt.mean, opt.std = 32, (0, 0, 0), (1, 1, 1)
+    return make(opt)
+
+
+def test_policies():
+    def pretraining(*arguments):
+        return view(main_supcon, pretraining_view, *arguments)
+
+    def classification(*arguments):
+        return view(main_ce, classification_view, *arguments)
+    jitter = (0.4, 0.4, 0.4, 0.1)
+    assert pretraining() == pretraining('--augment-policy', 'sim') and pretraining().jitter == jitter
+    assert classification() == classification('--augment-policy', 'no') and classification().jitter is None
+    assert classification('--augment-policy', 'sim').jitter == jitter
+    auto = pretraining('--augment-policy', 'auto')
+    assert (auto.auto, auto.crop, auto.flip, auto.jitter) == ('cifar10', (0.2, 1.), 0.5, None)
+    auto = classification('--augment-policy', 'auto')
+    assert (auto.auto, auto.crop, auto.flip, auto.padding) == ('cifar10', None, 0.5, 4)
+    rand = classification('--augment-policy', 'rand', '--rand-n', '3', '--rand-m', '7', '--dataset', 'digits')
+    assert (rand.rand, rand.crop, rand.padding) == ((3, 7), (0.4, 1.), 0)
+    assert classification('--cutout', '--n-holes', '2', '--cutout-length', '5').cutout == (2, 5)
+    assert classification('--erasing', '--erasing-p', '0.3').erasing == 0.3 and classification().erasing == 0
+    assert classification('--dataset', 'mvip').jitter == jitter             # as published
+
+
+# timm
+
+@pytest.mark.parametrize('name, dim', [('resnet10t', 512), ('mobilenetv3_small_050', 1024), ('test_efficientnet', 256),
+                                       ('vit_tiny_patch16_224', 192)])
+def test_any_model_of_timm_is_an_encoder(name, dim):
+    encoder = TimmEncoder(name, 32)
+    assert encoder.dim_out == dim == encoder(torch.rand(2, 3, 32, 32)).shape[1] and encoder.backbone.training
+
+
+def test_small_stems_keep_the_resolution():
+    for name in ('resnet10t', 'densenet121'):
+        small, large = (timm_model(name, 10, stem, 32).eval() for stem in ('cifar', 'imagenet'))
+        picture = torch.rand(1, 3, 32, 32)
+        assert small.forward_features(picture).shape[2] == 4 * large.forward_features(picture).shape[2]
+
+
+def test_sizes_that_a_model_cannot_take():
+    with pytest.raises(UserError, match='timm/vit_tiny_patch16_224 .*8 pixels'):
+        TimmEncoder('vit_tiny_patch16_224', 8)
+
+
+def test_model_of_timm_in_all_three_programs(call, tmp_path):
+    model = ['--dataset', 'digits', '--size', 16, '--max_samples', 40, '--epochs', 1, '--model', 'timm/resnet10t']
+    ok(call, main_ce, *model)
+    assert next(tmp_path.glob('output/SupCE_digits_timm-resnet10t_*/trial=0/last.ckpt'))
+    ok(call, main_supcon, *model, '--output_name', 'a')
+    ok(call, main_linear, *model[:-2], '--pretrained', 'a', '--output_name', 'b')
+    trained, linear = (util.load_checkpoint(f'output/{name}/trial=0/last.ckpt')['model'] for name in 'ab')
+    assert all(torch.equal(value, linear[name]) for name, value in trained.items() if name.startswith('encoder.'))
+
+
+# Mixed precision
+
+def test_float16_scales_the_loss(call, monkeypatch, tmp_path):
+    """What GPUs without bfloat16 do; the scale is saved and resumed."""
+    monkeypatch.setattr(util.training, 'precision', lambda opt, mixed=None: torch.float16 if opt.amp else None)
+    ok(call, main_ce, *TINY, '--epochs', 1, '--amp', '--output_name', 'a')
+    scaler = torch.load('output/a/trial=0/last.ckpt', weights_only=True)['scaler']
+    assert scaler['scale'] > 1
+    ok(call, main_ce, *TINY, '--epochs', 2, '--amp', '--output_name', 'a', '--resume')
+    again = torch.load('output/a/trial=0/last.ckpt', weights_only=True)['scaler']
+    assert again['_growth_tracker'] > scaler['_growth_tracker']
+
+
+@pytest.mark.parametrize('device, supported, expected', [
+    ('cpu', False, torch.bfloat16), ('cuda', True, torch.bfloat16), ('cuda', False, torch.float16)])
+def test_precision_of_the_device(monkeypatch, device, supported, expected):
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: supported)
+    opt = main_ce.parse_option(['--amp'])
+    opt.device = device
+    assert util.training.precision(opt) == expected
+    opt.amp = False
+    assert util.training.precision(opt) is None
+
+
+# Weights & Biases
+
+def test_wandb_that_is_missing(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    monkeypatch.setattr(util.options.importlib.util, 'find_spec', lambda name: None)
+    refused(main_ce.main, *TINY, '--wandb', words=['--wandb', 'pip install wandb'])
+
+
+def test_wandb_offline(call, monkeypatch, tmp_path):
+    wandb = pytest.importorskip('wandb')
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.setenv('WANDB_SILENT', 'true')
+    runs = []
+    init = wandb.init
+    monkeypatch.setattr(wandb, 'init', lambda **settings: runs.append((settings, init(**settings))) or runs[-1][1])
+    arguments = [*TINY, '--output_name', 'a', '--wandb', '--wandb-project', 'p', '--wandb-entity', 'e']
+    ok(call, main_ce, *arguments, '--epochs', 1)
+    settings, run = runs[0]
+    assert (settings['project'], settings['entity'], settings['config']['dataset']) == ('p', 'e', 'digits')
+    assert run.summary['val_acc'] >= 0 and run.summary['views']
+    run.finish()
+    assert list(tmp_path.glob('wandb/offline-run-*/run-*.wandb'))
+    ok(call, main_ce, *arguments, '--epochs', 2, '--resume')
+    assert runs[1][1].id == run.id                                          # one curve
+    runs[1][1].finish()
+
+
+def test_wandb_is_off_unless_asked(call, tmp_path):
+    ok(call, main_ce, *TINY, '--epochs', 1)
+    assert 'wandb' not in [path.name for path in tmp_path.iterdir()]
+
+
+def test_kd_alpha_of_infinity_is_read_from_the_checkpoint(call, teacher):
+    arguments = [*GENSCL, '--KD', '--KD-alpha', 'inf', '--teacher-path', TEACHER, '--output_name', 'a']
+    ok(call, main_supcon, *arguments)
+    assert util.load_checkpoint('output/a/trial=0/last.ckpt')['opt']['KD_alpha'] == math.inf
+    ok(call, main_supcon, *arguments, '--epochs', 2, '--resume')
