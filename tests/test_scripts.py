@@ -17,7 +17,8 @@ import main_supcon
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ['supcon_cifar10', 'supcon_cifar10_linear', 'simclr_cifar10', 'simclr_cifar10_linear', 'ce_cifar10',
-          'simclr_path']
+          'simclr_path'] + [f'genscl_{data}{stage}' for data in ('cifar10', 'cifar100')
+                            for stage in ('_teacher', '', '_linear')]
 RECIPES = {                                                     # as published, but for the path of the checkpoint
     'ce_cifar10': 'main_ce.py --batch_size 1024 --learning_rate 0.8 --cosine --syncBN',
     'supcon_cifar10': 'main_supcon.py --batch_size 1024 --learning_rate 0.5 --temp 0.1 --cosine',
@@ -28,6 +29,13 @@ RECIPES = {                                                     # as published, 
     'simclr_path': 'main_supcon.py --batch_size 1024 --learning_rate 0.5 --temp 0.1 --cosine --dataset path '
                    '--data_folder ./path --mean "(0.4914, 0.4822, 0.4465)" --std "(0.2675, 0.2565, 0.2761)" '
                    '--method SimCLR',
+    **{f'genscl_{data}': f'main_supcon.py --method GenSCL --dataset {data} --mix mixup_cutmix --KD --KD-alpha 1 '
+       '--teacher-path' for data in ('cifar10', 'cifar100')},
+    **{f'genscl_{data}_linear': f'main_linear.py --dataset {data} --pretrained '
+       f'{data}_bsz_1024_mixup_cutmix_1.0_KD_1.0_SGD_lr_0.5 --augment-policy no --amp'
+       for data in ('cifar10', 'cifar100')},
+    **{f'genscl_{data}_teacher': f'main_ce.py --dataset {data} --model timm/efficientnetv2_rw_m --mix mixup_cutmix'
+       for data in ('cifar10', 'cifar100')},
 }
 
 
@@ -73,26 +81,32 @@ def test_launch_files_are_the_recipes(script, tmp_path):
         assert opt.epochs == 3 and opt.output_name == 'my run'
 
 
-@pytest.mark.parametrize('script', ['supcon_cifar10', 'simclr_cifar10'])
+def run_name(script, tmp_path):
+    return main_supcon.parse_option(command_of(script, tmp_path)[1:]).output_name
+
+
+@pytest.mark.parametrize('script', ['supcon_cifar10', 'simclr_cifar10', 'genscl_cifar10', 'genscl_cifar100'])
 def test_linear_launch_files_find_the_pretraining_run(script, tmp_path):
-    name = main_supcon.parse_option(command_of(script, tmp_path)[1:]).output_name
     arguments = command_of(f'{script}_linear', tmp_path)
-    assert arguments[arguments.index('--ckpt') + 1] == f'output/{name}/trial=0/last.ckpt'
+    if '--ckpt' in arguments:
+        expected = f'output/{run_name(script, tmp_path)}/trial=0/last.ckpt'
+        assert arguments[arguments.index('--ckpt') + 1] == expected
+    else:
+        assert arguments[arguments.index('--pretrained') + 1] == run_name(script, tmp_path)
 
 
-def test_recipes_run(call, picture_folder, monkeypatch, tmp_path):
-    """Section by section, the published commands with a small network and little data added."""
-    small = ['--model', 'resnet18', '--width', '0.0625', '--epochs', '1', '--output_name', 'a', '--overwrite']
+def test_launch_files_run(call, picture_folder, tmp_path):
+    """Each to its end, with a small network and little data added to its command; later ones find earlier runs."""
     picture_folder('path', {'a': 6, 'b': 6})
     programs = {'main_supcon.py': main_supcon, 'main_ce.py': main_ce, 'main_linear.py': main_linear}
-    for script in LAUNCH:
-        program, *arguments = shlex.split(RECIPES[script])
-        data = [] if script == 'simclr_path' else TINY[:2] + TINY[6:10]
-        if program == 'main_linear.py':
-            status, _, err = call(main_linear.main, *arguments, 'output/a/trial=0/last.ckpt', *data, '--epochs', '1',
-                                  '--output_name', 'b', '--overwrite')
-        else:
-            status, _, err = call(programs[program].main, *arguments, *data, *small)
+    for script in sorted(LAUNCH, key=lambda name: (not name.endswith('_teacher'), name.endswith('_linear'))):
+        small = [*(TINY[2:] if script == 'simclr_path' else TINY), '--epochs', '1', '--overwrite']
+        if script.endswith('_linear'):
+            small = [*TINY[:2], *TINY[6:], '--epochs', '1', '--output_name', 'linear', '--overwrite']
+        elif not script.endswith('_teacher'):
+            small += ['--output_name', run_name(script, tmp_path)]
+        program, *arguments = command_of(script, tmp_path, *small)
+        status, _, err = call(programs[program].main, *arguments)
         assert status == 0, (script, err)
 
 
@@ -158,9 +172,10 @@ def test_plot_refuses_in_one_line(tmp_path):
     assert not list(tmp_path.glob('*.png'))
 
 
-def test_loss_benchmark_ends_with_its_ratio(tmp_path):
+@pytest.mark.parametrize('kind', [[], ['--soft']])
+def test_loss_benchmark_ends_with_its_ratio(tmp_path, kind):
     benchmark = ROOT / 'benchmarks' / 'bench_loss.py'
-    result = shell([sys.executable, benchmark, '--views', '2048', '--repeat', '1'], tmp_path)
+    result = shell([sys.executable, benchmark, '--views', '2048', '--repeat', '1', *kind], tmp_path)
     assert result.returncode == 0, result.stderr
     *table, last = result.stdout.splitlines()
     assert re.fullmatch(r'ratio \d+\.\d', last)
@@ -172,3 +187,11 @@ def test_mvip_benchmark_ends_with_its_ratio(tmp_path):
     result = shell([sys.executable, ROOT / 'benchmarks' / 'bench_mvip.py', '--pictures', '8', '--size', '16'], tmp_path)
     assert result.returncode == 0, result.stderr
     assert re.fullmatch(r'ratio \d+\.\d', result.stdout.splitlines()[-1])
+
+
+def test_mixing_is_drawn(tmp_path):
+    plot = [sys.executable, ROOT / 'scripts' / 'plot_mixing.py', '--dataset', 'digits', '--count', '3']
+    result = shell([*plot, '--output', 'x.png'], tmp_path)
+    assert result.returncode == 0 and (tmp_path / 'x.png').stat().st_size > 10_000, result.stderr
+    result = shell([*plot, '--output', 'nowhere/x.png'], tmp_path)
+    assert result.returncode == 2 and 'nowhere/x.png' in result.stderr and result.stderr.count('\n') == 1

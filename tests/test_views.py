@@ -196,3 +196,63 @@ def test_evaluation_of_pictures_of_the_right_size_only_normalizes():
 def test_largest_scaling_still_serves_the_smallest_crop():
     assert PRETRAINING.short_side == 72                                 # 32 / sqrt(0.2)
     assert View(32, MEAN, STD).short_side == 32
+
+
+def test_shifted_views_are_torchvision_s_padded_crops():
+    _, pictures = random_pictures(5, 20, 20)
+    shifts = torch.tensor([[0, 0], [8, 8], [4, 4], [1, 6], [7, 0]])
+    x = views.shift(planes(pictures), shifts, 4)
+    expected = torch.stack([tv.crop(tv.pad(picture, 4), *shift.tolist(), 20, 20)
+                            for picture, shift in zip(pictures, shifts)])
+    torch.testing.assert_close(x, planes(expected))
+    drawn = views.draw(View(20, MEAN, STD, padding=4), torch.full((5000,), 20), torch.full((5000,), 20),
+                       torch.Generator().manual_seed(0))
+    assert drawn.shifts.amin() == 0 and drawn.shifts.amax() == 8
+    assert drawn.shifts.double().mean(0).tolist() == pytest.approx([4, 4], abs=0.15)
+
+
+def test_erase_is_torchvision_s():
+    _, pictures = random_pictures(4, 16, 16)
+    boxes = torch.tensor([[[2, 3, 5, 6]], [[0, 0, 16, 4]], [[10, 10, 0, 0]], [[-3, 12, 8, 8]]]).double()
+    expected = [tv.erase(pictures[0], 2, 3, 5, 6, torch.zeros(1)), tv.erase(pictures[1], 0, 0, 16, 4, torch.zeros(1)),
+                pictures[2], tv.erase(pictures[3], 0, 12, 5, 4, torch.zeros(1))]
+    torch.testing.assert_close(views.erase(pictures.clone(), boxes), torch.stack(expected))
+
+
+def test_cutout_hides_squares_around_every_pixel():
+    boxes = views.cutout_boxes(5000, 2, 6, 16, torch.Generator().manual_seed(0))
+    assert boxes.shape == (5000, 2, 4) and (boxes[..., 2:] == 6).all()
+    assert (boxes[..., :2] + 3).unique().tolist() == list(range(16))
+    hidden = (views.erase(torch.ones(5000, 3, 16, 16), boxes[:, :1]) == 0).float().mean((0, 1))
+    assert hidden[8, 8] == pytest.approx(36 / 256, abs=0.02) and hidden[0, 0] == pytest.approx(16 / 256, abs=0.01)
+
+
+def test_erased_boxes_are_distributed_as_torchvision_s():
+    n, size = 6000, 32
+    ours = views.erasing_boxes(n, 0.5, size, torch.Generator().manual_seed(0))[:, 0]
+    erased = ours[:, 2] > 0
+    assert erased.double().mean() == pytest.approx(0.5, abs=0.03) and (ours[~erased] == 0).all()
+    theirs = torch.tensor([transforms.RandomErasing.get_params(torch.empty(3, size, size), views.ERASING_AREA,
+                                                               views.ERASING_RATIO, [0.])[:4] for _ in range(n // 2)])
+    for share in (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98):
+        difference = ours[erased].quantile(share, dim=0) - theirs.double().quantile(share, dim=0)
+        assert (difference.abs() <= 0.04 * size + 1).all(), (share, difference)
+
+
+@pytest.mark.parametrize('view', [
+    View(32, MEAN, STD, flip=0.5, padding=4), View(24, MEAN, STD, flip=0.5, padding=3),
+    View(32, MEAN, STD, crop=(0.2, 1.), cutout=(2, 10)), View(32, MEAN, STD, crop=(0.2, 1.), erasing=0.7)])
+def test_executors_agree_on_what_hides_pixels(real_pictures, view):
+    compare(*executors(view, real_pictures))
+
+
+@pytest.mark.parametrize('view', [View(32, MEAN, STD, crop=(0.2, 1.), auto='cifar10'),
+                                  View(32, MEAN, STD, padding=4, rand=(2, 9), cutout=(1, 8), erasing=1.)])
+def test_policies_of_torchvision_run_per_sample(real_pictures, view):
+    assert view.per_sample_only
+    transform = views.per_sample(view)
+    names = [type(step).__name__ for step in transform.transforms]
+    assert ('AutoAugment' if view.auto else 'RandAugment') in names
+    assert names.index('Normalize') == len(names) - 1 - (2 if view.erasing else 0)      # what hides pixels comes last
+    x = torch.stack([transform(real_pictures.load(i)) for i in range(20)])
+    assert x.shape == (20, 3, 32, 32) and torch.isfinite(x).all() and len(x.flatten(1).unique(dim=0)) == 20
