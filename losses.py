@@ -33,13 +33,17 @@ class _ContrastiveLoss(nn.Module):
 
     def __init__(self, temperature=0.07, contrast_mode='all', base_temperature=0.07):
         super().__init__()
-        if contrast_mode not in ('all', 'one'):
-            raise ValueError(f"contrast_mode is {contrast_mode!r}, expected 'all' or 'one'")
+        _check('contrast_mode', contrast_mode, ('all', 'one'))
         if temperature <= 0 or base_temperature <= 0:
             raise ValueError(f'temperature {temperature} and base_temperature {base_temperature} must be positive')
         self.temperature = temperature
         self.contrast_mode = contrast_mode
         self.base_temperature = base_temperature
+
+
+def _check(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}, expected {' or '.join(map(repr, allowed))}")
 
 
 class SupConLoss(_ContrastiveLoss):
@@ -54,10 +58,29 @@ class SupConLoss(_ContrastiveLoss):
         temperature: divides the similarities.
         contrast_mode: 'all': every view is an anchor; 'one': only the first view of each picture is.
             The contrasts are all views of all pictures in both modes.
-        base_temperature: the loss is multiplied by temperature / base_temperature.
+        base_temperature: the loss is multiplied by temperature / base_temperature; 1 multiplies by the temperature.
+        summation_location: 'out': mean over the positives of log(exp(s_ip) / D_ip), Eq. 2 of the paper; 'in': the log
+            of that mean, Eq. 3.
+        denominator_mode: what D_ip sums exp(s_ij) over: 'all' of A(i); 'one_positive': the negatives (A(i) without
+            P(i)) and p; 'only_negatives': the negatives.
+        positives_cap: at most this many positives of other pictures, a multiple of the number of views: the first in
+            the order of the batch with all their views; positives beyond leave A(i) too. -1: all.
+
+    All but the defaults of the last three need the whole similarity matrix in memory.
     """
 
-    def forward(self, features, labels=None, mask=None, positives='class'):
+    def __init__(self, temperature=0.07, contrast_mode='all', base_temperature=0.07, summation_location='out',
+                 denominator_mode='all', positives_cap=-1):
+        super().__init__(temperature, contrast_mode, base_temperature)
+        _check('summation_location', summation_location, ('out', 'in'))
+        _check('denominator_mode', denominator_mode, ('all', 'one_positive', 'only_negatives'))
+        if positives_cap < -1:
+            raise ValueError(f'positives_cap is {positives_cap}, expected -1 or more')
+        self.summation_location = summation_location
+        self.denominator_mode = denominator_mode
+        self.positives_cap = positives_cap
+
+    def forward(self, features, labels=None, mask=None, positives='class', keys=None, key_labels=None):
         """Compute the loss of one batch; float16 and bfloat16 features are computed in float32.
 
         Args:
@@ -67,65 +90,131 @@ class SupConLoss(_ContrastiveLoss):
                 picture i. May be asymmetric. Needs the whole similarity matrix in memory.
             positives: what the positives of an anchor share with it: 'class', or only the 'picture', as without labels;
                 labels then only tell which near-ood pictures an anchor sees.
+            keys: [n_keys, dim] contrasts instead of the features, as of a momentum encoder: the first bsz belong to the
+                pictures of the batch, the others to earlier ones (He et al., 2020, https://arxiv.org/abs/1911.05722).
+            key_labels: [n_keys] their labels, needed with labels.
 
         Returns:
-            A scalar. An anchor without positives adds 0 and still counts in the mean.
+            A scalar. An anchor without positives (with 'only_negatives', also one without negatives) adds 0 and still
+            counts in the mean.
 
         Raises:
             ValueError: wrong shapes (both are named), labels and mask together, or unknown positives.
         """
+        self._check_shapes(features, labels, mask, positives, keys, key_labels)
+        bsz, n_views = features.shape[:2]
+        if features.dtype in (torch.float16, torch.bfloat16):
+            features = features.float()
+        views = features.flatten(2).transpose(0, 1).flatten(0, 1)       # [n_views * bsz, dim], view after view
+        anchors = views if self.contrast_mode == 'all' else views[:bsz]
+        contrasts = views if keys is None else keys.to(views.dtype)
+        ids, labels = _ids_and_labels(features, labels, positives)
+        contrast_ids, contrast_labels = ids, labels
+        if keys is not None:
+            contrast_ids, contrast_labels = _ids_and_labels_of_keys(bsz, keys, key_labels, positives)
+        args = (anchors, contrasts, ids[:len(anchors)], contrast_ids, labels[:len(anchors)], contrast_labels)
+        dense = (self.summation_location, self.denominator_mode, self.positives_cap) != ('out', 'all', -1)
+        with torch.autocast(features.device.type, enabled=False):       # similarities / temperature need float32
+            if dense or mask is not None:
+                loss = self._dense(*args, keys is None, bsz, mask)
+            else:
+                loss = self._blocked(*args, keys is None)
+        return loss * (self.temperature / self.base_temperature)
+
+    def _check_shapes(self, features, labels, mask, positives, keys, key_labels):
         if features.dim() < 3:
             raise ValueError(f'features are {list(features.shape)}, expected [bsz, n_views, ...]')
-        if positives not in ('class', 'picture'):
-            raise ValueError(f"positives are {positives!r}, expected 'class' or 'picture'")
-        if labels is not None and mask is not None:
-            raise ValueError('labels and mask are both given, expected at most one')
-        bsz, n_views = features.shape[:2]
+        _check('positives', positives, ('class', 'picture'))
+        bsz, n_views, dim = features.flatten(2).shape
+        if mask is not None and (labels is not None or keys is not None):
+            raise ValueError(f"{'labels' if keys is None else 'keys'} and mask are both given, expected at most one")
         if labels is not None and labels.shape not in ((bsz,), (bsz, 1)):
             raise ValueError(f'labels are {list(labels.shape)}, expected [{bsz}] for features {list(features.shape)}')
         if mask is not None and mask.shape != (bsz, bsz):
             raise ValueError(f'mask is {list(mask.shape)}, expected [{bsz}, {bsz}] for features {list(features.shape)}')
+        if keys is not None and (keys.dim() != 2 or len(keys) < bsz or keys.shape[1] != dim):
+            raise ValueError(f'keys are {list(keys.shape)}, expected [{bsz} or more, {dim}] for features '
+                             f'{list(features.shape)}')
+        if keys is not None and (labels is None) != (key_labels is None) or (
+                key_labels is not None and key_labels.shape != keys.shape[:1]):
+            raise ValueError('key_labels are expected with keys and labels, one for each key')
+        if self.positives_cap > 0 and self.positives_cap % n_views:
+            raise ValueError(f'positives_cap is {self.positives_cap}, expected a multiple of {n_views}, the views')
 
-        if features.dtype in (torch.float16, torch.bfloat16):
-            features = features.float()
-        contrasts = features.flatten(2).transpose(0, 1).flatten(0, 1)   # [n_views * bsz, dim], view after view
-        anchors = contrasts if self.contrast_mode == 'all' else contrasts[:bsz]
-        with torch.autocast(features.device.type, enabled=False):       # similarities / temperature need float32
-            if mask is not None:
-                loss = self._dense(anchors, contrasts, mask)
-            else:
-                ids, labels = _ids_and_labels(features, labels, positives)
-                loss = self._blocked(anchors, contrasts, ids, labels)
-        return loss * (self.temperature / self.base_temperature)
+    def _blocked(self, anchors, contrasts, ids, contrast_ids, labels, contrast_labels, same):
+        normal = contrast_labels >= 0
+        owners = None if normal.all() else torch.where(normal, -1, -contrast_labels - 1)
+        log_denominator = _LogSumExp.apply(anchors, contrasts, self.temperature, same, labels, owners)
 
-    def _blocked(self, anchors, contrasts, ids, labels):
-        n = len(anchors)                                                # anchor i is contrast i
-        normal = labels >= 0
-        owners = None if normal.all() else torch.where(normal, -1, -labels - 1)
-        log_denominator = _LogSumExp.apply(anchors, contrasts, self.temperature, True, labels, owners)
-
-        ids = _dense_ids(ids)
+        if same:                                                        # anchor i is contrast i
+            contrast_ids = _dense_ids(contrast_ids)
+            ids = contrast_ids[:len(anchors)]
+        else:
+            ids, contrast_ids = _dense_ids(torch.cat([ids, contrast_ids])).split([len(ids), len(contrast_ids)])
         weight = normal.to(contrasts.dtype)
-        counts = contrasts.new_zeros(len(contrasts)).index_add(0, ids, weight)
-        sums = torch.zeros_like(contrasts).index_add(0, ids, contrasts * weight[:, None])
-        positives = counts[ids[:n]] - 1
+        rows = len(contrasts) if same else len(anchors) + len(contrasts)
+        counts = contrasts.new_zeros(rows).index_add(0, contrast_ids, weight)
+        sums = contrasts.new_zeros(rows, contrasts.shape[1]).index_add(0, contrast_ids, contrasts * weight[:, None])
         # index_select, since the backward pass of sums[ids] adds in an order that changes from run to run on a CPU.
-        others = sums.index_select(0, ids[:n]) - contrasts[:n]
-        log_positive = (anchors * others).sum(1) / positives.clamp(min=1) / self.temperature
+        positives, sums = counts[ids], sums.index_select(0, ids)
+        if same:
+            positives, sums = positives - 1, sums - anchors
+        log_positive = (anchors * sums).sum(1) / positives.clamp(min=1) / self.temperature
 
-        is_anchor = normal[:n]
+        is_anchor = labels >= 0
         losses = torch.where(is_anchor & (positives > 0), log_denominator - log_positive, 0)
         return losses.sum() / is_anchor.sum().clamp(min=1)
 
-    def _dense(self, anchors, contrasts, mask):
-        n, n_views = len(anchors), len(contrasts) // len(mask)
-        itself = torch.eye(n, len(contrasts), dtype=torch.bool, device=anchors.device)
-        mask = mask.to(anchors).repeat(n // len(mask), n_views).masked_fill(itself, 0)
-        logits = anchors @ contrasts.T / self.temperature
-        log_denominator = logits.masked_fill(itself, -torch.inf).logsumexp(1)
-        weight = mask.sum(1)
-        log_positive = (mask * logits).sum(1) / torch.where(weight > 0, weight, 1)
-        return torch.where(weight > 0, log_denominator - log_positive, 0).mean()
+    def _dense(self, anchors, contrasts, ids, contrast_ids, labels, contrast_labels, same, bsz, mask):
+        n, m = len(anchors), len(contrasts)
+        itself = torch.eye(n, m, dtype=torch.bool, device=anchors.device) & same
+        owners = torch.where(contrast_labels >= 0, -1, -contrast_labels - 1)
+        allowed = ~itself & ((owners < 0) | (owners == labels[:, None]))
+        if mask is None:
+            weight = (ids[:, None] == contrast_ids) & (contrast_labels >= 0)
+        else:
+            weight = mask.repeat(n // bsz, m // bsz)
+        weight = weight.to(anchors.dtype).masked_fill(itself, 0)
+        if self.positives_cap >= 0:
+            over = self._over_cap(weight > 0, bsz, m // bsz if same else 1)
+            weight, allowed = weight.masked_fill(over, 0), allowed & ~over
+        total = weight.sum(1)
+        counts = (labels >= 0) & (total > 0)
+
+        logits = anchors @ contrasts.T / self.temperature               # [n, m]
+        if self.denominator_mode == 'all':
+            log_denominator = _masked_logsumexp(logits, allowed)
+        else:
+            negatives = allowed & (weight == 0)
+            log_denominator = _masked_logsumexp(logits, negatives)
+            if self.denominator_mode == 'one_positive':
+                log_denominator = torch.logaddexp(logits, log_denominator)
+            else:
+                counts = counts & negatives.any(1)
+        log_prob = logits - torch.where(counts[:, None], log_denominator, 0)
+        total = total.clamp(min=torch.finfo(total.dtype).tiny)
+        if self.summation_location == 'out':
+            losses = -(weight * log_prob).sum(1) / total
+        else:
+            losses = -_masked_logsumexp(log_prob + weight.clamp(min=1e-30).log(), weight > 0)[:, 0] + total.log()
+        return torch.where(counts, losses, 0).sum() / (labels >= 0).sum().clamp(min=1)
+
+    def _over_cap(self, positive, bsz, n_views):
+        """Which positives [n, m] are of other pictures than the first positives_cap // n_views."""
+        n, m = positive.shape
+        pictures = torch.arange(m, device=positive.device)
+        pictures = pictures % bsz if n_views > 1 else pictures
+        anchors = torch.arange(n, device=positive.device) % bsz
+        other = positive & (pictures != anchors[:, None])
+        rank = other[:, :m // n_views].cumsum(1)                        # alike in each view
+        return other & (rank > self.positives_cap // n_views).repeat(1, n_views)
+
+
+def _masked_logsumexp(logits, mask):
+    """log sum of exp(logits) where mask, for each row: [n, m] -> [n, 1]; -inf, without gradient, for an empty row."""
+    some = mask.any(1, keepdim=True)
+    result = logits.masked_fill(~mask & some, -torch.inf).logsumexp(1, keepdim=True)
+    return torch.where(some, result, -torch.inf)
 
 
 class GenSupConLoss(_ContrastiveLoss):
@@ -210,13 +299,15 @@ class _LogSumExp(torch.autograd.Function):
     def backward(ctx, grad):
         anchors, contrasts, labels, owners, result = ctx.saved_tensors
         grad = grad / ctx.temperature
-        grad_anchors, grad_contrasts = torch.empty_like(anchors), torch.zeros_like(contrasts)
+        grad_anchors = torch.empty_like(anchors)
+        grad_contrasts = torch.zeros_like(contrasts) if ctx.needs_input_grad[1] else None       # keys need none
         with torch.autocast(anchors.device.type, enabled=False):
             for rows in _blocks(anchors, contrasts):
                 prob = _logits(anchors, contrasts, rows, ctx.temperature, ctx.same, labels, owners)
                 prob.sub_(result[rows, None]).exp_().mul_(grad[rows, None])
                 torch.mm(prob, contrasts, out=grad_anchors[rows])
-                grad_contrasts.addmm_(prob.T, anchors[rows])
+                if grad_contrasts is not None:
+                    grad_contrasts.addmm_(prob.T, anchors[rows])
         return grad_anchors, grad_contrasts, None, None, None, None
 
 
@@ -240,6 +331,14 @@ def _ids_and_labels(features, labels, positives):
     pictures = torch.arange(bsz, device=features.device)
     labels = pictures if labels is None else labels.flatten()
     return (labels if positives == 'class' else pictures).repeat(n_views), labels.repeat(n_views)
+
+
+def _ids_and_labels_of_keys(bsz, keys, key_labels, positives):
+    """The same for keys, the first bsz of which belong to the pictures of the batch: [n_keys] each."""
+    pictures = torch.arange(len(keys), device=keys.device)
+    labels = pictures if key_labels is None else key_labels
+    return (labels if positives == 'class' and key_labels is not None else
+            torch.where(pictures < bsz, pictures, -1)), labels
 
 
 def _dense_ids(ids):

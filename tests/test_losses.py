@@ -9,29 +9,48 @@ import losses
 from losses import GenSupConLoss, SupConLoss, contrastive_accuracy
 
 
-def textbook(features, labels=None, mask=None, positives='class', temperature=0.07, mode='all', base_temperature=0.07):
-    """The formula of the module's docstring as plain double loops: anchors, contrasts, positives."""
+def textbook(features, labels=None, mask=None, positives='class', temperature=0.07, mode='all', base_temperature=0.07,
+             location='out', denominator='all', cap=-1, keys=None, key_labels=None):
+    """The formulas of SupConLoss as plain double loops: anchors, contrasts, positives."""
     bsz, n_views = features.shape[:2]
     z = features.flatten(2)
-    views = [(p, v) for v in range(n_views) for p in range(bsz)]
     y = list(range(bsz)) if labels is None else labels.tolist()
+    views = [(p, v) for v in range(n_views) for p in range(bsz)]
+    contrasts = [(p, v, z[p, v], y[p]) for p, v in views]
+    if keys is not None:
+        y_keys = list(range(len(keys))) if key_labels is None else key_labels.tolist()
+        contrasts = [(j, 'key', keys[j], y_keys[j]) for j in range(len(keys))]
     total, anchors = 0., 0
     for i, v in views if mode == 'all' else views[:bsz]:
         if y[i] < 0:                                            # a near-ood picture is no anchor
             continue
         anchors += 1
-        numerator, weights, denominator = 0., 0., []
-        for j, u in views:
+        positive, negative, others = [], [], []                 # (similarity, weight), similarity; pictures so far
+        for j, u, contrast, label in contrasts:
             if (i, v) == (j, u):
                 continue
-            s = z[i, v] @ z[j, u] / temperature
-            if y[j] >= 0 or -y[j] - 1 == y[i]:                  # near-ood: seen by anchors of its own class only
-                denominator.append(s)
-            same = y[i] == y[j] if positives == 'class' else i == j
+            s = z[i, v] @ contrast / temperature
+            same = (i == j or (y[i] == label and positives == 'class')) and label >= 0
             w = float(same if mask is None else mask[i, j])
-            numerator, weights = numerator + w * s, weights + w
-        if weights > 0:
-            total = total + torch.stack(denominator).logsumexp(0) - numerator / weights
+            if w > 0:
+                if i != j and j not in others:
+                    others.append(j)
+                if cap < 0 or i == j or others.index(j) < cap // n_views:
+                    positive.append((s, w))
+            elif label >= 0 or -label - 1 == y[i]:              # near-ood: seen by anchors of its own class only
+                negative.append(s)
+        if not positive or (denominator == 'only_negatives' and not negative):
+            continue
+
+        def log_prob(s, positive=positive, negative=negative):
+            terms = {'all': [p for p, _ in positive] + negative, 'one_positive': [s, *negative],
+                     'only_negatives': negative}[denominator]
+            return s - torch.stack(terms).logsumexp(0)
+        weights = sum(w for _, w in positive)
+        if location == 'out':
+            total = total - sum(w * log_prob(s) for s, w in positive) / weights
+        else:
+            total = total - (sum(w * log_prob(s).exp() for s, w in positive) / weights).log()
     return (total if torch.is_tensor(total) else 0 * z.sum()) / max(anchors, 1) * temperature / base_temperature
 
 
@@ -57,10 +76,11 @@ def random_features(bsz=7, n_views=2, shape=(5,), dtype=torch.float64):
     return F.normalize(features.flatten(2), dim=2).view_as(features).requires_grad_()
 
 
-def check(features, mode, **targets):
+def check(features, mode, location='out', denominator='all', cap=-1, **targets):
     reference = copy.deepcopy(features)
-    loss = SupConLoss(0.1, mode, 0.07)(features, **targets)
-    expected = textbook(reference, temperature=0.1, mode=mode, **targets)
+    loss = SupConLoss(0.1, mode, 0.07, location, denominator, cap)(features, **targets)
+    expected = textbook(reference, temperature=0.1, mode=mode, location=location, denominator=denominator, cap=cap,
+                        **targets)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-12)
     loss.backward()
     expected.backward()
@@ -84,6 +104,67 @@ TARGETS = {
 def test_value_and_gradient_are_the_textbook_s(monkeypatch, mode, n_views, targets, block):
     monkeypatch.setattr(losses, 'BLOCK', block)
     check(random_features(7, n_views), mode, **TARGETS[targets]())
+
+
+ABLATIONS = [(location, denominator, cap) for location in ('out', 'in')
+             for denominator in ('all', 'one_positive', 'only_negatives') for cap in (-1, 0, 6, 12)]
+
+
+@pytest.mark.parametrize('mode', ['all', 'one'])
+@pytest.mark.parametrize('n_views', [1, 2, 3])
+@pytest.mark.parametrize('targets', TARGETS)
+def test_ablations_are_the_textbook_s(mode, n_views, targets):
+    for ablation in ABLATIONS:
+        check(random_features(7, n_views), mode, *ablation, **TARGETS[targets]())
+
+
+def test_ablations_differ():
+    """On labels with positives to cap and negatives, every setting gives another loss."""
+    features, labels = random_features(12, 2), torch.arange(12) % 3
+    values = {SupConLoss(0.1, 'all', 0.07, location, denominator, cap)(features, labels).item()
+              for location, denominator, _ in ABLATIONS for cap in (-1, 0, 4, 6)}
+    # 6 is all there are, as -1. With cap 0 one positive is left: then only leaving it out of the denominator differs.
+    assert len({round(value, 9) for value in values}) == 2 * 6 + 2
+
+
+@pytest.mark.parametrize('targets', ['supcon', 'ood'])
+@pytest.mark.parametrize('ablation', ABLATIONS)
+def test_gradcheck_of_ablations(targets, ablation):
+    keywords = TARGETS[targets]()
+    assert torch.autograd.gradcheck(lambda f: SupConLoss(0.5, 'all', 0.07, *ablation)(f, **keywords),
+                                    (random_features(),))
+
+
+def test_an_anchor_without_negatives():
+    """All pictures of one class: there is nothing to sum over in 'only_negatives', which adds 0."""
+    features, labels = random_features(4, 2), torch.zeros(4)
+    for location in ('in', 'out'):
+        loss = SupConLoss(summation_location=location, denominator_mode='only_negatives')(features, labels)
+        loss.backward()
+        assert loss == 0 and (features.grad == 0).all()
+        assert SupConLoss(denominator_mode='one_positive')(features, labels) == 0          # log 1
+
+
+KEYS = {
+    'supcon': lambda: {'labels': torch.tensor([0, 1, 0, 2]), 'key_labels': torch.tensor([0, 1, 0, 2, 0, 1, 7, 7])},
+    'simclr': lambda: {},
+    'simclr_labels': lambda: {'labels': torch.tensor([0, 1, 0, 2]), 'positives': 'picture',
+                              'key_labels': torch.tensor([0, 1, 0, 2, 0, 1, 7, 7])},
+    'ood': lambda: {'labels': torch.tensor([0, -1, 0, 1]), 'key_labels': torch.tensor([0, -1, 0, 1, -1, -2, -4, 0])},
+}
+
+
+@pytest.mark.parametrize('targets', KEYS)
+@pytest.mark.parametrize('n_views', [1, 2])
+@pytest.mark.parametrize('block', [losses.BLOCK, 20])
+def test_keys_are_the_contrasts(monkeypatch, targets, n_views, block):
+    monkeypatch.setattr(losses, 'BLOCK', block)
+    keys = F.normalize(torch.randn(8, 5, dtype=torch.float64), dim=1)
+    for ablation in [('out', 'all', -1), *ABLATIONS]:
+        check(random_features(4, n_views), 'all', *ablation, keys=keys, **KEYS[targets]())
+    keywords = KEYS[targets]()
+    assert torch.autograd.gradcheck(lambda f, k: SupConLoss(0.5)(f, keys=k, **keywords),
+                                    (random_features(4, n_views), keys.clone().requires_grad_()))
 
 
 @pytest.mark.parametrize('mode', ['all', 'one'])
@@ -231,6 +312,11 @@ def test_labels_of_any_kind(labels):
     ((4, 2, 8), {'mask': torch.zeros(4, 3)}, ['[4, 3]', '[4, 4]', '[4, 2, 8]']),
     ((4, 2, 8), {'mask': torch.eye(4), 'labels': torch.zeros(4)}, ['labels', 'mask']),
     ((4, 2, 8), {'positives': 'views'}, ["'views'", "'class'", "'picture'"]),
+    ((4, 2, 8), {'keys': torch.zeros(3, 8)}, ['[3, 8]', '[4 or more, 8]']),
+    ((4, 2, 8), {'keys': torch.zeros(5, 7)}, ['[5, 7]', '[4, 2, 8]']),
+    ((4, 2, 8), {'keys': torch.zeros(5, 8), 'labels': torch.zeros(4)}, ['key_labels']),
+    ((4, 2, 8), {'keys': torch.zeros(5, 8), 'labels': torch.zeros(4), 'key_labels': torch.zeros(4)}, ['key_labels']),
+    ((4, 2, 8), {'keys': torch.zeros(5, 8), 'mask': torch.eye(4)}, ['keys', 'mask']),
 ])
 def test_wrong_shapes_are_named(features, targets, words):
     with pytest.raises(ValueError) as error:
@@ -304,3 +390,11 @@ def test_contrastive_accuracy_of_soft_labels():
     labels = torch.tensor([[[1., 0.], [1., 1.]], [[3., 0.], [2., 0.]]])
     expected = 100 * (2 * 0.5 ** 0.5 + 2) / 4                   # cos 45 degrees, and equal directions
     torch.testing.assert_close(contrastive_accuracy(features, labels), torch.tensor(expected))
+
+
+@pytest.mark.parametrize('keywords, words', [
+    ({'summation_location': 'inside'}, "'inside'"), ({'denominator_mode': 'none'}, 'only_negatives'),
+    ({'positives_cap': -2}, '-2'), ({'positives_cap': 3}, 'multiple of 2')])
+def test_wrong_ablations_are_refused(keywords, words):
+    with pytest.raises(ValueError, match=words):
+        SupConLoss(**keywords)(random_features(), torch.zeros(7))
