@@ -20,7 +20,6 @@ from util import AverageMeter, log
 
 def parse_option(argv=None):
     opt = util.parse('main_ce', __doc__, argv)
-    opt.warm = opt.warm or opt.batch_size > 256         # large batches need it
     opt.output_name = opt.output_name or (
         f'SupCE_{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}_bsz_{opt.batch_size}'
         f'_trial_{opt.trial}' + '_cosine' * opt.cosine + '_warm' * opt.warm)
@@ -54,9 +53,9 @@ def train(train_loader, model, criterion, optimizer, epoch, opt):
     for idx, (images, labels) in enumerate(util.progress(train_loader, f'epoch {epoch}/{opt.epochs}')):
         data_time.update(time.time() - end)
         util.set_learning_rate(optimizer, util.learning_rate(opt, epoch, idx, steps))
+        rng = util.seed_step(opt, epoch, idx)
         if opt.mix:
-            images, labels = mix(images, F.one_hot(labels, opt.num_classes).float(), opt.mix, opt.mix_alpha,
-                                 util.step_rng(opt, epoch, idx))
+            images, labels = mix(images, F.one_hot(labels, opt.num_classes).float(), opt.mix, opt.mix_alpha, rng)
 
         with util.autocast(opt):
             output = model(images)                      # [bsz, num_classes]

@@ -26,7 +26,6 @@ POSITIVES = {'SupCon': 'class', 'SimCLR': 'picture', 'GenSCL': 'class'}     # wh
 
 def parse_option(argv=None):
     opt = util.parse('main_supcon', __doc__, argv)
-    opt.warm = opt.warm or opt.batch_size > 256         # large batches need it
     if opt.method == 'GenSCL':
         name = (f'{opt.dataset}_bsz_{opt.batch_size}_' + 'cutout_' * opt.cutout
                 + f'{opt.mix}_{opt.mix_alpha}_' * bool(opt.mix) + f'KD_{opt.KD_alpha}_' * opt.KD
@@ -48,13 +47,13 @@ def set_loader(opt):
     return train_loader, memory_loader, val_loader, data.train.classes
 
 
-def set_model(opt, classes):
+def set_model(opt, classes, teacher_checkpoint=None):
     """The network, the loss, and the teacher of --KD or None."""
     opt.num_classes = len(classes)
     model = SupConResNet(opt.model, opt.head, opt.feat_dim, num_classes=len(classes) if opt.ce_weight else 0,
                          size=opt.size, stem=opt.stem, width=opt.width, zero_init=opt.zero_init)
     criterion = (GenSupConLoss if opt.method == 'GenSCL' else SupConLoss)(temperature=opt.temp)
-    teacher = util.load_teacher(opt, classes) if opt.KD else None
+    teacher = util.load_teacher(teacher_checkpoint, opt, classes) if opt.KD else None
     return util.prepare(model, opt), criterion, teacher
 
 
@@ -92,10 +91,11 @@ def train(train_loader, model, criterion, optimizer, epoch, opt, teacher=None):
     for idx, (images, labels) in enumerate(util.progress(train_loader, f'epoch {epoch}/{opt.epochs}')):
         data_time.update(time.time() - end)
         util.set_learning_rate(optimizer, util.learning_rate(opt, epoch, idx, steps))
+        rng = util.seed_step(opt, epoch, idx)
         bsz = len(labels)                               # a label -(c + 1) is a hard negative made from class c
         targets, classes = labels, torch.where(labels >= 0, labels, -100).repeat(N_VIEWS)
         if opt.method == 'GenSCL':
-            images, targets = soft_labels(images, labels, teacher, opt, util.step_rng(opt, epoch, idx))
+            images, targets = soft_labels(images, labels, teacher, opt, rng)
             labels = targets[0][1].transpose(0, 1)      # [bsz, n_views, num_classes]
             classes = targets[0][1].flatten(0, 1)
 
@@ -136,8 +136,9 @@ def main(argv=None):
     run = util.Run(opt)
     util.set_device(opt)
     util.set_warmup(opt)
+    teacher_checkpoint = util.read_teacher(opt)
     train_loader, memory_loader, val_loader, classes = set_loader(opt)
-    model, criterion, teacher = set_model(opt, classes)
+    model, criterion, teacher = set_model(opt, classes, teacher_checkpoint)
     optimizer = util.set_optimizer(opt, model)
     first_epoch, _ = run.restore(model, optimizer)
     run.start(classes)

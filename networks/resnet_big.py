@@ -151,29 +151,43 @@ class SupConResNet(nn.Module):
 
     Args:
         name, **encoder: as for make_encoder.
-        head: 'mlp' (Linear, ReLU, Linear) or 'linear'.
+        head: 'mlp' (Linear, ReLU, Linear), 'linear', or a list of the sizes of its layers, with ReLU between them; the
+            last is feat_dim then.
         feat_dim: dimensions of the projected features.
         num_classes: classes of the classifier; 0: none.
+        head_bn: batch norm before each ReLU of the head.
+        normalize_embedding: the head sees the encoder's features at unit length.
     """
 
-    def __init__(self, name='resnet50', head='mlp', feat_dim=128, num_classes=0, **encoder):
+    def __init__(self, name='resnet50', head='mlp', feat_dim=128, num_classes=0, head_bn=False,
+                 normalize_embedding=False, **encoder):
         super().__init__()
         self.encoder = make_encoder(name, **encoder)
         dim = self.encoder.dim_out
-        if head == 'mlp':
-            self.head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(inplace=True), nn.Linear(dim, feat_dim))
-        elif head == 'linear':
-            self.head = nn.Linear(dim, feat_dim)
-        else:
-            raise ValueError(f"head is {head!r}, expected 'mlp' or 'linear'")
+        if isinstance(head, str) and head not in ('mlp', 'linear'):
+            raise ValueError(f"head is {head!r}, expected 'mlp', 'linear' or a list of sizes")
+        sizes = {'mlp': [dim, feat_dim], 'linear': [feat_dim]}[head] if isinstance(head, str) else list(head)
+        self.head = make_head(dim, sizes, head_bn)
+        self.feat_dim, self.normalize_embedding = sizes[-1], normalize_embedding
         self.fc = nn.Linear(dim, num_classes) if num_classes else None
 
     def forward(self, x):
         encoded = self.encoder(x)
-        projected = self.head(encoded)
+        projected = self.head(F.normalize(encoded, dim=1) if self.normalize_embedding else encoded)
         # Unit length to float32 precision under autocast too.
         features = F.normalize(projected if projected.dtype == torch.float64 else projected.float(), dim=1)
         return features if self.fc is None else (features, self.fc(encoded))
+
+
+def make_head(dim, sizes, batch_norm):
+    """Linear layers from dim to each of sizes, with ReLU between them, and batch norm before it."""
+    if len(sizes) == 1:
+        return nn.Linear(dim, sizes[0])                 # not in a Sequential: head.weight, as released checkpoints
+    layers = []
+    for size_in, size in zip([dim, *sizes], sizes[:-1]):
+        layers += [nn.Linear(size_in, size, bias=not batch_norm), *[nn.BatchNorm1d(size)] * batch_norm,
+                   nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
 
 
 class SupCEResNet(nn.Module):

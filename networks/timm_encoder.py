@@ -4,14 +4,14 @@ import torch
 from torch import nn
 
 from networks.resnet_big import mixed_precision
-from util import UserError
+from util import UserError, log
 
 
 def timm_model(name, num_classes, stem, size):
     """A model of timm with random weights; num_classes 0: without classifier.
 
     stem 'cifar' makes its first convolution 3x3 of stride 1 and removes the max-pool after it, so that small pictures
-    keep their resolution; patch embeddings and stem 'imagenet' stay as they are.
+    keep their resolution, where it has such a stem; with 'imagenet' it stays as it is.
     """
     try:
         model = timm.create_model(name, num_classes=num_classes, img_size=size)     # transformers need to know it
@@ -19,17 +19,23 @@ def timm_model(name, num_classes, stem, size):
         model = timm.create_model(name, num_classes=num_classes)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(f'timm/{name} cannot be made for pictures of {size} pixels ({error})') from error
-    first = model.default_cfg.get('first_conv')
-    first_conv = model.get_submodule(first) if isinstance(first, str) else None
-    if stem == 'cifar' and isinstance(first_conv, nn.Conv2d) and first_conv.kernel_size != first_conv.stride:
-        small = nn.Conv2d(first_conv.in_channels, first_conv.out_channels, 3, padding=1,
-                          bias=first_conv.bias is not None)
-        nn.init.kaiming_normal_(small.weight, mode='fan_out', nonlinearity='relu')
-        model.set_submodule(first, small)
-        for pool in ('maxpool', 'features.pool0', 'stem.pool'):
-            if isinstance(dict(model.named_modules()).get(pool), nn.MaxPool2d):
-                model.set_submodule(pool, nn.Identity())
+    if stem == 'cifar':
+        _shrink_stem(model, name)
     return model
+
+
+def _shrink_stem(model, name):
+    first = model.default_cfg.get('first_conv')
+    conv = model.get_submodule(first) if isinstance(first, str) else None
+    if not isinstance(conv, nn.Conv2d) or conv.kernel_size == conv.stride:
+        log(f'timm/{name} keeps its first layers: it has no stem that --stem cifar knows how to shrink')
+        return
+    small = type(conv)(conv.in_channels, conv.out_channels, 3, stride=1, padding=1, bias=conv.bias is not None)
+    nn.init.kaiming_normal_(small.weight, mode='fan_out', nonlinearity='relu')
+    model.set_submodule(first, small)
+    for pool in ('maxpool', 'features.pool0', 'stem.pool'):
+        if isinstance(dict(model.named_modules()).get(pool), nn.MaxPool2d):
+            model.set_submodule(pool, nn.Identity())
 
 
 class TimmEncoder(nn.Module):
@@ -49,7 +55,8 @@ class TimmEncoder(nn.Module):
             with torch.no_grad():
                 features = self.backbone.eval()(torch.zeros(1, 3, size, size))
         except Exception as error:                          # what a model says to a wrong size is its own affair
-            raise UserError(f'--model timm/{name} takes no pictures of {size} pixels ({error})') from error
+            raise UserError(f'--model timm/{name} takes no pictures of {size} pixels with --stem {stem} '
+                            f'({type(error).__name__}: {error})') from error
         if not torch.is_tensor(features) or features.dim() != 2:
             raise UserError(f'--model timm/{name} gives no feature vectors, expected a model for classification')
         self.dim_out = features.shape[1]

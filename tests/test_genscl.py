@@ -2,10 +2,13 @@
 import itertools
 import json
 import math
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import TINY
 from torch.nn import functional as F
@@ -18,10 +21,11 @@ from datasets import classification_view, pretraining_view
 from datasets.mixing import cutmix, mix, mix_views
 from networks.timm_encoder import TimmEncoder, timm_model
 from util import UserError
-from util.training import OPTIMIZERS, accuracy
+from util.training import accuracy
 
 GENSCL = [*TINY, '--method', 'GenSCL', '--epochs', '1']
 TEACHER = 'output/teacher/trial=0'
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Rng:
@@ -145,11 +149,12 @@ def teacher(call):
 def test_defaults_of_the_method():
     opt = main_supcon.parse_option(['--method', 'GenSCL'])
     assert (opt.batch_size, opt.epochs, opt.learning_rate, opt.temp, opt.seed) == (1024, 500, 0.5, 0.1, 3407)
-    assert opt.cosine and opt.warm and (opt.warm_epochs, opt.warmup_from) == (10, 0.01)
+    assert opt.cosine and opt.warm and opt.teacher_kind is None and (opt.warm_epochs, opt.warmup_from) == (10, 0.01)
     assert opt.output_name == 'cifar10_bsz_1024_SGD_lr_0.5'
-    opt = main_supcon.parse_option(['--method', 'GenSCL', '--no_cosine', '--seed', '1', '--batch_size', '64',
-                                    '--no-warm'])
-    assert not opt.cosine and not opt.warm and (opt.seed, opt.batch_size) == (1, 64)
+    opt = main_supcon.parse_option(['--method', 'GenSCL', '--no_cosine', '--seed', '1', '--no-warm'])
+    assert opt.cosine is False and opt.warm is False and opt.seed == 1
+    assert main_ce.parse_option(['--batch_size', '512', '--no_warm']).warm is False
+    assert main_ce.parse_option(['--batch_size', '512']).warm is True
     assert main_supcon.parse_option([]).temp == 0.07                        # of the other methods untouched
     assert main_supcon.parse_option(['--method', 'GenSCL', '--dataset', 'mvip']).batch_size == 16
 
@@ -220,6 +225,7 @@ def test_teacher_is_asked_in_eval_mode_without_gradient_about_the_mixed_views(ca
     ok(call, main_supcon, *GENSCL, '--mix', 'cutmix', '--KD', '--teacher_path', TEACHER, '--output_name', 'a',
        '--seed', 0)                                                        # the sample that the teacher knows
     assert seen and not any(training or grad for training, grad, *_ in seen)
+    del seen[0]                                                            # a trial, before anything is written
     assert torch.equal(seen[0][2], given[0])
     checkpoint = util.load_checkpoint(f'{TEACHER}/last.ckpt')
     from networks.resnet_big import SupCEResNet
@@ -228,7 +234,7 @@ def test_teacher_is_asked_in_eval_mode_without_gradient_about_the_mixed_views(ca
     torch.testing.assert_close(seen[0][3], model.eval()(given[0]).detach(), rtol=1e-4, atol=1e-5)
     seen.clear()
     ok(call, main_supcon, *GENSCL, '--KD', '--teacher_path', TEACHER, '--output_name', 'b', '--amp')
-    assert seen[0][3].dtype == torch.bfloat16
+    assert seen[1][3].dtype == torch.bfloat16
 
 
 def test_teacher_with_other_statistics_sees_its_own(call, spy):
@@ -270,7 +276,7 @@ def test_the_published_teacher_has_a_small_stem():
 
 @pytest.mark.parametrize('arguments, words', [
     (['--KD'], ['--KD', '--teacher_path is missing']),
-    (['--teacher_path', 'x'], ['--teacher_path x', '--KD is missing']),
+    (['--teacher_path', 'x'], ['--teacher_path', '--KD is missing']),
     (['--KD', '--teacher_path', 'nowhere'], ['--teacher_path nowhere', 'no such folder']),
     (['--KD', '--teacher_path', 'output'], ['--teacher_path output', 'no ckpt_best.pth or last.ckpt']),
     (['--KD', '--teacher_path', TEACHER, '--teacher_ckpt', 'x.pth'], ['no x.pth in it']),
@@ -291,6 +297,17 @@ def test_the_published_teacher_has_a_small_stem():
     (['--method', 'SupCon', '--mix', 'mixup'], ['--mix', '--method GenSCL']),
     (['--method', 'SimCLR', '--KD', '--teacher_path', 'x'], ['--KD', '--method GenSCL']),
     (['--optim-kind', 'Adam', '--LARS'], ['--LARS', 'Adam']),
+    (['--optim-kind', 'Adam', '--momentum', '0.5'], ['--momentum', 'Adam']),
+    (['--KD-temp', '4'], ['--KD_temp', '--KD is missing']),
+    (['--mix-alpha', '0.2'], ['--mix_alpha', '--mix is missing']),
+    (['--rand-n', '2'], ['--rand_n', '--augment_policy rand']),
+    (['--n-holes', '2'], ['--n_holes', '--cutout is missing']),
+    (['--wandb-project', 'p'], ['--wandb_project', '--wandb is missing']),
+    (['--no-warm', '--warmup-from', '0.1'], ['--warmup_from', '--warm is missing']),
+    (['--KD', '--teacher_path', TEACHER, '--teacher_kind', 'resnet10t'], ['--teacher_kind resnet10t', 'resnet18']),
+    (['--KD', '--teacher_path', 'large', '--teacher_kind', 'vit_tiny_patch16_224'],
+     ['large/ckpt_best.pth', 'pos_embed']),
+    (['--KD', '--teacher_path', 'nan'], ['nan/last.ckpt', '10 finite logits']),
     (['--optim-kind', 'Lion'], ['--optim_kind', 'Lion', 'AdamW']),
     (['--augment-policy', 'rand', '--loader', 'batched'], ['--augment_policy rand', 'per_sample']),
     (['--cutout'], ['--cutout_length 16', '8 pixels']),
@@ -299,14 +316,20 @@ def test_the_published_teacher_has_a_small_stem():
 ])
 def test_mistakes(call, refused, teacher, picture_folder, tmp_path, arguments, words):
     picture_folder()
-    for name in ('pretrained', 'damaged', 'timm', 'renamed'):
+    for name in ('pretrained', 'damaged', 'timm', 'renamed', 'large', 'nan'):
         (tmp_path / name).mkdir()
     torch.save({'model': main_supcon.SupConResNet('resnet18', width=0.0625).state_dict(),
                 'opt': {'model': 'resnet18', 'width': 0.0625}}, tmp_path / 'pretrained' / 'last.ckpt')
     (tmp_path / 'damaged' / 'ckpt_best.pth').write_bytes(b'PK')
     seven = timm_model('resnet10t', 7, 'cifar', 32).state_dict()
     torch.save({'state_dict': seven}, tmp_path / 'timm' / 'ckpt_best.pth')
+    large = timm_model('vit_tiny_patch16_224', 10, 'cifar', 224).state_dict()
+    torch.save({'state_dict': large}, tmp_path / 'large' / 'ckpt_best.pth')
     checkpoint = torch.load(tmp_path / TEACHER / 'last.ckpt', weights_only=True)
+    bias = checkpoint['model']['fc.bias'].clone()
+    checkpoint['model']['fc.bias'] = bias * torch.nan
+    torch.save(checkpoint, tmp_path / 'nan' / 'last.ckpt')
+    checkpoint['model']['fc.bias'] = bias
     checkpoint['classes'] = ['1', '0', *checkpoint['classes'][2:]]
     torch.save(checkpoint, tmp_path / 'renamed' / 'last.ckpt')
     refused(main_supcon.main, *GENSCL, *arguments, words=words)
@@ -323,12 +346,37 @@ def test_pretrained_or_ckpt(refused):
 @pytest.mark.parametrize('kind, made', [('SGD', torch.optim.SGD), ('RMSProp', torch.optim.RMSprop),
                                         ('Adam', torch.optim.Adam), ('AdamW', torch.optim.AdamW)])
 def test_optimizers(program, kind, made):
-    opt = program.parse_option(['--optim-kind', kind, '--lr', '0.01', '--weight_decay', '0.02', '--momentum', '0.8'])
+    more = {'SGD': ['--momentum', '0.8', '--nesterov'], 'RMSProp': ['--momentum', '0.8', '--optim_eps', '0.5']}
+    opt = program.parse_option(['--optim-kind', kind, '--lr', '0.01', '--weight_decay', '0.02', *more.get(kind, [])])
     opt.device = 'cpu'
     optimizer = util.set_optimizer(opt, torch.nn.Linear(3, 2))
-    assert type(optimizer) is made and set(OPTIMIZERS) == {'SGD', 'RMSProp', 'Adam', 'AdamW'}
+    assert type(optimizer) is made
     group, = optimizer.param_groups
     assert (group['lr'], group['weight_decay']) == (0.01, 0.02) and group.get('momentum', 0.8) == 0.8
+    assert group.get('nesterov', kind == 'SGD') == (kind == 'SGD')
+    assert group.get('eps') == {'SGD': None, 'RMSProp': 0.5}.get(kind, 1e-8)
+
+
+def test_rmsprop_with_epsilon_inside_the_root():
+    opt = main_ce.parse_option(['--optim_kind', 'RMSPropTF', '--lr', '0.1', '--momentum', '0', '--optim_eps', '0.5',
+                                '--weight_decay', '0'])
+    opt.device = 'cpu'
+    weight = torch.nn.Parameter(torch.tensor([2.]))
+    optimizer = util.set_optimizer(opt, torch.nn.ParameterList([weight]))
+    util.update((3 * weight).sum(), optimizer)
+    mean_square = 0.9 * 1 + 0.1 * 9                             # TensorFlow's starts from one
+    assert weight.item() == pytest.approx(2 - 0.1 * 3 / (mean_square + 0.5)**0.5)
+
+
+def test_biases_and_norms_are_not_decayed_when_asked():
+    for flag, decays in ((['--no_bias_decay'], [0.3, 0.]), ([], [0.3])):
+        opt = main_supcon.parse_option(['--weight_decay', '0.3', *flag])
+        opt.device = 'cpu'
+        model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+        groups = util.set_optimizer(opt, model).param_groups
+        assert [group['weight_decay'] for group in groups] == decays
+        assert sum(len(group['params']) for group in groups) == 4
+        assert not flag or [p.dim() for p in groups[0]['params']] == [2]
 
 
 @pytest.mark.parametrize('weight_decay', [0.02, 0.])
@@ -365,7 +413,9 @@ def test_options_run_in_cross_entropy(call, arguments):
 def test_label_smoothing_is_of_training_alone(call, spy):
     calls = spy(main_ce.nn, 'CrossEntropyLoss')
     ok(call, main_ce, *TINY, '--epochs', 1, '--label_smoothing', 0.3)
-    assert calls[0][1] == {'label_smoothing': 0.3}
+    ok(call, main_supcon, *TINY, '--epochs', 1, '--output_name', 'a')
+    ok(call, main_linear, *TINY[:2], *TINY[6:10], '--epochs', 1, '--pretrained', 'a', '--label_smoothing', 0.2)
+    assert [settings for _, settings in calls] == [{'label_smoothing': 0.3}, {'label_smoothing': 0.2}]
 
 
 def test_cross_entropy_learns_from_mixed_pictures(call, spy):
@@ -376,10 +426,153 @@ def test_cross_entropy_learns_from_mixed_pictures(call, spy):
     assert mixed[0][0][2:4] == ('cutmix', 0.4)
 
 
-def test_mixing_is_the_same_again_and_differs_between_steps():
-    opt = main_supcon.parse_option(['--seed', '3'])
-    numbers = [util.step_rng(opt, epoch, step).random() for epoch, step in itertools.product((1, 2), (0, 1))]
-    assert len(set(numbers)) == 4 and numbers[0] == util.step_rng(opt, 1, 0).random()
+def test_random_numbers_of_a_step():
+    """The same again; others in each step, epoch and run; of mixing and of the network."""
+    def numbers(seed, epoch, step):
+        return (util.seed_step(main_supcon.parse_option(['--seed', str(seed)]), epoch, step).random(),
+                torch.rand(()).item())
+    steps = list(itertools.product((3, 4), (1, 2), (0, 1)))
+    for i in (0, 1):
+        drawn = [numbers(*step)[i] for step in steps]
+        assert len(set(drawn)) == len(steps) and drawn[0] == numbers(*steps[0])[i]
+
+
+@pytest.mark.parametrize('program', [main_supcon, main_ce])
+def test_every_step_has_its_own_random_numbers(call, spy, program):
+    calls = spy(util, 'seed_step')
+    ok(call, program, *TINY, '--epochs', 2, '--seed', 5)
+    assert [(args[0].seed, *args[1:]) for args, _ in calls] == [(5, e, s) for e in (1, 2) for s in range(3)]
+
+
+class FakeTeacher:
+    """Logits that tell which picture was asked about."""
+
+    def __call__(self, images):
+        return torch.stack([images.mean((1, 2, 3)), torch.zeros(len(images)), torch.ones(len(images))], 1)
+
+
+def test_soft_labels_row_by_row(monkeypatch):
+    """Both views mixed with their own draws; labels and the teacher's answers beside the right pictures."""
+    orders, lams = iter(([1, 2, 0], [2, 0, 1])), iter((0.75, 0.6))
+
+    def mix(images, labels, kind, alpha, rng):
+        assert (kind, alpha) == ('mixup', 0.3)
+        order, lam = next(orders), next(lams)
+        return lam * images + (1 - lam) * images[order], lam * labels + (1 - lam) * labels[order]
+    monkeypatch.setattr('datasets.mixing.mix', mix)
+    opt = main_supcon.parse_option(['--method', 'GenSCL', '--mix', 'mixup', '--mix-alpha', '0.3', '--KD', '--KD-alpha',
+                                    '0.4', '--KD-temp', '2', '--teacher-path', 'x'])
+    opt.num_classes = 3
+    values = torch.arange(6.)                                               # view after view
+    images, targets = main_supcon.soft_labels(values[:, None, None, None].expand(6, 3, 2, 2), torch.tensor([0, 1, 2]),
+                                              FakeTeacher(), opt, None)
+    mixed = torch.tensor([0.75 * 0 + 0.25 * 1, 0.75 * 1 + 0.25 * 2, 0.75 * 2 + 0.25 * 0,
+                          0.6 * 3 + 0.4 * 5, 0.6 * 4 + 0.4 * 3, 0.6 * 5 + 0.4 * 4])
+    torch.testing.assert_close(images[:, 0, 0, 0], mixed)
+    (weight, labels), (kd_weight, taught) = targets
+    assert (weight, kd_weight) == (1, 0.4)
+    torch.testing.assert_close(labels, torch.tensor([[[.75, .25, 0], [0, .75, .25], [.25, 0, .75]],
+                                                     [[.6, 0, .4], [.4, .6, 0], [0, .4, .6]]]))
+    logits = torch.stack([mixed, torch.zeros(6), torch.ones(6)], 1) / 2
+    torch.testing.assert_close(taught, logits.softmax(1).view(2, 3, 3))
+    opt.mix = None
+    images, targets = main_supcon.soft_labels(torch.rand(6, 3, 2, 2), torch.tensor([2, 0, 1]), None, opt, None)
+    torch.testing.assert_close(targets[0][1], torch.eye(3)[[2, 0, 1]].expand(2, 3, 3))
+
+
+def test_cross_entropy_sees_mixed_pictures(call, monkeypatch):
+    monkeypatch.setattr(main_ce, 'mix', lambda images, labels, *rest: (torch.full_like(images, 0.5), labels))
+    seen = []
+    original = main_ce.SupCEResNet.forward
+    monkeypatch.setattr(main_ce.SupCEResNet, 'forward', lambda self, x: (seen.append(x), original(self, x))[1])
+    ok(call, main_ce, *TINY, '--epochs', 1, '--mix', 'mixup')
+    assert (seen[0] == 0.5).all()
+
+
+@pytest.mark.parametrize('program, arguments', [
+    (main_supcon, ['--method', 'GenSCL', '--mix', 'mixup_cutmix', '--KD', '--teacher_path', TEACHER,
+                   '--ce_weight', '1']),
+    (main_ce, ['--mix', 'mixup_cutmix', '--model', 'timm/test_vit', '--size', '32', '--width', '1'])])
+def test_resumed_is_the_same_run(call, teacher, monkeypatch, tmp_path, program, arguments):
+    """With mixing, a teacher and classifier; and with a network that draws random numbers of its own."""
+    arguments = [*TINY, *arguments, '--epochs', 3, '--cosine']
+    ok(call, program, *arguments, '--output_name', 'whole')
+    train = program.train
+
+    def interrupted(train_loader, model, criterion, optimizer, epoch, *rest):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return train(train_loader, model, criterion, optimizer, epoch, *rest)
+    monkeypatch.setattr(program, 'train', interrupted)
+    create = timm.create_model
+    monkeypatch.setattr(timm, 'create_model', lambda name, **settings: create(name, **settings, drop_path_rate=0.5))
+    assert call(program.main, *arguments, '--output_name', 'halves')[0] == 130
+    monkeypatch.setattr(program, 'train', train)
+    ok(call, program, *arguments, '--output_name', 'halves', '--resume')
+    ok(call, program, *arguments, '--output_name', 'whole', '--overwrite')  # with drop path too
+    whole, halves = (util.load_checkpoint(f'output/{name}/trial=0/last.ckpt')['model'] for name in ('whole', 'halves'))
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+def test_teacher_and_student_hold_out_the_same_pictures(call, picture_folder, spy):
+    picture_folder('pictures', {'a': 30, 'b': 30})
+    data = ['--dataset', 'path', '--data_folder', 'pictures', *TINY[2:8], '--batch_size', 16, '--epochs', 1]
+    calls = spy(main_ce, 'load_pictures')
+    ok(call, main_ce, *data, '--output_name', 'teacher', '--seed', 1)
+    ok(call, main_supcon, *data, '--method', 'GenSCL', '--KD', '--teacher_path', TEACHER, '--output_name', 'student')
+    ok(call, main_linear, '--dataset', 'path', '--data_folder', 'pictures', '--pretrained', 'student', '--epochs', 1)
+    splits = [json.loads(file.read_text())['split_seed'] for file in Path('output').glob('*/trial=0/options.json')]
+    assert splits == [1, 1, 1] and calls
+
+
+def test_teacher_is_what_its_checkpoint_says(call, spy):
+    """Stem and statistics are the teacher's own."""
+    from util import teachers
+    ok(call, main_ce, *TINY, '--epochs', 1, '--stem', 'imagenet', '--size', 32, '--mean', '(0.1, 0.2, 0.3)',
+       '--output_name', 'teacher')
+    made = spy(teachers, 'Teacher')
+    ok(call, main_supcon, *GENSCL, '--KD', '--teacher_path', TEACHER, '--size', 32)
+    classifier, mean, std, student_mean, student_std = made[0][0]
+    assert classifier.encoder.conv1.kernel_size == (7, 7)
+    assert list(mean) == [0.1, 0.2, 0.3] and list(student_mean) != [0.1, 0.2, 0.3]
+
+
+@pytest.mark.parametrize('changes, words', [
+    ({'classes': 5}, 'damaged'), ({'classes': torch.ones(3)}, 'damaged'), ({'opt': torch.ones(3)}, 'damaged'),
+    ({'opt': {'model': 'resnet18', 'stem': 'foo'}}, 'foo'),
+    ({'opt': {'model': 'resnet18', 'method': ['x']}}, 'last.ckpt'),
+    ({'fc.weight': torch.ones(())}, 'knows 0 classes'), ({'fc.weight': torch.ones(10, 2)}, 'another network'),
+    ({'fc.weight': torch.ones(10, 32, dtype=torch.complex64)}, 'not a checkpoint')])
+def test_damaged_teachers(refused, teacher, changes, words):
+    checkpoint = torch.load(f'{TEACHER}/last.ckpt', weights_only=True)
+    for name, value in changes.items():
+        (checkpoint if name in checkpoint else checkpoint['model'])[name] = value
+    torch.save(checkpoint, f'{TEACHER}/last.ckpt')
+    refused(main_supcon.main, *GENSCL, '--KD', '--teacher_path', TEACHER, words=[TEACHER, words])
+
+
+@pytest.mark.parametrize('network, words', [
+    (torch.nn.Linear(7, 10), 'x takes no pictures of 8 pixels'), (torch.nn.Flatten(), 'x does not give 10 finite')])
+def test_teachers_are_tried(network, words):
+    from util.teachers import _try
+    opt = main_supcon.parse_option([])
+    opt.size = 8
+    with pytest.raises(UserError, match=words):
+        _try(network, opt, 10, 'x')
+
+
+def test_other_checkpoints_of_a_run(call):
+    ok(call, main_supcon, *TINY, '--epochs', 2, '--save_freq', 1, '--output_name', 'a')
+    data = [*TINY[:2], *TINY[6:10], '--epochs', 1]
+    out = ok(call, main_linear, *data, '--pretrained', 'a', '--pretrained_ckpt', 'ckpt_epoch_1.ckpt')
+    assert 'ckpt_epoch_1.ckpt: resnet18 after 1 epochs' in out
+
+
+def test_timm_is_imported_only_where_it_is_needed():
+    code = 'import sys, main_supcon; main_supcon.parse_option([]); sys.exit("timm" in sys.modules)'
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
+    code = 'import networks.timm_encoder'                                   # alone
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
 
 
 # Views
@@ -406,6 +599,10 @@ def test_policies():
     assert (auto.auto, auto.crop, auto.flip, auto.padding) == ('cifar10', None, 0.5, 4)
     rand = classification('--augment-policy', 'rand', '--rand-n', '3', '--rand-m', '7', '--dataset', 'digits')
     assert (rand.rand, rand.crop, rand.padding) == ((3, 7), (0.4, 1.), 0)
+    from datasets.views import per_sample
+    auto, rand = (next(step for step in per_sample(view).transforms if 'Aug' in type(step).__name__)
+                  for view in (auto, rand))
+    assert auto.policy.value == 'cifar10' and (rand.num_ops, rand.magnitude) == (3, 7)
     assert classification('--cutout', '--n-holes', '2', '--cutout-length', '5').cutout == (2, 5)
     assert classification('--erasing', '--erasing-p', '0.3').erasing == 0.3 and classification().erasing == 0
     assert classification('--dataset', 'mvip').jitter == jitter             # as published

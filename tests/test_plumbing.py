@@ -41,7 +41,8 @@ def test_optimizer_options(call, spy, program):
     calls = spy(torch.optim, 'SGD')
     run(call, program, '--learning_rate', 0.123, '--weight_decay', 0.003, '--momentum', 0.7)
     (groups,), settings = calls[0]
-    assert settings == {'momentum': 0.7} and [(g['lr'], g['weight_decay']) for g in groups] == [(0.123, 0.003)]
+    assert settings == {'momentum': 0.7, 'nesterov': False}
+    assert [(group['lr'], group['weight_decay']) for group in groups] == [(0.123, 0.003)]
 
 
 @pytest.mark.parametrize('program', [main_supcon, main_ce])

@@ -11,7 +11,8 @@ from util.training import AverageMeter, knn_accuracy, learning_rate
 
 def options(**changes):
     return argparse.Namespace(**{'learning_rate': 0.5, 'lr_decay_rate': 0.1, 'lr_decay_epochs': [3, 5], 'epochs': 100,
-                                 'cosine': False, 'warm': False, 'warm_epochs': 10, 'warmup_from': 0.01, **changes})
+                                 'cosine': False, 'warm': False, 'warm_epochs': 0, 'warmup_from': 0.01,
+                                 'exp_decay': None, **changes})
 
 
 def test_step_schedule_decays_after_each_epoch_of_the_list():
@@ -30,24 +31,33 @@ def test_cosine_schedule_ends_at_eta_min():
 
 @pytest.mark.parametrize('cosine', [False, True])
 def test_warm_up_rises_linearly_per_step_to_the_schedule(cosine):
-    opt = options(warm=True, cosine=cosine, lr_decay_epochs=[70])
+    opt = options(warm=True, warm_epochs=10, warmup_from=0.02, cosine=cosine, lr_decay_epochs=[70])
     util.set_warmup(opt)
     assert opt.warm_epochs == 10
     steps = [learning_rate(opt, epoch, step, 20) for epoch in range(1, 11) for step in range(20)]
     target = learning_rate(options(cosine=cosine, lr_decay_epochs=[70]), 10)
-    assert steps[0] == 0.01
-    assert steps == pytest.approx([0.01 + (target - 0.01) * i / 200 for i in range(200)])
+    assert steps[0] == 0.02
+    assert steps == pytest.approx([0.02 + (target - 0.02) * i / 200 for i in range(200)])
     assert learning_rate(opt, 11, 3, 20) == learning_rate(options(cosine=cosine, lr_decay_epochs=[70]), 11)
 
 
 def test_warm_up_of_short_runs_and_low_rates():
-    opt = options(warm=True, epochs=6, learning_rate=0.001, lr_decay_epochs=[])
+    opt = options(warm=True, warm_epochs=10, epochs=6, learning_rate=0.001, lr_decay_epochs=[])
     util.set_warmup(opt)
     assert opt.warm_epochs == 3
     assert learning_rate(opt, 1) == pytest.approx(1e-4) and learning_rate(opt, 4) == 0.001
-    opt = options(warm=True, epochs=1)
+    opt = options(warm=True, warm_epochs=10, epochs=1)
     util.set_warmup(opt)
     assert learning_rate(opt, 1, 0, 5) == 0.5
+
+
+def test_exponential_schedule_decays_within_epochs():
+    opt = options(exp_decay=0.9, exp_decay_epochs=0.5)
+    rates = [learning_rate(opt, epoch, step, 4) for epoch in (1, 2) for step in range(4)]
+    assert rates == pytest.approx([0.5 * 0.9**k for k in (0, 0, 1, 1, 2, 2, 3, 3)])
+    opt = options(exp_decay=0.9, exp_decay_epochs=2, warm=True, warm_epochs=1)
+    assert learning_rate(opt, 1, 0, 4) == 0.01 and learning_rate(opt, 1, 2, 4) == pytest.approx((0.01 + 0.5) / 2)
+    assert learning_rate(opt, 3, 0, 4) == pytest.approx(0.45)
 
 
 def test_meter_keeps_tensors_and_weighs_by_count():

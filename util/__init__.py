@@ -1,7 +1,7 @@
 """The plumbing that the three programs share."""
 from util.options import UserError, defaults, parse, run
 from util.runs import Run, load_checkpoint, load_encoder, log, progress
-from util.teachers import load_teacher
+from util.teachers import load_teacher, read_teacher
 from util.training import (
     AverageMeter,
     accuracy,
@@ -13,10 +13,10 @@ from util.training import (
     ood_metrics,
     ood_report,
     prepare,
+    seed_step,
     set_device,
     set_learning_rate,
     set_optimizer,
     set_warmup,
-    step_rng,
     update,
 )

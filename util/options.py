@@ -98,6 +98,13 @@ def network(text):
     return name
 
 
+def stem(text):
+    """A type: cifar or imagenet."""
+    if text not in ('cifar', 'imagenet'):
+        raise argparse.ArgumentTypeError(f'found {text!r}, expected cifar or imagenet')
+    return text
+
+
 def timm_model(text):
     """A type: the name of a model of timm."""
     import timm
@@ -110,7 +117,22 @@ def timm_model(text):
 
 def weight_or_inf(text):
     """A type: a number of at least 0, or inf."""
-    return math.inf if text.strip().lower() == 'inf' else POSITIVE_OR_ZERO(text)
+    if text.strip().lower() in ('inf', 'infinity'):
+        return math.inf
+    try:
+        return POSITIVE_OR_ZERO(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f'{error}, or inf') from None
+
+
+def head(text):
+    """A type: mlp, linear, or sizes of layers such as "2048,2048,128"."""
+    if text in ('mlp', 'linear'):
+        return text
+    parts = text.replace(',', ' ').split()
+    if not parts or not all(part.isdigit() and 1 <= int(part) <= 2**16 for part in parts):
+        raise argparse.ArgumentTypeError(f'found {text!r}, expected mlp, linear or sizes of layers such as 2048,128')
+    return [int(part) for part in parts]
 
 
 class Switch(argparse.Action):
@@ -118,7 +140,7 @@ class Switch(argparse.Action):
 
     def __init__(self, option_strings, dest, **settings):
         option_strings = [*option_strings, *(f'--no_{flag[2:]}' for flag in option_strings)]
-        super().__init__(option_strings, dest, nargs=0, default=False, help=settings.get('help'))
+        super().__init__(option_strings, dest, nargs=0, default=None, help=settings.get('help'))
 
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, not option_string.startswith('--no_'))
@@ -153,8 +175,8 @@ OPTIONS = {
         ('--loader', dict(choices=('auto', 'batched', 'per_sample'), default='auto',
                           help='batched: all pictures in memory, views drawn on the device; per_sample: torchvision '
                                'transforms in worker processes; auto: batched where the pictures fit')),
-        ('--num_workers', dict(type=COUNT_OR_ZERO, default=16, metavar='N',
-                               help='worker processes of the per_sample loader, never more than there are cores')),
+        ('--num_workers', dict(type=COUNT_OR_ZERO, metavar='N', help='worker processes that read and draw; default, '
+                               'and never more than: the cores there are')),
     ],
     'views': [
         ('--augment_policy', dict(choices=('no', 'sim', 'auto', 'rand'), help='training views beside cropping and '
@@ -192,20 +214,40 @@ OPTIONS = {
     'network': [
         ('--model', dict(type=network, default=('resnet50', 'resnet50', None), metavar='NAME',
                          help='resnet18, 34, 50, 101, 152 or 200, or timm/<name>')),
-        ('--stem', dict(choices=('cifar', 'imagenet'), default=('cifar', 'cifar', None),
+        ('--stem', dict(type=stem, default=('cifar', 'cifar', None), metavar='STEM',
                         help='cifar: 3x3 convolution; imagenet: 7x7 of stride 2 and max-pool, or as timm has it')),
         ('--width', dict(type=number(float, 1 / 64, 16), default=(1., 1., None), metavar='FACTOR',
                          help='multiplies the channels of every layer')),
         ('--zero_init', dict(FLAG, help='start residual blocks as the identity'), SUPCON + CE),
-        ('--head', dict(choices=('mlp', 'linear'), default='mlp', help='projection head'), SUPCON),
-        ('--feat_dim', dict(type=number(int, 1, 2**16), default=128, metavar='DIM', help='dimensions after the head'),
-         SUPCON),
+        ('--head', dict(type=head, default='mlp', metavar='HEAD', help='projection head: mlp, linear, or the sizes '
+                        'of its layers such as 2048,2048,128'), SUPCON),
+        ('--head_bn', dict(FLAG, help='batch norm in the hidden layers of the head'), SUPCON),
+        ('--feat_dim', dict(type=number(int, 1, 2**16), default=128, metavar='DIM', help='dimensions after the head '
+                            'mlp or linear'), SUPCON),
+        ('--normalize_embedding', dict(FLAG, help='the head sees features of unit length'), SUPCON),
         ('--syncBN', dict(FLAG, help='batch norm over all processes'), SUPCON + CE),
     ],
     'method': [
         ('--method', dict(choices=('SupCon', 'SimCLR', 'GenSCL'), default='SupCon', help='contrastive loss; GenSCL '
                           'changes the defaults of other options too, see the README'), SUPCON),
         ('--temp --temperature', dict(type=number(float, 1e-4, 1e4), default=0.07, metavar='T', help='temperature'),
+         SUPCON),
+        ('--base_temperature', dict(type=number(float, 1e-4, 1e4), default=0.07, metavar='T', help='the loss is '
+                                    'multiplied by temp / T'), SUPCON),
+        ('--contrast_mode', dict(choices=('all', 'one'), default='all', help='anchors: all views, or the first of each '
+                                 'picture'), SUPCON),
+        ('--summation_location', dict(choices=('out', 'in'), default='out', help='mean over the positives outside or '
+                                      'inside the log'), SUPCON),
+        ('--denominator_mode', dict(choices=('all', 'one_positive', 'only_negatives'), default='all',
+                                    help='what the denominator sums over'), SUPCON),
+        ('--positives_cap', dict(type=number(int, -1, 2**31), default=-1, metavar='N', help='positives of other '
+                                 'pictures that count, a multiple of 2; -1: all'), SUPCON),
+        ('--moco', dict(FLAG, help='momentum contrast: contrasts are keys of a momentum copy, and a queue of earlier '
+                        'ones'), SUPCON),
+        ('--moco_k', dict(type=number(int, 1, 2**24), default=65536, metavar='N', help='keys in the queue, a multiple '
+                          'of the batch size'), SUPCON),
+        ('--moco_m', dict(type=number(float, 0, 1), default=0.999, metavar='M', help='momentum of the copy'), SUPCON),
+        ('--moco_t', dict(type=number(float, 1e-4, 1e4), metavar='T', help='temperature with --moco; default: --temp'),
          SUPCON),
         ('--ce_weight', dict(type=POSITIVE_OR_ZERO, default=0., metavar='W', help='adds W times the cross-entropy of a '
                              'linear classifier on the encoder, trained along'), SUPCON),
@@ -218,8 +260,8 @@ OPTIONS = {
         ('--teacher_path', dict(metavar='FOLDER', help="folder of the teacher's checkpoint; needed by --KD"), SUPCON),
         ('--teacher_ckpt', dict(metavar='FILE', help='the checkpoint in it; default: ckpt_best.pth, in a run of '
                                 'main_ce.py last.ckpt'), SUPCON),
-        ('--teacher_kind', dict(type=timm_model, default='efficientnetv2_rw_m', metavar='NAME', help='model of timm '
-                                'that it holds; one of main_ce.py or main_linear.py tells itself'), SUPCON),
+        ('--teacher_kind', dict(type=timm_model, metavar='NAME', help='model of timm that it holds, default: '
+                                'efficientnetv2_rw_m; one of main_ce.py or main_linear.py tells itself'), SUPCON),
         ('--ckpt', dict(metavar='FILE', help='checkpoint of the pretrained encoder; needed, or:'), LINEAR),
         ('--pretrained', dict(type=folder_name, metavar='NAME', help='the run output/NAME, of the same --trial, needed '
                               'where --ckpt is not given'), LINEAR),
@@ -232,6 +274,10 @@ OPTIONS = {
                               help='pictures in a batch, over all devices')),
         ('--learning_rate --lr', dict(type=number(float, 0, 1e6, open_low=True), default=(0.05, 0.2, 0.1),
                                       metavar='LR', help='learning rate')),
+        ('--base_lr', dict(type=number(float, 0, 1e6, open_low=True), metavar='LR', help='learning rate for 256 '
+                           'pictures: replaces --lr by LR * batch size / 256; default: --lr')),
+        ('--accum_steps', dict(type=COUNT, default=1, metavar='N', help='pieces that a batch goes through the network '
+                               'in; the loss is that of the whole batch')),
         ('--lr_decay_epochs', dict(type=epochs_list, default=('700,800,900', '350,400,450', '60,75,90'),
                                    metavar='E,E,...', help='after these epochs the rate decays (without --cosine)')),
         ('--lr_decay_rate', dict(type=number(float, 0, 1), default=(0.1, 0.1, 0.2), metavar='RATE',
@@ -241,8 +287,16 @@ OPTIONS = {
                                     'cross-entropy always do with batches above 256')),
         ('--warm_epochs', dict(type=COUNT, default=10, metavar='N', help='epochs of --warm, at most half of the run')),
         ('--warmup_from', dict(type=number(float, 0, 1e6), default=0.01, metavar='LR', help='its first learning rate')),
-        ('--optim_kind', dict(choices=('SGD', 'RMSProp', 'Adam', 'AdamW'), default='SGD', help='optimizer')),
+        ('--exp_decay', dict(type=number(float, 0, 1, open_low=True), metavar='RATE', help='multiply the learning rate '
+                             'by RATE every --exp_decay_epochs; default: no')),
+        ('--exp_decay_epochs', dict(type=number(float, 0, 1e6, open_low=True), default=0.5, metavar='E',
+                                    help='epochs, may be a part of one')),
+        ('--optim_kind', dict(choices=('SGD', 'RMSProp', 'RMSPropTF', 'Adam', 'AdamW'), default='SGD',
+                              help='optimizer; RMSPropTF: with epsilon inside the root')),
         ('--LARS', dict(FLAG, help='adapt the rate of each layer of SGD to its weights')),
+        ('--nesterov', dict(FLAG, help='Nesterov momentum of SGD')),
+        ('--optim_eps', dict(type=POSITIVE, metavar='EPS', help='epsilon of RMSProp and Adam; default: theirs')),
+        ('--no_bias_decay', dict(FLAG, help='no weight decay of biases and norms; always so with --LARS')),
         ('--weight_decay', dict(type=number(float, 0, 1e3), default=(1e-4, 1e-4, 0.), metavar='WD',
                                 help='weight decay')),
         ('--momentum', dict(type=number(float, 0, 1), default=0.9, metavar='M', help='momentum of SGD and RMSProp')),
@@ -270,6 +324,21 @@ OPTIONS = {
     ],
 }
 
+
+# Options that do nothing alone: option -> the option that it needs, and with which values (None: any).
+NEEDS = {
+    **dict.fromkeys(('KD_alpha', 'KD_temp', 'teacher_path', 'teacher_ckpt', 'teacher_kind'), ('KD', None)),
+    **dict.fromkeys(('n_holes', 'cutout_length'), ('cutout', None)),
+    **dict.fromkeys(('rand_n', 'rand_m'), ('augment_policy', ('rand',))),
+    **dict.fromkeys(('moco_k', 'moco_m', 'moco_t'), ('moco', None)),
+    **dict.fromkeys(('warm_epochs', 'warmup_from'), ('warm', None)),
+    **dict.fromkeys(('wandb_entity', 'wandb_project'), ('wandb', None)),
+    'erasing_p': ('erasing', None), 'mix_alpha': ('mix', None), 'pretrained_ckpt': ('pretrained', None),
+    'exp_decay_epochs': ('exp_decay', None), 'feat_dim': ('head', ('mlp', 'linear')),
+    'momentum': ('optim_kind', ('SGD', 'RMSProp', 'RMSPropTF')),
+    'optim_eps': ('optim_kind', ('RMSProp', 'RMSPropTF', 'Adam', 'AdamW')),
+    **dict.fromkeys(('LARS', 'nesterov'), ('optim_kind', ('SGD',))),
+}
 
 METHOD_DEFAULTS = {                         # where they differ; of the encoder's method for main_linear
     ('main_supcon', 'GenSCL'): {'epochs': 500, 'batch_size': 1024, 'learning_rate': 0.5, 'temp': 0.1, 'cosine': True,
@@ -321,7 +390,15 @@ def parse(program, description, argv=None, method=None):
     defaults = {**METHOD_DEFAULTS.get((program, method or getattr(opt, 'method', None)), {}),
                 **DATASET_DEFAULTS.get(opt.dataset, {})}
     parser.set_defaults(**{name: _of_program(value, column) for name, value in defaults.items()})
-    return _complete(parser.parse_args(argv))
+    opt = _complete(parser.parse_args(argv), program)
+    not_given = object()
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(opt), not_given)))
+    for name, (needed, values) in NEEDS.items():
+        found = getattr(opt, needed, None)
+        if getattr(given, name, not_given) is not not_given and not (found in values if values else found):
+            expected = f'expected --{needed} {" or ".join(values)}' if values else f'--{needed} is missing'
+            raise UserError(f'--{name} has no effect: {expected}' + f', found {found}' * bool(values))
+    return opt
 
 
 def defaults(**changes):
@@ -341,7 +418,7 @@ def _underscores(word):
     return '--' + name[2:].replace('-', '_') + equals + value if re.match(r'--\w', word) else word
 
 
-def _complete(opt):
+def _complete(opt, program):
     """Check what depends on several options, and fill in what follows from them."""
     if opt.dataset == 'path' and not opt.data_folder:
         raise UserError('--dataset path: --data_folder is missing, expected a folder of pictures')
@@ -350,17 +427,24 @@ def _complete(opt):
     if opt.loader == 'batched' and opt.augment_policy in ('auto', 'rand'):
         raise UserError(f'--augment_policy {opt.augment_policy} is drawn one picture at a time, expected --loader auto '
                         'or per_sample')
-    if opt.LARS and opt.optim_kind != 'SGD':
-        raise UserError(f'--LARS is a form of SGD, found --optim_kind {opt.optim_kind}')
+    opt.cosine = bool(opt.cosine)
+    if opt.warm is None:                                # large batches need it
+        opt.warm = opt.batch_size > 256 and program != 'main_linear'
+    if opt.exp_decay and opt.cosine:
+        raise UserError('--exp_decay and --cosine are both given, expected at most one')
+    if opt.base_lr:
+        opt.learning_rate = opt.base_lr * opt.batch_size / 256
     if opt.wandb and not importlib.util.find_spec('wandb'):
         raise UserError('--wandb: the package wandb is missing, expected it installed: pip install wandb')
     if 'KD' in opt:
         _check_generalized(opt)
+        _check_loss(opt)
     _check_augmentations(opt)
     if opt.debug:
         opt.epochs = 1
     opt.data_folder = opt.data_folder or data_folder(opt.dataset)
-    opt.num_workers = min(opt.num_workers, os.cpu_count() or 1)
+    cores = os.cpu_count() or 1
+    opt.num_workers = cores if opt.num_workers is None else min(opt.num_workers, cores)
     opt.split_seed = None
     return opt
 
@@ -371,11 +455,22 @@ def _check_generalized(opt):
             raise UserError(f'--{name} needs --method GenSCL, found {opt.method}')
     if opt.KD and not opt.teacher_path:
         raise UserError("--KD: --teacher_path is missing, expected the folder of the teacher's checkpoint")
-    if opt.teacher_path and not opt.KD:
-        raise UserError(f'--teacher_path {opt.teacher_path}: --KD is missing, without it there is no teacher')
     if opt.method == 'GenSCL' and opt.aug_mode == 'with_both':
         raise UserError('--aug_mode with_both: hard negatives have no label distribution for --method GenSCL, expected '
                         'SupCon or SimCLR')
+
+
+def _check_loss(opt):
+    if opt.positives_cap > 0 and opt.positives_cap % 2:
+        raise UserError(f'--positives_cap {opt.positives_cap}: expected a multiple of 2, the views of a picture')
+    changed = [name for name, default in (('summation_location', 'out'), ('denominator_mode', 'all'),
+                                          ('positives_cap', -1)) if getattr(opt, name) != default]
+    if opt.method == 'GenSCL' and (changed or opt.moco):
+        raise UserError(f"--{[*changed, 'moco'][0]} is not defined for --method GenSCL, expected SupCon or SimCLR")
+    if opt.moco:
+        if opt.moco_k % opt.batch_size:
+            raise UserError(f'--moco_k {opt.moco_k}: expected a multiple of --batch_size {opt.batch_size}')
+        opt.temp = opt.moco_t or opt.temp
 
 
 def data_folder(dataset):

@@ -20,11 +20,11 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from networks.resnet_big import make_encoder
-from util.options import POSITIVE, UserError, channels, network, number
+from util.options import POSITIVE, UserError, channels, network, number, stem
 
-# tensorboard-logger's generated messages are older than protobuf 4, whose Python implementation still reads them.
+# tensorboard-logger's generated messages are older than protobuf 4, whose Python implementation still reads them. It
+# is chosen when protobuf is imported, by whichever package.
 os.environ.setdefault('PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION', 'python')
-from tensorboard_logger import tensorboard_logger  # noqa: E402
 
 
 class Log:
@@ -54,7 +54,8 @@ log = Log()
 
 # Options that may differ when a run is resumed; the others decide what the run computes.
 MAY_CHANGE = {'epochs', 'warm_epochs', 'num_workers', 'print_freq', 'save_freq', 'eval_freq', 'per_class', 'resume',
-              'overwrite', 'device', 'data_folder', 'aug_root', 'debug', 'wandb', 'wandb_entity', 'wandb_project'}
+              'overwrite', 'device', 'data_folder', 'aug_root', 'debug', 'wandb', 'wandb_entity', 'wandb_project',
+              'num_classes'}
 
 
 def plain(values):
@@ -97,8 +98,8 @@ class Run:
         if self.checkpoint is None:
             return 1, 0.
         before = plain(self.checkpoint['opt'])
-        changed = [f'--{name} {value}, was {before.get(name)}' for name, value in plain(vars(self.opt)).items()
-                   if name not in MAY_CHANGE and before.get(name) != value]
+        changed = [f'--{name} {value}, was {before[name]}' for name, value in plain(vars(self.opt)).items()
+                   if name not in MAY_CHANGE and name in before and before[name] != value]
         if changed:
             raise UserError(f"--resume: {self.last} was begun with other options: {'; '.join(changed)}")
         try:
@@ -122,8 +123,10 @@ class Run:
                 for pattern in ('*.ckpt', 'events.out.tfevents.*', 'log.txt', 'views.png'):
                     for file in self.folder.glob(pattern):
                         file.unlink()
-            (self.folder / 'options.json').write_text(json.dumps(plain(vars(self.opt)), indent=2) + '\n')
+            values = {name: 'inf' if value == math.inf else value for name, value in plain(vars(self.opt)).items()}
+            (self.folder / 'options.json').write_text(json.dumps(values, indent=2) + '\n')
             log.open(self.folder / 'log.txt')
+            from tensorboard_logger import tensorboard_logger
             self.events = tensorboard_logger.Logger(str(self.folder), flush_secs=2)
         except OSError as error:
             raise UserError(f'{self.folder}: cannot be written ({error})') from error
@@ -163,6 +166,7 @@ class Run:
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, format='png')
         (self.folder / f'{tag}.png').write_bytes(buffer.getvalue())
+        from tensorboard_logger import tensorboard_logger
         summary = tensorboard_logger.summary_pb2.Summary()
         image = summary.Image(encoded_image_string=buffer.getvalue(), height=picture.shape[0], width=picture.shape[1])
         summary.value.add(tag=tag, image=image)
@@ -175,7 +179,8 @@ class Run:
         """Write last.ckpt, and ckpt_epoch_<N>.ckpt every --save_freq epochs: plain tensors, numbers and texts."""
         state = {'model': strip_wrappers(model.state_dict()), 'optimizer': optimizer.state_dict(),
                  'scaler': optimizer.scaler.state_dict(), 'epoch': epoch, 'best_acc': best_acc,
-                 'opt': plain(vars(self.opt)), 'classes': self.classes, 'wandb': self.wandb and self.wandb.id}
+                 'opt': plain(vars(self.opt)), 'classes': self.classes,
+                 'wandb': self.wandb.id if self.wandb else (self.checkpoint or {}).get('wandb')}
         names = ['last.ckpt'] + [f'ckpt_epoch_{epoch}.ckpt'] * (epoch % self.opt.save_freq == 0)
         for name in names:
             partial = self.folder / f'{name}.partial'
@@ -227,7 +232,7 @@ def read_checkpoint(file, keys):
     model = next((checkpoint[key] for key in keys if key in checkpoint), None) if isinstance(checkpoint, dict) else None
     if not isinstance(model, dict) or not all(
             isinstance(name, str) and torch.is_tensor(value) and value.layout is torch.strided
-            for name, value in model.items()):
+            and not value.is_complex() for name, value in model.items()):
         raise UserError(f"{file}: not a checkpoint of these programs, expected the parameters under "
                         f"{' or '.join(map(repr, keys))}")
     return checkpoint, strip_wrappers(model)
@@ -239,16 +244,18 @@ def load_checkpoint(file):
     Raises UserError as read_checkpoint.
     """
     checkpoint, model = read_checkpoint(file, ['model'])
-    opt = checkpoint.get('opt') or {}
+    return {**checkpoint, 'opt': check_recorded(checkpoint, file), 'model': model}
+
+
+def check_recorded(checkpoint, file):
+    """The options `opt` of a checkpoint; those that decide method, network and pictures as if parsed again."""
+    opt, classes = ({} if checkpoint.get('opt') is None else checkpoint['opt']), checkpoint.get('classes', [])
     opt = vars(opt) if isinstance(opt, argparse.Namespace) else opt
-    return {**checkpoint, 'opt': check_recorded(opt, file), 'model': model}
-
-
-def check_recorded(opt, file):
-    """The recorded options that decide network and pictures, as the command line would have parsed them."""
-    types = {'model': network, 'stem': str, 'width': number(float, 1 / 64, 16), 'size': number(int, 8, 4096),
-             'mean': channels(number(float, -math.inf)), 'std': channels(POSITIVE), 'dataset': str,
-             'split_seed': number(int, 0, 2**31)}
+    if not isinstance(opt, dict) or not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
+        raise UserError(f'{file}: its recorded options are damaged')
+    types = {'model': network, 'stem': stem, 'method': str, 'width': number(float, 1 / 64, 16),
+             'size': number(int, 8, 4096), 'mean': channels(number(float, -math.inf)), 'std': channels(POSITIVE),
+             'dataset': str, 'split_seed': number(int, 0, 2**31)}
     try:
         return {**opt, **{name: parse(str(opt[name])) for name, parse in types.items() if opt.get(name) is not None}}
     except (argparse.ArgumentTypeError, AttributeError, TypeError) as error:

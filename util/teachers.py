@@ -1,5 +1,4 @@
 """Teachers: frozen classifiers whose class probabilities a student learns from (--KD)."""
-import argparse
 from pathlib import Path
 
 import torch
@@ -36,50 +35,53 @@ class Teacher(nn.Module):
             return self.classifier(images * self.scale + self.offset)
 
 
-def load_teacher(opt, classes):
-    """The teacher of --teacher_path for pictures of these classes, on opt.device, spread over the GPUs.
+def read_teacher(opt):
+    """The checkpoint in --teacher_path, checked as far as it can be alone; None without --KD.
+
+    Where it is of one of these programs and of the same dataset, opt.split_seed becomes the teacher's: pictures that
+    the student holds out must not be those that the teacher learnt. Raises UserError.
+    """
+    if not opt.KD:
+        return None
+    folder = Path(opt.teacher_path)
+    names = [opt.teacher_ckpt] if opt.teacher_ckpt else ['ckpt_best.pth', 'last.ckpt']      # GenSCL's name, ours
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    if file is None:
+        found = 'no such folder' if not folder.is_dir() else f'no {" or ".join(names)} in it'
+        raise UserError(f"--teacher_path {folder}: {found}, expected the folder of the teacher's checkpoint")
+    checkpoint, state = read_checkpoint(file, ['model', 'state_dict'])
+    recorded = check_recorded(checkpoint, file) if 'model' in checkpoint else {}
+    if recorded.get('dataset') == opt.dataset:
+        opt.split_seed = recorded.get('split_seed')
+    return {'file': file, 'opt': recorded, 'model': state, 'classes': checkpoint.get('classes')}
+
+
+def load_teacher(checkpoint, opt, classes):
+    """The teacher of read_teacher's checkpoint for pictures of these classes, on opt.device, spread over the GPUs.
 
     A checkpoint of main_ce.py or main_linear.py tells what network it holds; any other must hold the parameters of
-    timm's --teacher_kind under 'state_dict', with the stem of --stem, trained on pictures with the statistics of this
-    run. Raises UserError where it does not fit.
+    timm's --teacher_kind, with the stem of --stem, trained on pictures with the statistics of this run. Raises
+    UserError where it does not fit.
     """
-    file = _find(opt)
-    checkpoint, state = read_checkpoint(file, ['model', 'state_dict'])
-    recorded = checkpoint.get('opt') or {}
-    recorded = vars(recorded) if isinstance(recorded, argparse.Namespace) else recorded
-    if 'model' in checkpoint and recorded:
-        recorded = check_recorded(recorded, file)
-        kind, classifier, fc = _ours(recorded, state, len(classes), opt)
-    else:
-        from networks.timm_encoder import timm_model  # here, since timm takes seconds to import
-        recorded, kind = {}, f'timm/{opt.teacher_kind}'
-        classifier = timm_model(opt.teacher_kind, len(classes), opt.stem, opt.size)
-        fc = f"{classifier.default_cfg.get('classifier')}.weight"
-        if fc not in classifier.state_dict():               # a few models have several classifiers
-            fc = None
+    file, recorded, state = checkpoint['file'], checkpoint['opt'], checkpoint['model']
+    if recorded and opt.teacher_kind:
+        raise UserError(f'--teacher_kind {opt.teacher_kind}: {file} tells itself what it is, {recorded.get("model")}')
+    kind, classifier, fc = _ours(recorded, state, len(classes), opt) if recorded else _timm(len(classes), opt)
     if fc and fc not in state:
         raise UserError(f'{file} holds no classifier of {kind}: {fc} is missing')
-    if fc and len(state[fc]) != len(classes):
-        raise UserError(f'{file}: the teacher knows {len(state[fc])} classes, the pictures have {len(classes)}')
-    if list(checkpoint.get('classes') or classes) != list(classes):
+    known = state[fc].shape[0] if fc and state[fc].dim() else 0
+    if fc and known != len(classes):
+        raise UserError(f'{file}: the teacher knows {known} classes, the pictures have {len(classes)}')
+    if checkpoint['classes'] and checkpoint['classes'] != list(classes):
         raise UserError(f'{file}: the teacher knows other classes, or in another order: '
                         f"{_names(checkpoint['classes'])}, expected {_names(classes)}")
     load_parameters(classifier, state, file)
-    log(f"{file}: {kind} as teacher")
     teacher = Teacher(classifier, recorded.get('mean') or opt.mean, recorded.get('std') or opt.std, opt.mean, opt.std)
+    _try(teacher, opt, len(classes), f'{file}: the teacher {kind}')
+    log(f"{file}: {kind} as teacher")
     # It learns nothing, so reduced precision costs only the rounding of its logits; a GPU is much faster with it.
-    teacher.precision = precision(opt, opt.amp or opt.device == 'cuda')
+    teacher.precision = precision(opt, opt.amp or opt.device == 'cuda' and torch.cuda.is_bf16_supported(False))
     return spread(teacher.to(opt.device), opt)
-
-
-def _find(opt):
-    folder = Path(opt.teacher_path)
-    names = [opt.teacher_ckpt] if opt.teacher_ckpt else ['ckpt_best.pth', 'last.ckpt']      # GenSCL's name, ours
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    found = 'no such folder' if not folder.is_dir() else f'no {" or ".join(names)} in it'
-    raise UserError(f"--teacher_path {folder}: {found}, expected the folder of the teacher's checkpoint")
 
 
 def _ours(recorded, state, num_classes, opt):
@@ -89,6 +91,24 @@ def _ours(recorded, state, num_classes, opt):
     if 'classifier.fc.weight' in state:
         return name, LinearProbe(make_encoder(name, **settings), num_classes), 'classifier.fc.weight'
     return name, SupCEResNet(name, num_classes, **settings), 'fc.weight'
+
+
+def _timm(num_classes, opt):
+    from networks.timm_encoder import timm_model  # here, since timm takes seconds to import
+    kind = opt.teacher_kind or 'efficientnetv2_rw_m'
+    classifier = timm_model(kind, num_classes, opt.stem, opt.size)
+    fc = f"{classifier.default_cfg.get('classifier')}.weight"
+    return f'timm/{kind}', classifier, fc if fc in classifier.state_dict() else None        # a few have several
+
+
+@torch.no_grad()
+def _try(teacher, opt, num_classes, name):
+    try:
+        logits = teacher(torch.zeros(1, 3, opt.size, opt.size))
+    except Exception as error:                                  # what a model says to a wrong size is its own affair
+        raise UserError(f'{name} takes no pictures of {opt.size} pixels ({error})') from error
+    if not torch.is_tensor(logits) or logits.shape != (1, num_classes) or not logits.isfinite().all():
+        raise UserError(f'{name} does not give {num_classes} finite logits')
 
 
 def _names(classes):

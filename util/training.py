@@ -58,25 +58,35 @@ def autocast(opt):
 
 
 OPTIMIZERS = {
-    'SGD': lambda parameters, opt: torch.optim.SGD(parameters, momentum=opt.momentum),
-    'RMSProp': lambda parameters, opt: torch.optim.RMSprop(parameters, momentum=opt.momentum),
-    'Adam': lambda parameters, opt: torch.optim.Adam(parameters),
-    'AdamW': lambda parameters, opt: torch.optim.AdamW(parameters),
+    'SGD': lambda groups, opt, eps: torch.optim.SGD(groups, momentum=opt.momentum, nesterov=opt.nesterov),
+    'LARS': lambda groups, opt, eps: timm_optimizers().Lars(groups, momentum=opt.momentum, nesterov=opt.nesterov),
+    'RMSProp': lambda groups, opt, eps: torch.optim.RMSprop(groups, momentum=opt.momentum, **eps),
+    'RMSPropTF': lambda groups, opt, eps: timm_optimizers().RMSpropTF(groups, momentum=opt.momentum, **eps),
+    'Adam': lambda groups, opt, eps: torch.optim.Adam(groups, **eps),
+    'AdamW': lambda groups, opt, eps: torch.optim.AdamW(groups, **eps),
 }
 
 
+def timm_optimizers():
+    import timm.optim  # here, since timm takes seconds to import
+    return timm.optim
+
+
 def set_optimizer(opt, model):
-    """The optimizer of --optim_kind, or LARS, with the `scaler` that float16 needs."""
+    """The optimizer of --optim_kind, or LARS, with the `scaler` that float16 needs.
+
+    LARS neither adapts nor decays biases and norms (You et al., 2017, https://arxiv.org/abs/1708.03888).
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     settings = {'lr': opt.learning_rate, 'weight_decay': opt.weight_decay}
+    groups = [{'params': parameters, **settings}]
+    if opt.LARS or opt.no_bias_decay:
+        groups = [{'params': [p for p in parameters if p.dim() > 1], **settings},
+                  {'params': [p for p in parameters if p.dim() <= 1], **settings, 'weight_decay': 0.}]
     if opt.LARS:
-        # Biases and norms are neither adapted nor decayed (You et al., 2017, https://arxiv.org/abs/1708.03888).
-        from timm.optim import Lars
-        optimizer = Lars([{'params': [p for p in parameters if p.dim() > 1], **settings, 'always_adapt': True},
-                          {'params': [p for p in parameters if p.dim() <= 1], **settings, 'weight_decay': 0.}],
-                         momentum=opt.momentum)
-    else:
-        optimizer = OPTIMIZERS[opt.optim_kind]([{'params': parameters, **settings}], opt)
+        groups[0]['always_adapt'] = True
+    optimizer = OPTIMIZERS['LARS' if opt.LARS else opt.optim_kind](
+        groups, opt, {} if opt.optim_eps is None else {'eps': opt.optim_eps})
     optimizer.scaler = torch.amp.GradScaler(opt.device, enabled=precision(opt) == torch.float16)
     return optimizer
 
@@ -89,9 +99,11 @@ def update(loss, optimizer):
     optimizer.scaler.update()
 
 
-def step_rng(opt, epoch, step):
-    """The random numbers of a training step, so that a run can continue at any of them."""
-    return np.random.default_rng([opt.seed, epoch, step])
+def seed_step(opt, epoch, step):
+    """The random numbers of a training step, so that a run can continue there; seeds those of the network too."""
+    rng = np.random.default_rng([opt.seed, epoch, step])
+    torch.manual_seed(int(rng.integers(2**63)))
+    return rng
 
 
 def set_warmup(opt):
@@ -106,17 +118,20 @@ def learning_rate(opt, epoch, step=0, steps=1):
     """The learning rate at step 0 .. steps - 1 of an epoch, counted from 1.
 
     Cosine from opt.learning_rate down to learning_rate * lr_decay_rate**3, or decay by lr_decay_rate after each of
-    lr_decay_epochs; constant within an epoch. Warm-up rises linearly per step from opt.warmup_from (a tenth of
-    learning_rate, if that is not above it) to the schedule's value at the end of opt.warm_epochs.
+    lr_decay_epochs, both constant within an epoch; or decay by exp_decay every exp_decay_epochs. Warm-up rises linearly
+    per step from opt.warmup_from (a tenth of learning_rate, if that is not above it) to the schedule's value at the end
+    of opt.warm_epochs.
     """
     if epoch <= opt.warm_epochs:
         start = opt.warmup_from if opt.learning_rate > opt.warmup_from else opt.learning_rate / 10
         done = ((epoch - 1) * steps + step) / (opt.warm_epochs * steps)
-        return start + done * (_schedule(opt, opt.warm_epochs) - start)
-    return _schedule(opt, epoch)
+        return start + done * (_schedule(opt, opt.warm_epochs, 0.) - start)
+    return _schedule(opt, epoch, step / steps)
 
 
-def _schedule(opt, epoch):
+def _schedule(opt, epoch, part):
+    if opt.exp_decay:
+        return opt.learning_rate * opt.exp_decay**((epoch - 1 + part) // opt.exp_decay_epochs)
     if opt.cosine:
         eta_min = opt.learning_rate * opt.lr_decay_rate**3              # as SupContrast
         return eta_min + (opt.learning_rate - eta_min) * (1 + math.cos(math.pi * epoch / opt.epochs)) / 2

@@ -1,0 +1,62 @@
+"""Momentum contrast: a slowly moving copy of the network makes the keys, and a queue keeps those of earlier batches.
+
+He et al., 2020, https://arxiv.org/abs/1911.05722; with labels it is the "MoCo trick" of SupCon.
+"""
+import copy
+
+import torch
+from torch import nn
+
+NOBODY = -2**40                             # label of an empty place in the queue, which no anchor sees
+
+
+class MomentumContrast(nn.Module):
+    """The momentum copy of a network and its queue of keys, which are saved with them.
+
+    The copy's batch norms normalize with the statistics of its batches, as the network's do.
+
+    Args:
+        network: a SupConResNet.
+        length: keys in the queue.
+        momentum: share of its own that the copy keeps in each step.
+    """
+
+    def __init__(self, network, length, momentum):
+        super().__init__()
+        self.network = copy.deepcopy(network).requires_grad_(False)
+        self.network.fc = None
+        self.momentum = momentum
+        self.register_buffer('queue', torch.zeros(length, network.feat_dim))
+        self.register_buffer('queue_labels', torch.full((length,), NOBODY))
+        self.register_buffer('position', torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def update(self, network):
+        """Move the copy towards the network."""
+        theirs = dict(network.named_parameters())
+        for name, parameter in self.network.named_parameters():
+            parameter.lerp_(theirs[name], 1 - self.momentum)
+
+    @torch.no_grad()
+    def forward(self, images):
+        """Keys [n, feat_dim] of pictures [n, 3, h, w].
+
+        On several GPUs the pictures are shuffled among them: a batch norm must not tell which share a GPU with their
+        anchors.
+        """
+        if not isinstance(self.network.encoder, nn.DataParallel):
+            return self.network(images)
+        order = torch.randperm(len(images), device=images.device)
+        return self.network(images[order])[order.argsort()]
+
+    def contrasts(self, keys, labels):
+        """Keys of this batch and of the queue, [n + length, feat_dim], and their labels."""
+        return torch.cat([keys, self.queue]), torch.cat([labels, self.queue_labels])
+
+    @torch.no_grad()
+    def enqueue(self, keys, labels):
+        """Replace the oldest keys."""
+        places = (self.position + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+        self.queue.index_copy_(0, places, keys.to(self.queue))
+        self.queue_labels.index_copy_(0, places, labels)
+        self.position.add_(len(keys)).remainder_(len(self.queue))
