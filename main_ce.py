@@ -57,10 +57,9 @@ def train(train_loader, model, criterion, optimizer, epoch, opt):
         if opt.mix:
             images, labels = mix(images, F.one_hot(labels, opt.num_classes).float(), opt.mix, opt.mix_alpha, rng)
 
-        with util.autocast(opt):
-            output = model(images)                      # [bsz, num_classes]
+        output, backward = util.forward(model, images, opt)     # [bsz, num_classes]
         loss = criterion(output.float(), labels)
-        util.update(loss, optimizer)
+        util.update(loss, optimizer, backward)
 
         losses.update(loss, len(labels))
         top1.update(util.accuracy(output, labels), len(labels))

@@ -17,11 +17,11 @@ import util
 from datasets import evaluation_view, load_pictures, make_loader, pretraining_view
 from datasets.mixing import mix_views
 from losses import GenSupConLoss, SupConLoss, contrastive_accuracy
+from networks.moco import MomentumContrast
 from networks.resnet_big import SupConResNet
 from util import AverageMeter, log
 
 N_VIEWS = 2
-POSITIVES = {'SupCon': 'class', 'SimCLR': 'picture', 'GenSCL': 'class'}     # what the positives of a view share with it
 
 
 def parse_option(argv=None):
@@ -48,11 +48,19 @@ def set_loader(opt):
 
 
 def set_model(opt, classes, teacher_checkpoint=None):
-    """The network, the loss, and the teacher of --KD or None."""
+    """The network, with its momentum copy if there is one, the loss, and the teacher of --KD or None."""
     opt.num_classes = len(classes)
     model = SupConResNet(opt.model, opt.head, opt.feat_dim, num_classes=len(classes) if opt.ce_weight else 0,
-                         size=opt.size, stem=opt.stem, width=opt.width, zero_init=opt.zero_init)
-    criterion = (GenSupConLoss if opt.method == 'GenSCL' else SupConLoss)(temperature=opt.temp)
+                         head_bn=opt.head_bn, normalize_embedding=opt.normalize_embedding, size=opt.size, stem=opt.stem,
+                         width=opt.width, zero_init=opt.zero_init)
+    if opt.moco:
+        model.moco = MomentumContrast(model, opt.moco_k, opt.moco_m)
+    settings = {'temperature': opt.temp, 'contrast_mode': opt.contrast_mode, 'base_temperature': opt.base_temperature}
+    if opt.method == 'GenSCL':
+        criterion = GenSupConLoss(**settings)
+    else:
+        criterion = SupConLoss(**settings, summation_location=opt.summation_location,
+                               denominator_mode=opt.denominator_mode, positives_cap=opt.positives_cap)
     teacher = util.load_teacher(teacher_checkpoint, opt, classes) if opt.KD else None
     return util.prepare(model, opt), criterion, teacher
 
@@ -75,11 +83,38 @@ def soft_labels(images, labels, teacher, opt, rng):
     return images, [(weight, soft.view(N_VIEWS, len(labels), -1)) for weight, soft in targets]
 
 
-def contrastive_loss(criterion, features, targets, opt):
-    """The loss of features [bsz, n_views, feat_dim] for labels [bsz], or for what soft_labels gives."""
-    if opt.method == 'GenSCL':
-        return sum(weight * criterion(features.unbind(1), soft.unbind(0)) for weight, soft in targets)
-    return criterion(features, targets, positives=POSITIVES[opt.method])
+def momentum_keys(images, labels, model, opt):
+    """Keys of the second views by the moved momentum copy, with those of the queue: what SupConLoss takes.
+
+    images [bsz, 3, size, size], labels [bsz].
+    """
+    model.moco.update(model)
+    with util.autocast(opt):
+        keys = torch.cat([model.moco(piece.flatten(0, 1)) for piece in util.pieces_of(images, opt)])
+    contrasts, contrast_labels = model.moco.contrasts(keys, labels)
+    model.moco.enqueue(keys, labels)
+    return {'keys': contrasts, 'key_labels': contrast_labels}
+
+
+def contrastive_loss(criterion, features, targets):
+    """The loss of features [bsz, n_views, feat_dim] for what SupConLoss takes with them, or what soft_labels gives."""
+    if isinstance(targets, dict):
+        return criterion(features, **targets)
+    return sum(weight * criterion(features.unbind(1), soft.unbind(0)) for weight, soft in targets)
+
+
+def classifier_targets(labels, n_views):
+    """Labels [bsz] or distributions [bsz, n_views, C] of all views, view after view; ood pictures are to be ignored."""
+    if labels.dim() == 3:
+        return labels.transpose(0, 1).flatten(0, 1)
+    return torch.where(labels >= 0, labels, -100).repeat(n_views)
+
+
+def collapsed_loss(criterion, features, targets):
+    """The loss if all features were the same."""
+    if isinstance(targets, dict) and 'keys' in targets:
+        targets = {**targets, 'keys': torch.ones_like(targets['keys'][:, :1])}
+    return contrastive_loss(criterion, torch.ones_like(features[..., :1]).detach(), targets)
 
 
 def train(train_loader, model, criterion, optimizer, epoch, opt, teacher=None):
@@ -92,26 +127,32 @@ def train(train_loader, model, criterion, optimizer, epoch, opt, teacher=None):
         data_time.update(time.time() - end)
         util.set_learning_rate(optimizer, util.learning_rate(opt, epoch, idx, steps))
         rng = util.seed_step(opt, epoch, idx)
-        bsz = len(labels)                               # a label -(c + 1) is a hard negative made from class c
-        targets, classes = labels, torch.where(labels >= 0, labels, -100).repeat(N_VIEWS)
+        bsz, n_views = len(labels), N_VIEWS             # a label -(c + 1) is a hard negative made from class c
+        positives = 'picture' if opt.method == 'SimCLR' else 'class'
+
         if opt.method == 'GenSCL':
             images, targets = soft_labels(images, labels, teacher, opt, rng)
             labels = targets[0][1].transpose(0, 1)      # [bsz, n_views, num_classes]
-            classes = targets[0][1].flatten(0, 1)
+        else:
+            targets = {'labels': labels, 'positives': positives}
+        if opt.moco:
+            targets.update(momentum_keys(images[bsz:], labels, model, opt))
+            images, n_views = images[:bsz], 1
 
-        with util.autocast(opt):
-            output = model(images)                                          # [n_views * bsz, feat_dim]
+        output, backward = util.forward(model, images, opt, n_views)        # [n_views * bsz, feat_dim]
         features, logits = output if opt.ce_weight else (output, None)
-        features = features.view(N_VIEWS, bsz, -1).transpose(0, 1)          # [bsz, n_views, feat_dim]
-        loss = contrastive = contrastive_loss(criterion, features, targets, opt)
+        features = features.view(n_views, bsz, -1).transpose(0, 1)          # [bsz, n_views, feat_dim]
+        loss = contrastive = contrastive_loss(criterion, features, targets)
         if opt.ce_weight:
-            loss = loss + opt.ce_weight * F.cross_entropy(logits.float(), classes)
-        util.update(loss, optimizer)
+            loss = loss + opt.ce_weight * F.cross_entropy(logits.float(), classifier_targets(labels, n_views))
+        util.update(loss, optimizer, backward)
 
         losses.update(loss, bsz)
-        accuracies.update(contrastive_accuracy(features, labels, POSITIVES[opt.method]), bsz)
-        collapsed = contrastive_loss(criterion, torch.ones_like(features[..., :1]).detach(), targets, opt)
-        history.append((contrastive.detach() - collapsed).abs() <= 1e-4 * collapsed)
+        if opt.moco:                                    # the keys of the same pictures are their other views
+            features = torch.stack([features[:, 0], targets['keys'][:bsz]], 1)
+        accuracies.update(contrastive_accuracy(features, labels, positives), bsz)
+        collapsed = collapsed_loss(criterion, features[:, :n_views], targets)
+        history.append((contrastive.detach() - collapsed).abs() <= 1e-4 * collapsed.abs())
         batch_time.update(time.time() - end)
         end = time.time()
         if (idx + 1) % opt.print_freq == 0 or idx + 1 == steps:

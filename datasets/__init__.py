@@ -3,7 +3,7 @@
 A new dataset is one function in pictures.py and one row in DATASETS.
 """
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from datasets import mvip, pictures
 from datasets.augmentations import load_augmentations
@@ -20,6 +20,7 @@ class DatasetInfo:
     pretraining, classification: how the training views are cut, as settings of View; policy: what colours those of
     classification unless told otherwise (a key of POLICIES; of pretraining it is 'sim'). auto: its AutoAugment policy.
     padding: classification with 'auto' and 'rand' cuts views from the padded picture instead.
+    resize: evaluation resizes the shorter side to this many times the size and takes the central square.
     """
     load: Callable
     mean: tuple | None = None
@@ -30,27 +31,44 @@ class DatasetInfo:
     policy: str = 'no'
     auto: str = 'imagenet'
     padding: int = 0
+    resize: float = 1.
 
 
 CROP = {'crop': (0.2, 1.), 'flip': 0.5}
 DIGIT = {'crop': (0.4, 1.)}                             # mirrored or cropped smaller, a digit is another one
 PART = {'flip': 0.5, 'rotation': 15.}
 CIFAR = {'auto': 'cifar10', 'padding': 4}
+LARGE = {'size': 224, 'resize': 256 / 224, **dict.fromkeys(('pretraining', 'classification'),
+                                                           {'crop': (0.08, 1.), 'flip': 0.5})}
 
 DATASETS = {
     'digits': DatasetInfo(pictures.digits, size=16, pretraining=DIGIT, classification=DIGIT, auto='svhn'),
     'cifar10': DatasetInfo(pictures.cifar, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), **CIFAR),
     'cifar100': DatasetInfo(pictures.cifar, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), **CIFAR),
+    'imagenet': DatasetInfo(pictures.imagenet, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), **LARGE),
     'path': DatasetInfo(pictures.path),
     'mvip': DatasetInfo(mvip.mvip, (0.4213, 0.4252, 0.4242), (0.1955, 0.1923, 0.1912), size=224, policy='sim',
                         pretraining={'crop': (0.6, 1.), **PART}, classification={'crop': (0.8, 1.), **PART}),
 }
 
+
+def sim(opt, info):
+    """The colours of SimCLR and SupCon."""
+    strength = opt.jitter_strength
+    return {'jitter': (0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength), 'grayscale': 0.2,
+            'blur': opt.blur_p}
+
+
+def rand(opt, info):
+    return {'rand': (opt.rand_n, opt.rand_m)}
+
+
 POLICIES = {                                            # --augment_policy: what is done after cropping
     'no': lambda opt, info: {},
-    'sim': lambda opt, info: {'jitter': (0.4, 0.4, 0.4, 0.1), 'grayscale': 0.2},        # SimCLR, SupCon
+    'sim': sim,
     'auto': lambda opt, info: {'auto': info.auto},
-    'rand': lambda opt, info: {'rand': (opt.rand_n, opt.rand_m)},
+    'rand': rand,
+    'stacked_rand': lambda opt, info: {**rand(opt, info), **sim(opt, info)},
 }
 
 
@@ -68,7 +86,7 @@ class Data:
 
 def load_pictures(opt):
     """All Pictures of a run: Data; fills in opt.size, opt.mean and opt.std where they are None."""
-    info = DATASETS[opt.dataset]
+    info = dataset_info(opt)
     train, val = (part.sample(opt.max_samples, opt.seed) for part in info.load(opt))
     extra_id, extra_ood = (part and part.sample(opt.max_samples, opt.seed)
                            for part in load_augmentations(opt, train.classes))
@@ -84,14 +102,20 @@ def load_pictures(opt):
                 extra_ood if opt.aug_mode != 'id_only' else None)
 
 
+def dataset_info(opt):
+    """The row of --dataset; pictures of --dataset path with --stem imagenet are shown as ImageNet's."""
+    info = DATASETS[opt.dataset]
+    return replace(info, **LARGE) if opt.dataset == 'path' and opt.stem == 'imagenet' else info
+
+
 def pretraining_view(opt):
     """The view of contrastive pretraining."""
-    return _training_view(opt, DATASETS[opt.dataset].pretraining, opt.augment_policy or 'sim')
+    return _training_view(opt, dataset_info(opt).pretraining, opt.augment_policy or 'sim')
 
 
 def classification_view(opt):
     """The training view of cross-entropy and linear evaluation."""
-    info = DATASETS[opt.dataset]
+    info = dataset_info(opt)
     policy, cut = opt.augment_policy or info.policy, info.classification
     if info.padding and policy in ('auto', 'rand'):
         cut = {'padding': info.padding, 'flip': 0.5}                                    # as GenSCL
@@ -102,10 +126,12 @@ def _training_view(opt, cut, policy, **more):
     if opt.cutout and opt.cutout_length >= 2 * opt.size:
         raise UserError(f'--cutout_length {opt.cutout_length} hides the whole view of {opt.size} pixels, expected less')
     cutout = (opt.n_holes, opt.cutout_length) if opt.cutout else None
-    colour = POLICIES[policy](opt, DATASETS[opt.dataset])
+    if opt.crop_min and 'crop' in cut:
+        cut = {**cut, 'crop': (opt.crop_min, 1.)}
+    colour = POLICIES[policy](opt, dataset_info(opt))
     return View(opt.size, opt.mean, opt.std, **cut, **colour, cutout=cutout, **more)
 
 
 def evaluation_view(opt):
     """The central square, resized."""
-    return View(opt.size, opt.mean, opt.std)
+    return View(opt.size, opt.mean, opt.std, resize=round(opt.size * dataset_info(opt).resize))

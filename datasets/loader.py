@@ -1,8 +1,15 @@
-"""Batches of views: from memory on the training device, or per sample in worker processes."""
+"""Batches of views: from memory on the training device, half in worker processes, or per sample in those."""
+import contextlib
+import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from PIL import Image
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision import transforms
 
 from datasets import views
 from util import UserError
@@ -12,13 +19,16 @@ def make_loader(pictures, view, opt, n_views=1, train=True):
     """An iterable of (images [n_views * bsz, 3, size, size], labels [bsz]), view after view, on opt.device.
 
     Call `set_epoch(epoch)` before each epoch: permutation and views depend on opt.seed and the epoch alone. With
-    train=False the pictures come in their own order. opt.loader: 'batched' decodes everything into memory first,
-    'per_sample' decodes in opt.num_workers processes, 'auto' takes 'batched' where the pictures fit into half of the
-    free memory and the view can be drawn in batches.
+    train=False the pictures come in their own order. opt.loader: 'batched' decodes everything into memory first and
+    draws views on opt.device; 'workers' decodes and crops in opt.num_workers processes and does the colours on
+    opt.device; 'per_sample' does all in the processes; 'auto' takes 'batched' where the pictures fit into half of the
+    free memory and the view can be drawn in batches, else 'workers'.
     """
     batched = not view.per_sample_only and (opt.loader == 'batched' or
         opt.loader == 'auto' and pictures.decoded_bytes(view.short_side) < available_memory() / 2)
-    return (BatchedLoader if batched else PerSampleLoader)(pictures, view, opt, n_views, train)
+    if batched:
+        return BatchedLoader(pictures, view, opt, n_views, train)
+    return WorkerLoader(pictures, view, opt, n_views, train, whole_view=opt.loader == 'per_sample')
 
 
 def available_memory():
@@ -87,16 +97,22 @@ class BatchedLoader:
             yield images, self.labels[indices].to(self.device)
 
 
-class PerSampleLoader:
-    """torchvision transforms in DataLoader workers."""
+class WorkerLoader:
+    """Worker processes decode and crop, and with whole_view do everything else by torchvision's transforms too."""
 
-    def __init__(self, pictures, view, opt, n_views, train):
+    def __init__(self, pictures, view, opt, n_views, train, whole_view):
         if isinstance(pictures.source, list):
             pictures.sizes()                            # finds what is no picture now, not in the first epoch
         self.batches, self.device = Batches(len(pictures), opt, train), torch.device(opt.device)
-        self.loader = DataLoader(_Samples(pictures, views.per_sample(view), n_views),
-                                 batch_sampler=_Keys(self.batches), num_workers=opt.num_workers,
-                                 persistent_workers=train and opt.num_workers > 0, collate_fn=_collate,
+        self.rest = None                                # what the training device has to do
+        if whole_view:
+            draw = _WholeViews(view, n_views)
+        else:
+            draw = _Crops(view, n_views, finish=self.device.type == 'cpu')
+            self.rest = None if draw.finish else draw.rest
+        self.loader = DataLoader(_Samples(pictures, draw), batch_sampler=_Keys(self.batches),
+                                 num_workers=opt.num_workers, persistent_workers=train and opt.num_workers > 0,
+                                 prefetch_factor=4 if opt.num_workers else None, collate_fn=_collate,
                                  pin_memory=self.device.type == 'cuda')
 
     def __len__(self):
@@ -109,8 +125,13 @@ class PerSampleLoader:
         for batch in self.loader:
             if isinstance(batch, UserError):
                 raise batch
-            images, labels = batch
-            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            images, labels, seed = batch
+            images, labels = (part.to(self.device, non_blocking=True) for part in (images, labels))
+            if self.rest:
+                sizes = torch.full((len(images),), self.rest.size)
+                drawn = views.draw(self.rest, sizes, sizes, torch.Generator().manual_seed(seed))
+                images = views.apply(self.rest, images, drawn)
+            yield images, labels
 
 
 class _Keys:
@@ -129,8 +150,8 @@ class _Keys:
 
 
 class _Samples(Dataset):
-    def __init__(self, pictures, transform, n_views):
-        self.pictures, self.transform, self.n_views = pictures, transform, n_views
+    def __init__(self, pictures, draw):
+        self.pictures, self.draw = pictures, draw
 
     def __len__(self):
         return len(self.pictures)
@@ -138,18 +159,96 @@ class _Samples(Dataset):
     def __getitem__(self, key):
         index, seed = key
         try:
-            picture = self.pictures.load(index)
+            return self.draw(self.pictures, index, seed), self.pictures.labels[index], seed
         except UserError as error:              # raised in a worker it would arrive wrapped in a traceback
             return error
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(seed)
-            return torch.stack([self.transform(picture) for _ in range(self.n_views)]), self.pictures.labels[index]
+
+
+@contextlib.contextmanager
+def _seeded(seed):
+    """What torchvision's transforms draw depends on the seed alone."""
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)           # torch.manual_seed would prepare for CUDA each time
+    yield
+    torch.set_rng_state(before)
+
+
+class _WholeViews:
+    """Views [n_views, 3, size, size] of a picture by torchvision's transforms."""
+
+    def __init__(self, view, n_views):
+        self.transform, self.n_views = views.per_sample(view), n_views
+
+    def __call__(self, pictures, index, seed):
+        picture = pictures.load(index)
+        with _seeded(seed):
+            return torch.stack([self.transform(picture) for _ in range(self.n_views)])
+
+
+class _Crops:
+    """Cropped views [n_views, size, 3, size] uint8 of a picture, on which `rest` is still to be done; with `finish` it
+    is done: [n_views, 3, size, size].
+
+    A JPEG is decoded at the smallest of its own scales (1, 1/2, 1/4, 1/8) at which no crop has to be enlarged.
+    """
+
+    def __init__(self, view, n_views, finish):
+        self.view, self.n_views, self.rest, self.finish = view, n_views, views.rest(view), finish
+        # Steps that need PIL pictures; flips alone do not.
+        self.after = transforms.Compose(views.after_crop(view)) if views.after_crop(replace(view, flip=0.)) else None
+
+    def __call__(self, pictures, index, seed):
+        size, boxes, generator = self.view.size, None, torch.Generator().manual_seed(seed)
+
+        def needed(width, height):
+            nonlocal boxes
+            sizes = torch.tensor([height, width]).repeat(self.n_views, 1)
+            boxes = views.draw_boxes(self.view, *sizes.T, generator) / torch.cat([sizes, sizes], 1)         # in 0..1
+            return [math.ceil(size / share) for share in boxes[:, 2:].amin(0).flip(0).tolist()]
+        picture = pictures.load(index, needed)
+        if boxes is None:                                                   # no file whose header tells the size
+            needed(*picture.size)
+        boxes = boxes * torch.tensor([picture.height, picture.width] * 2)
+        if self.after or not self.view.crop:
+            crops = pil_crops(picture, boxes, size)
+            with _seeded(seed):
+                crops = [self.after(crop) for crop in crops] if self.after else crops
+            crops = [torch.from_numpy(np.array(crop)) for crop in crops]
+        else:
+            crops = tensor_crops(picture, boxes, size)
+            flips = torch.rand(self.n_views, generator=generator) < self.view.flip
+            crops = [crop.flip(1) if flip else crop for crop, flip in zip(crops, flips.tolist())]
+        crops = torch.stack([crop.transpose(1, 2) for crop in crops])
+        if not self.finish:
+            return crops
+        sizes = torch.full((self.n_views,), size)
+        return views.apply(self.rest, crops, views.draw(self.rest, sizes, sizes, generator))
+
+
+def tensor_crops(picture, boxes, size):
+    """The boxes [n, 4], to whole pixels, of a PIL picture: uint8 tensors [size, size, 3].
+
+    PyTorch's antialiased resize of uint8 is Pillow's, and three times faster.
+    """
+    array = torch.from_numpy(np.array(picture))
+    crops = []
+    for top, left, box_h, box_w in boxes.round().int().tolist():
+        crop = array[top:top + max(1, box_h), left:left + max(1, box_w)].permute(2, 0, 1)[None]
+        crops.append(F.interpolate(crop, size=(size, size), mode='bilinear', antialias=True)[0].permute(1, 2, 0))
+    return crops
+
+
+def pil_crops(picture, boxes, size):
+    """The boxes [n, 4], which may be parts of pixels, of a PIL picture: PIL pictures of size x size."""
+    return [picture.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + box_w, top + box_h))
+            for top, left, box_h, box_w in boxes.tolist()]
 
 
 def _collate(samples):
-    """[(views [n_views, 3, size, size], label)] -> images [n_views * bsz, 3, size, size], labels [bsz]."""
+    """[(views [n_views, ...], label, seed)] -> images [n_views * bsz, ...], labels [bsz], the first seed."""
     errors = [sample for sample in samples if isinstance(sample, UserError)]
     if errors:
         return errors[0]
-    images, labels = zip(*samples)
-    return torch.stack(images, 1).flatten(0, 1), torch.stack(labels)
+    images, labels, seeds = zip(*samples)
+    # default_collate stacks into the memory that processes share.
+    return default_collate([view for views in zip(*images) for view in views]), torch.stack(labels), seeds[0]

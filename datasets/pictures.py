@@ -30,11 +30,17 @@ class Pictures:
     def __len__(self):
         return len(self.labels)
 
-    def load(self, i):
-        """Picture i as RGB; raises UserError with the name of a file that is no readable picture."""
+    def load(self, i, needed=None):
+        """Picture i as RGB; raises UserError with the name of a file that is no readable picture.
+
+        needed(width, height) may give a smaller width and height that are enough: a JPEG file is then decoded at a
+        reduced scale, if it has one that is not below.
+        """
         if isinstance(self.source, np.ndarray):
             return Image.fromarray(self.source[i])
-        return read_picture(self.source[i]) if isinstance(self.source[i], str) else self.source[i].read()
+        if isinstance(self.source[i], str):
+            return read_picture(self.source[i], needed=needed)
+        return self.source[i].read()
 
     def select(self, indices):
         source = self.source[indices] if isinstance(self.source, np.ndarray) else [self.source[i] for i in indices]
@@ -80,8 +86,14 @@ class Pictures:
 
     def _decode(self, short_side):
         def load(i):
-            picture = self.load(i)
-            return np.array(picture.resize(scaled(picture.size, short_side), Image.Resampling.BILINEAR))
+            size = None
+
+            def needed(*whole):
+                nonlocal size
+                size = scaled(whole, short_side)
+                return size
+            picture = self.load(i, needed)
+            return np.array(picture.resize(size or scaled(picture.size, short_side), Image.Resampling.BILINEAR))
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:                # Pillow decodes without the interpreter lock
             arrays = list(pool.map(load, range(len(self))))
@@ -131,9 +143,11 @@ def open_picture(file, use):
         raise UserError(f'{file}: not a readable picture ({error or type(error).__name__})') from error
 
 
-def read_picture(file, mode='RGB'):
-    """A picture file as 8-bit RGB, or another mode of Pillow."""
+def read_picture(file, mode='RGB', needed=None):
+    """A picture file as 8-bit RGB, or another mode of Pillow; needed as for Pictures.load."""
     def read(picture):
+        if needed is not None:
+            picture.draft(None, needed(*picture.size))      # of the formats only JPEG has scales
         if picture.mode.startswith('I;16') or (picture.mode == 'I' and picture.format == 'PNG'):
             return Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).astype(np.uint8)).convert(mode)
         if picture.mode in ('I', 'F'):
@@ -175,6 +189,15 @@ def cifar(opt):
                             f'--data_folder {opt.data_folder} ({error})') from error
         parts.append(Pictures(data.data, torch.tensor(data.targets), data.classes))
     return parts
+
+
+def imagenet(opt):
+    """The folders train/<class>/ and val/<class>/ of ILSVRC 2012, as torchvision's ImageFolder reads them."""
+    for part in ('train', 'val'):
+        if not (Path(opt.data_folder) / part).is_dir():
+            raise UserError(f'--dataset imagenet: --data_folder {opt.data_folder} has no {part}/, expected '
+                            'train/<class>/<picture> and val/<class>/<picture>')
+    return path(opt)
 
 
 def path(opt):

@@ -6,7 +6,7 @@ operations on any device, every picture with its own parameters drawn from the d
 from. Inside the batched executor pictures are [3, n, size * size] float32 in 0..1, one contiguous plane per colour.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torchvision import transforms
 
 RATIO = (3 / 4, 4 / 3)                      # aspect ratio (width / height) of random crops, torchvision's default
+BLUR = (0.1, 2.)                            # standard deviations, as SimCLR
 ERASING_AREA, ERASING_RATIO = (0.02, 0.33), (0.3, 3.3)      # of RandomErasing (height / width), torchvision's defaults
 GRAY = (0.2989, 0.587, 0.114)               # luma weights of ITU-R BT.601, as torchvision
 
@@ -24,12 +25,14 @@ class View:
 
     crop: (smallest, largest) share of the area of a random crop; None: the central square.
     flip: probability of a left-right flip.
+    resize: without `crop`, the shorter side is first resized to this many pixels (`size`, if it is None).
     padding: pixels of black around the square from which it is cut again at random, instead of `crop`.
     rotation: largest angle in degrees; corners that come from outside are black.
     auto: AutoAugment with its policy for 'cifar10', 'imagenet' or 'svhn'; rand: (number, magnitude) of RandAugment's
         operations. Only `per_sample` executes these two.
     jitter: strengths of brightness, contrast, saturation and hue, as transforms.ColorJitter; None: no colour jitter.
     jitter_p, grayscale: probabilities of the colour jitter and of losing the colours.
+    blur: probability of a Gaussian blur, its standard deviation uniform in 0.1 .. 2 pixels, over a tenth of the side.
     mean, std: subtracted and divided by, per channel of 0..1.
     cutout: (number, length) of squares that are set to 0 last, around uniform centres
         (DeVries and Taylor, 2017, https://arxiv.org/abs/1708.04552).
@@ -40,6 +43,7 @@ class View:
     std: tuple
     crop: tuple | None = None
     flip: float = 0.
+    resize: int | None = None
     padding: int = 0
     rotation: float = 0.
     auto: str | None = None
@@ -47,13 +51,19 @@ class View:
     jitter: tuple | None = None
     jitter_p: float = 0.8
     grayscale: float = 0.
+    blur: float = 0.
     cutout: tuple | None = None
     erasing: float = 0.
 
     @property
     def short_side(self):
         """Shorter side from which even the smallest crop need not be enlarged."""
-        return math.ceil(self.size / math.sqrt(self.crop[0])) if self.crop else self.size
+        return math.ceil(self.size / math.sqrt(self.crop[0])) if self.crop else self.resize or self.size
+
+    @property
+    def blur_radius(self):
+        """Pixels on each side that a blur takes in: a tenth of the side in all, as SimCLR."""
+        return self.size // 10 // 2
 
     @property
     def per_sample_only(self):
@@ -67,7 +77,7 @@ class View:
         Few enough to stay in the cache of a CPU (measured at 32 pixels: 256 are 4 times faster than 2,048), enough
         to keep a GPU busy.
         """
-        return max(32, 2**18 // self.size**2)
+        return max(4, 2**18 // self.size**2)
 
 
 def per_sample(view):
@@ -75,7 +85,25 @@ def per_sample(view):
     if view.crop:
         steps = [transforms.RandomResizedCrop(view.size, scale=view.crop, ratio=RATIO)]
     else:
-        steps = [transforms.Resize(view.size), transforms.CenterCrop(view.size)]
+        steps = [transforms.Resize(view.resize or view.size), transforms.CenterCrop(view.size)]
+    steps += after_crop(view)
+    if view.jitter:
+        steps.append(transforms.RandomApply([transforms.ColorJitter(*view.jitter)], p=view.jitter_p))
+    if view.grayscale:
+        steps.append(transforms.RandomGrayscale(view.grayscale))
+    if view.blur and view.blur_radius:
+        steps.append(transforms.RandomApply([transforms.GaussianBlur(2 * view.blur_radius + 1, BLUR)], p=view.blur))
+    steps += [transforms.ToTensor(), transforms.Normalize(view.mean, view.std)]
+    if view.cutout:
+        steps.append(Cutout(*view.cutout))
+    if view.erasing:
+        steps.append(transforms.RandomErasing(view.erasing, ERASING_AREA, ERASING_RATIO))
+    return transforms.Compose(steps)
+
+
+def after_crop(view):
+    """The steps of `per_sample` between cropping and colours, of PIL pictures of size x size."""
+    steps = []
     if view.flip:
         steps.append(transforms.RandomHorizontalFlip(view.flip))
     if view.padding:
@@ -86,16 +114,12 @@ def per_sample(view):
         steps.append(transforms.AutoAugment(transforms.AutoAugmentPolicy(view.auto)))
     if view.rand:
         steps.append(transforms.RandAugment(*view.rand))
-    if view.jitter:
-        steps.append(transforms.RandomApply([transforms.ColorJitter(*view.jitter)], p=view.jitter_p))
-    if view.grayscale:
-        steps.append(transforms.RandomGrayscale(view.grayscale))
-    steps += [transforms.ToTensor(), transforms.Normalize(view.mean, view.std)]
-    if view.cutout:
-        steps.append(Cutout(*view.cutout))
-    if view.erasing:
-        steps.append(transforms.RandomErasing(view.erasing, ERASING_AREA, ERASING_RATIO))
-    return transforms.Compose(steps)
+    return steps
+
+
+def rest(view):
+    """What is left of a view for `draw` and `apply` after cropping and `after_crop`."""
+    return replace(view, crop=None, flip=0., resize=None, padding=0, rotation=0., auto=None, rand=None)
 
 
 class Cutout(nn.Module):
@@ -113,17 +137,20 @@ class Cutout(nn.Module):
 class Draw:
     """Parameters of n views, as drawn by `draw`.
 
-    boxes [n, 4] top, left, height, width in pixels; flips [n] bool; shifts [n, 2] top, left in the padded view, or
-    None; angles [n] in degrees, counter-clockwise, or None; factors [4, n] brightness, contrast, saturation, hue (1, 1,
-    1, 0 where a picture is not jittered; None without jitter); gray [n] bool or None; holes [n, k, 4] boxes of the view
-    that are set to 0, or None; orders: the order of the four colour operations in each group of View.group views.
+    boxes [n, 4] top, left, height, width in pixels; limits [n, 4] the boxes whose pixels may be used; flips [n] bool;
+    shifts [n, 2] top, left in the padded view, or None; angles [n] in degrees, counter-clockwise, or None; factors
+    [4, n] brightness, contrast, saturation, hue (1, 1, 1, 0 where a picture is not jittered), or None; gray [n] bool or
+    None; sigmas [n] of blurs, 0 where there is none, or None; holes [n, k, 4] boxes of the view that are set to 0, or
+    None; orders: the order of the four colour operations in each group of View.group views.
     """
     boxes: torch.Tensor
+    limits: torch.Tensor
     flips: torch.Tensor
     shifts: torch.Tensor | None
     angles: torch.Tensor | None
     factors: torch.Tensor | None
     gray: torch.Tensor | None
+    sigmas: torch.Tensor | None
     holes: torch.Tensor | None
     orders: list
 
@@ -131,7 +158,8 @@ class Draw:
 def draw(view, heights, widths, generator):
     """Draw parameters for pictures of the given sizes ([n] tensors), on the CPU from `generator`."""
     n = len(heights)
-    boxes = random_boxes(heights, widths, view.crop, generator) if view.crop else central_boxes(heights, widths)
+    boxes = draw_boxes(view, heights, widths, generator)
+    limits = boxes if view.crop else torch.stack([*torch.zeros(2, n), heights, widths], 1)
     flips = torch.rand(n, generator=generator) < view.flip
     shifts = torch.randint(2 * view.padding + 1, (n, 2), generator=generator) if view.padding else None
     angles = view.rotation * (2 * torch.rand(n, generator=generator) - 1) if view.rotation else None
@@ -144,12 +172,24 @@ def draw(view, heights, widths, generator):
         factors = torch.where(jittered, factors, torch.tensor([1., 1., 1., 0.])[:, None])
         orders = [torch.randperm(4, generator=generator).tolist() for _ in orders]
     gray = torch.rand(n, generator=generator) < view.grayscale if view.grayscale else None
+    sigmas = None
+    if view.blur and view.blur_radius:
+        sigmas = BLUR[0] + (BLUR[1] - BLUR[0]) * torch.rand(n, generator=generator)
+        sigmas = sigmas * (torch.rand(n, generator=generator) < view.blur)
     holes = []
     if view.cutout:
         holes.append(cutout_boxes(n, *view.cutout, view.size, generator))
     if view.erasing:
         holes.append(erasing_boxes(n, view.erasing, view.size, generator))
-    return Draw(boxes, flips, shifts, angles, factors, gray, torch.cat(holes, 1) if holes else None, orders)
+    holes = torch.cat(holes, 1) if holes else None
+    return Draw(boxes, limits, flips, shifts, angles, factors, gray, sigmas, holes, orders)
+
+
+def draw_boxes(view, heights, widths, generator):
+    """The boxes of Draw."""
+    if view.crop:
+        return random_boxes(heights, widths, view.crop, generator)
+    return central_boxes(heights, widths, view.size, view.resize or view.size)
 
 
 def random_boxes(heights, widths, scale, generator, tries=10):
@@ -199,10 +239,15 @@ def _fitting_boxes(heights, widths, scale, ratio, generator, largest=None, tries
     return torch.cat([top, left, box_h, box_w], 1), fits.any(1, keepdim=True)
 
 
-def central_boxes(heights, widths):
-    """Boxes [n, 4] of the central squares, as transforms.CenterCrop with the shorter side."""
-    side = torch.minimum(heights, widths).double()
-    return torch.stack([((heights - side) / 2).round(), ((widths - side) / 2).round(), side, side], 1)
+def central_boxes(heights, widths, size, resize):
+    """Boxes [n, 4] of transforms.Resize(resize) and CenterCrop(size), in pixels of the picture, which may be parts."""
+    shorter = torch.minimum(heights, widths)
+    starts, lengths = [], []
+    for side in (heights, widths):
+        resized = (resize * side) // shorter                            # as Resize rounds
+        starts.append(((resized - size).double() / 2).round() * side / resized)
+        lengths.append(size * side.double() / resized)
+    return torch.stack([*starts, *lengths], 1)
 
 
 def apply(view, pictures, drawn):
@@ -214,16 +259,17 @@ def apply(view, pictures, drawn):
     n, device = len(pictures), pictures.device
     result = torch.empty(n, 3, view.size, view.size, device=device)
     whole = view.crop is None and not view.flip and pictures.shape[1:] == (view.size, 3, view.size)
-    boxes, flips, angles, factors, gray, holes = (
+    boxes, limits, flips, angles, factors, gray, sigmas, holes = (
         None if x is None else x.to(device, torch.float32, non_blocking=True)
-        for x in (drawn.boxes, drawn.flips, drawn.angles, drawn.factors, drawn.gray, drawn.holes))
+        for x in (drawn.boxes, drawn.limits, drawn.flips, drawn.angles, drawn.factors, drawn.gray, drawn.sigmas,
+                  drawn.holes))
     shifts = None if drawn.shifts is None else drawn.shifts.to(device, non_blocking=True)
     for i, order in enumerate(drawn.orders):
         part = slice(i * view.group, (i + 1) * view.group)
         if whole:
-            x = pictures[part].permute(2, 0, 1, 3).flatten(2).float().div_(255)
+            x = pictures[part].permute(2, 0, 1, 3).mul(1 / 255).flatten(2)
         else:
-            x = crop_resize(pictures[part], boxes[part], flips[part], view.size)
+            x = crop_resize(pictures[part], boxes[part], flips[part], view.size, limits[part])
         if shifts is not None:
             x = shift(x, shifts[part], view.padding)
         if angles is not None:
@@ -232,6 +278,9 @@ def apply(view, pictures, drawn):
             COLOUR_OPERATIONS[operation](x, factors[operation, part])
         if gray is not None:
             adjust_saturation(x, 1 - gray[part])
+        if sigmas is not None:
+            blurred = drawn.sigmas[part].nonzero()[:, 0].to(device, non_blocking=True)
+            x[:, blurred] = blur(x[:, blurred], sigmas[part][blurred], view.blur_radius)
         for channel in range(3):
             torch.sub(x[channel].view(-1, view.size, view.size), view.mean[channel], out=result[part, channel])
             result[part, channel].div_(view.std[channel])
@@ -240,16 +289,16 @@ def apply(view, pictures, drawn):
     return result
 
 
-def crop_resize(pictures, boxes, flips, size):
+def crop_resize(pictures, boxes, flips, size, limits=None):
     """Crop, flip and resize, antialiased: [n, h, 3, w] uint8 -> [3, n, size * size] float32 in 0..1.
 
     Two matrix products, over rows and over columns, with the weights of torchvision's antialiased bilinear resize of
-    the crop. boxes [n, 4] and flips [n] as in Draw, on the pictures' device.
+    the box. boxes [n, 4], flips [n] and limits [n, 4] (the boxes, if None) as in Draw, on the pictures' device.
     """
     n, h, channels, w = pictures.shape
-    top, left, box_h, box_w = boxes.T
-    rows = resize_weights(top, box_h, h, size, torch.zeros_like(flips)).div_(255)
-    columns = resize_weights(left, box_w, w, size, flips).transpose(1, 2)
+    boxes, limits = boxes.T, boxes.T if limits is None else limits.T
+    rows = resize_weights(boxes[::2], limits[::2], h, size, torch.zeros_like(flips)).div_(255)
+    columns = resize_weights(boxes[1::2], limits[1::2], w, size, flips).transpose(1, 2)
     x = torch.bmm(rows, pictures.flatten(2).float()).view(n, size, channels, w)
     result = torch.empty(channels, n, size, size, device=pictures.device)
     for channel in range(channels):
@@ -257,18 +306,21 @@ def crop_resize(pictures, boxes, flips, size):
     return result.flatten(2)
 
 
-def resize_weights(start, length, size_in, size_out, flips):
+def resize_weights(box, limit, size_in, size_out, flips):
     """Weights [n, size_out, size_in] that resize pixels start .. start + length - 1 to size_out pixels.
 
+    box and limit: start [n] and length [n] of what is resized and of the pixels that may be used.
     The triangle filter of an antialiased bilinear resize: half its width is one output pixel, or one input pixel
-    when enlarging; it is cut off and normalized at the ends of the crop. `flips` reverses the output.
+    when enlarging; it is cut off and normalized at the ends of the limit. `flips` reverses the output.
     """
+    start, length = box
+    first, count = limit
     scale = (length / size_out)[:, None]
     centre = (torch.arange(size_out, device=start.device) + 0.5) * scale                    # [n, size_out]
     centre = torch.where(flips[:, None] > 0, length[:, None] - centre, centre) + start[:, None]
     pixel = torch.arange(size_in, device=start.device) + 0.5                                # [size_in]
     weights = (centre[:, :, None] - pixel).abs_().mul_(-1 / scale.clamp(min=1)[:, :, None]).add_(1).clamp_(min=0)
-    inside = (pixel > start[:, None]) & (pixel < (start + length)[:, None])
+    inside = (pixel > first[:, None]) & (pixel < (first + count)[:, None])
     weights.mul_(inside[:, None])
     return weights.div_(weights.sum(2, keepdim=True))
 
@@ -302,6 +354,21 @@ def rotate(x, angles):
     return F.grid_sample(pictures, grid, align_corners=False).transpose(0, 1).flatten(2)
 
 
+def blur(x, sigmas, radius):
+    """Gaussian blur of square pictures x [3, n, size * size] over 2 radius + 1 pixels, mirrored edges; sigmas [n]."""
+    size = math.isqrt(x.shape[2])
+    steps = torch.arange(-radius, radius + 1, device=x.device)
+    kernel = torch.exp(-0.5 * (steps / sigmas[:, None]) ** 2)
+    kernel = kernel / kernel.sum(1, keepdim=True)                                                   # [n, taps]
+    source = (torch.arange(size, device=x.device)[:, None] + steps).abs()                           # [size, taps]
+    source = torch.where(source >= size, 2 * (size - 1) - source, source)
+    shape = len(sigmas), *source.shape
+    weights = x.new_zeros(len(sigmas), size, size)
+    weights.scatter_add_(2, source.expand(shape), kernel[:, None].expand(shape))
+    pictures = x.view(3, -1, size, size)
+    return torch.stack([weights.bmm(channel).bmm(weights.transpose(1, 2)) for channel in pictures]).flatten(2)
+
+
 # The colour operations of transforms.ColorJitter, in place on x [3, n, pixels], with a factor for each picture [n].
 
 def adjust_brightness(x, factor):
@@ -321,17 +388,18 @@ def adjust_saturation(x, factor):
 def adjust_hue(x, factor):
     """Turn the hue by `factor` (1 is the whole circle), keeping value and chroma of HSV."""
     red, green, blue = x
-    value, chroma = x.amax(0), x.amax(0).sub_(x.amin(0))
-    divisor = chroma.clamp(min=1e-12)                                   # a gray pixel keeps value and chroma 0
-    hue = torch.where(value == red, (green - blue).div_(divisor),       # in sixths of the circle
-                      torch.where(value == green, (blue - red).div_(divisor).add_(2),
-                                  (red - green).div_(divisor).add_(4)))
-    hue.add_(6 * factor[:, None])
-    for channel, offset in enumerate((5, 3, 1)):
-        # HSV to RGB as a formula: channel = value - chroma * clamp(min(k, 4 - k), 0, 1), k = (offset + hue) mod 6
-        k = (hue + offset).remainder_(6)
-        k = torch.minimum(k, 4 - k).clamp_(0, 1)
-        torch.sub(value, k.mul_(chroma), out=x[channel])
+    value = torch.maximum(torch.maximum(red, green), blue)
+    low = torch.minimum(torch.minimum(red, green), blue)
+    chroma = value - low
+    # Which channel is the largest, as 0 or 1: on a CPU comparisons and torch.where are many times slower.
+    is_red, is_green = ((channel - value).sign_().add_(1) for channel in (red, green))
+    hue = torch.lerp((red - green).add_(chroma, alpha=4), (blue - red).add_(chroma, alpha=2), is_green)
+    hue = torch.lerp(hue, green - blue, is_red).div_(chroma.clamp(min=1e-12))               # in sixths of the circle
+    hue.add_(6 * factor[:, None])                                       # a gray pixel keeps chroma 0
+    hue.sub_((hue / 6).floor_().mul_(6))
+    weights = (hue - 3).abs_().sub_(1), 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()         # HSV to RGB
+    for channel, weight in zip(x, weights):
+        torch.addcmul(low, chroma, weight.clamp_(0, 1), out=channel)
 
 
 COLOUR_OPERATIONS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)

@@ -170,6 +170,7 @@ class SupConResNet(nn.Module):
         self.head = make_head(dim, sizes, head_bn)
         self.feat_dim, self.normalize_embedding = sizes[-1], normalize_embedding
         self.fc = nn.Linear(dim, num_classes) if num_classes else None
+        self.moco = None                                # or a MomentumContrast, saved with the network
 
     def forward(self, x):
         encoded = self.encoder(x)

@@ -221,7 +221,7 @@ def test_auto_takes_batched_where_the_pictures_fit(monkeypatch, picture_folder):
     train, _ = load(opt)
     assert isinstance(make_loader(train, pretraining_view(opt), opt), loaders.BatchedLoader)
     monkeypatch.setattr(loaders, 'available_memory', lambda: 1000)
-    assert isinstance(make_loader(train, pretraining_view(opt), opt), loaders.PerSampleLoader)
+    assert isinstance(make_loader(train, pretraining_view(opt), opt), loaders.WorkerLoader)
 
 
 def test_available_memory_is_that_of_this_machine():

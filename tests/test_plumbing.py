@@ -61,10 +61,12 @@ def test_the_schedule_reaches_the_optimizer_at_every_step(call, spy, program):
 @pytest.mark.parametrize('method, positives', [('SupCon', 'class'), ('SimCLR', 'picture')])
 def test_temperature_and_method_reach_the_loss(call, spy, method, positives):
     called, made = spy(main_supcon.SupConLoss, 'forward'), spy(main_supcon, 'SupConLoss')
-    run(call, main_supcon, '--method', method, '--temp', 0.23)
-    assert made[0][1] == {'temperature': 0.23}
+    run(call, main_supcon, '--method', method, '--temp', 0.23, '--base_temperature', 0.3, '--contrast_mode', 'one',
+        '--summation_location', 'in', '--denominator_mode', 'one_positive', '--positives_cap', 2)
+    assert made[0][1] == {'temperature': 0.23, 'base_temperature': 0.3, 'contrast_mode': 'one',
+                          'summation_location': 'in', 'denominator_mode': 'one_positive', 'positives_cap': 2}
     assert {kwargs['positives'] for _, kwargs in called} == {positives}
-    features, labels = called[0][0][1:3]
+    features, labels = called[0][0][1], called[0][1]['labels']
     assert features.shape[:2] == (32, 2) and len(labels) == 32
 
 
@@ -147,7 +149,7 @@ def test_ce_weight_scales_the_gradient_of_the_classifier(call, spy):
         torch.Tensor.backward = original
     (logits, targets), keywords = calls[0]
     criterion = main_supcon.SupConLoss(0.07)
-    contrastive = criterion(losses[0][0][1], losses[0][0][2]).item()
+    contrastive = criterion(losses[0][0][1], losses[0][1]['labels']).item()
     expected = contrastive + 0.5 * torch.nn.functional.cross_entropy(logits, targets, **keywords).item()
     assert seen[0] == pytest.approx(expected, rel=1e-5)
 

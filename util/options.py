@@ -161,27 +161,33 @@ FLAG = {'action': 'store_true'}
 OPTIONS = {
     'data': [
         ('--dataset', dict(type=dataset, default='cifar10', metavar='NAME',
-                           help='digits, cifar10, cifar100, path or mvip')),
+                           help='digits, cifar10, cifar100, imagenet, path or mvip')),
         ('--data_folder --data_dir', dict(metavar='FOLDER', help='folder of the data; needed by --dataset path; '
-                                          'default: ./data, mvip ./data/MVIP/sets')),
+                                          'default: ./data, ./data/imagenet, ./data/MVIP/sets')),
         ('--mean', dict(type=channels(number(float, -math.inf)), metavar='"(R, G, B)"',
                         help="channel means; default: the dataset's, or measured on the training pictures")),
         ('--std', dict(type=channels(POSITIVE), metavar='"(R, G, B)"',
                        help='channel standard deviations; default: as --mean')),
         ('--size --image_size', dict(type=number(int, 8, 4096), metavar='PIXELS',
-                                     help='side of the views; default: 32, digits 16, mvip 224')),
+                                     help='side of the views; default: 32, digits 16, imagenet and mvip 224')),
         ('--max_samples', dict(type=COUNT, metavar='N', help='use at most N training and N validation pictures, '
                                'spread over the classes; default: all')),
-        ('--loader', dict(choices=('auto', 'batched', 'per_sample'), default='auto',
-                          help='batched: all pictures in memory, views drawn on the device; per_sample: torchvision '
-                               'transforms in worker processes; auto: batched where the pictures fit')),
+        ('--loader', dict(choices=('auto', 'batched', 'workers', 'per_sample'), default='auto',
+                          help='batched: all pictures in memory, views drawn on the device; workers: worker processes '
+                               'read and crop, colours on the device; per_sample: torchvision transforms in worker '
+                               'processes; auto: batched where the pictures fit, else workers')),
         ('--num_workers', dict(type=COUNT_OR_ZERO, metavar='N', help='worker processes that read and draw; default, '
                                'and never more than: the cores there are')),
     ],
     'views': [
-        ('--augment_policy', dict(choices=('no', 'sim', 'auto', 'rand'), help='training views beside cropping and '
-                                  'flipping: no: nothing; sim: colour jitter and grayscale; auto: AutoAugment; rand: '
-                                  'RandAugment (default: sim in pretraining and for mvip, else no)')),
+        ('--augment_policy', dict(choices=('no', 'sim', 'auto', 'rand', 'stacked_rand'), help='training views beside '
+                                  'cropping and flipping: no: nothing; sim: colour jitter and grayscale; auto: '
+                                  'AutoAugment; rand: RandAugment; stacked_rand: RandAugment and sim (default: sim in '
+                                  'pretraining and for mvip, else no)')),
+        ('--crop_min', dict(type=number(float, 1e-3, 1), metavar='SHARE', help='smallest share of the area of a random '
+                            'crop; default: 0.2, digits 0.4, imagenet 0.08, mvip 0.6 and 0.8')),
+        ('--jitter_strength', dict(type=number(float, 0, 2), default=0.5, metavar='S', help='of the colours of sim')),
+        ('--blur_p', dict(type=number(float, 0, 1), default=0., metavar='P', help='probability of blur in sim')),
         ('--rand_n', dict(type=number(int, 1, 20), default=1, metavar='N', help='operations of RandAugment')),
         ('--rand_m', dict(type=number(int, 0, 30), default=2, metavar='M', help='their magnitude')),
         ('--cutout', dict(FLAG, help='set squares of training views to the mean colour')),
@@ -329,7 +335,7 @@ OPTIONS = {
 NEEDS = {
     **dict.fromkeys(('KD_alpha', 'KD_temp', 'teacher_path', 'teacher_ckpt', 'teacher_kind'), ('KD', None)),
     **dict.fromkeys(('n_holes', 'cutout_length'), ('cutout', None)),
-    **dict.fromkeys(('rand_n', 'rand_m'), ('augment_policy', ('rand',))),
+    **dict.fromkeys(('rand_n', 'rand_m'), ('augment_policy', ('rand', 'stacked_rand'))),
     **dict.fromkeys(('moco_k', 'moco_m', 'moco_t'), ('moco', None)),
     **dict.fromkeys(('warm_epochs', 'warmup_from'), ('warm', None)),
     **dict.fromkeys(('wandb_entity', 'wandb_project'), ('wandb', None)),
@@ -346,7 +352,8 @@ METHOD_DEFAULTS = {                         # where they differ; of the encoder'
     ('main_linear', 'GenSCL'): {'batch_size': 512, 'learning_rate': 5., 'warm': True, 'warm_epochs': 5,
                                 'warmup_from': 1e-5, 'seed': 3407},
 }
-DATASET_DEFAULTS = {                        # where they differ, as published for MVIP
+DATASET_DEFAULTS = {                        # where they differ
+    'imagenet': {'stem': ('imagenet', 'imagenet', None)},
     'mvip': {'epochs': (110, 100, 50), 'batch_size': 16, 'learning_rate': 0.001,
              'weight_decay': (1e-4, 0., 0.), 'save_freq': 10},
 }
@@ -424,9 +431,9 @@ def _complete(opt, program):
         raise UserError('--dataset path: --data_folder is missing, expected a folder of pictures')
     if opt.resume and opt.overwrite:
         raise UserError('--resume and --overwrite are both given, expected at most one')
-    if opt.loader == 'batched' and opt.augment_policy in ('auto', 'rand'):
-        raise UserError(f'--augment_policy {opt.augment_policy} is drawn one picture at a time, expected --loader auto '
-                        'or per_sample')
+    if opt.loader == 'batched' and opt.augment_policy in ('auto', 'rand', 'stacked_rand'):
+        raise UserError(f'--augment_policy {opt.augment_policy} is drawn one picture at a time, expected --loader '
+                        'auto, workers or per_sample')
     opt.cosine = bool(opt.cosine)
     if opt.warm is None:                                # large batches need it
         opt.warm = opt.batch_size > 256 and program != 'main_linear'
@@ -475,7 +482,7 @@ def _check_loss(opt):
 
 def data_folder(dataset):
     """Where a dataset lies unless told otherwise."""
-    return './data/MVIP/sets' if dataset == 'mvip' else './data'
+    return {'mvip': './data/MVIP/sets', 'imagenet': './data/imagenet'}.get(dataset, './data')
 
 
 def _check_augmentations(opt):

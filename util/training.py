@@ -1,4 +1,5 @@
 """What the training loops share: devices, schedules, meters, accuracies."""
+import contextlib
 import math
 import os
 
@@ -31,10 +32,11 @@ def set_device(opt):
 def prepare(model, opt):
     """Move a network with an `encoder` to the device; compile the encoder and spread it over the GPUs as asked."""
     model.to(opt.device)
-    model.encoder.precision = precision(opt)
-    if opt.compile:
-        model.encoder.compile()
-    model.encoder = spread(model.encoder, opt)
+    for network in [model] + ([model.moco.network] if getattr(model, 'moco', None) else []):
+        network.encoder.precision = precision(opt)
+        if opt.compile:
+            network.encoder.compile()
+        network.encoder = spread(network.encoder, opt)
     return model
 
 
@@ -91,10 +93,61 @@ def set_optimizer(opt, model):
     return optimizer
 
 
-def update(loss, optimizer):
-    """One step down the gradient of the loss."""
+def forward(model, images, opt, n_views=1):
+    """Outputs for images [n_views * bsz, ...], view after view, and what `update` needs to know.
+
+    With --accum_steps the batch goes through the network in pieces, by gradient caching (Gao et al., 2021,
+    https://arxiv.org/abs/2101.06983): first without graph, to have all outputs and their loss; then `update` goes
+    through the pieces again and passes them the gradient of the outputs. So the loss is that of the whole batch, in the
+    memory of a piece; batch norms normalize each piece.
+    """
+    pieces = pieces_of(images, opt, n_views)
+    if len(pieces) == 1:
+        with autocast(opt):
+            return model(images), None
+    seeds = torch.randint(2**62, (len(pieces),)).tolist()               # dropout is the same both times
+
+    def of(piece, seed):
+        torch.manual_seed(seed)
+        with autocast(opt):
+            output = model(piece.flatten(0, 1))
+        return output if isinstance(output, tuple) else (output,)
+
+    with torch.no_grad(), _frozen_statistics(model):
+        parts = [of(piece, seed) for piece, seed in zip(pieces, seeds)]
+    outputs = tuple(torch.cat([part.unflatten(0, (n_views, -1)) for part in column], 1).flatten(0, 1).requires_grad_()
+                    for column in zip(*parts))
+
+    def backward():
+        gradients = [output.grad.unflatten(0, (n_views, -1)).split([piece.shape[1] for piece in pieces], 1)
+                     for output in outputs]
+        for piece, seed, *gradient in zip(pieces, seeds, *gradients):
+            torch.autograd.backward(of(piece, seed), [part.flatten(0, 1) for part in gradient])
+    return outputs if len(outputs) > 1 else outputs[0], backward
+
+
+def pieces_of(images, opt, n_views=1):
+    """The pictures in opt.accum_steps pieces [n_views, part of bsz, ...] of at least two, which batch norm needs."""
+    views = images.unflatten(0, (n_views, -1))
+    return views.tensor_split(max(1, min(opt.accum_steps, views.shape[1] // 2)), 1)
+
+
+@contextlib.contextmanager
+def _frozen_statistics(model):
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    yield
+    for norm in norms:
+        norm.track_running_stats = True
+
+
+def update(loss, optimizer, backward=None):
+    """One step down the gradient of the loss; backward as `forward` gave it."""
     optimizer.zero_grad()
     optimizer.scaler.scale(loss).backward()
+    if backward is not None:
+        backward()
     optimizer.scaler.step(optimizer)
     optimizer.scaler.update()
 
