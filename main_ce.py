@@ -80,7 +80,9 @@ def validate(loaders, model, opt):
     logits, labels = util.forward_all(model, loaders['val'], opt)
     correct = (logits.argmax(1) == labels).float()
     values = {'val_loss': F.cross_entropy(logits, labels).item(), 'val_acc': 100 * correct.mean().item()}
-    log(f" * Acc@1 {values['val_acc']:.3f}")
+    if logits.shape[1] > 5:
+        values['val_acc5'] = 100 * (logits.topk(5).indices == labels[:, None]).any(1).float().mean().item()
+    log(f" * Acc@1 {values['val_acc']:.3f}" + (f" Acc@5 {values['val_acc5']:.3f}" if 'val_acc5' in values else ''))
     if 'ood' in loaders:
         id_logits = util.forward_all(model, loaders['id'], opt)[0] if 'id' in loaders else logits
         values.update(util.ood_metrics(logits, id_logits, util.forward_all(model, loaders['ood'], opt)[0]))
@@ -89,6 +91,14 @@ def validate(loaders, model, opt):
 
 def fit(run, train_loader, loaders, model, criterion, optimizer, classes, opt):
     """All epochs, with validation, TensorBoard and checkpoints; prints the best accuracy last."""
+    exporter = util.Exporter(model, opt, classes) if opt.export else None
+    if opt.evaluate:
+        run.load(model)
+        validation, per_class = validate(loaders, model, opt)
+        report(loaders, validation, per_class, classes, opt)
+        if exporter:
+            exporter.write()
+        return
     first_epoch, best_acc = run.restore(model, optimizer)
     run.start(classes)
     for epoch in range(first_epoch, opt.epochs + 1):
@@ -102,12 +112,19 @@ def fit(run, train_loader, loaders, model, criterion, optimizer, classes, opt):
             values.update(validation)
         run.log_values({'learning_rate': optimizer.param_groups[0]['lr'], **values}, epoch)
         run.save(epoch, model, optimizer, best_acc)
+    report(loaders, validation, per_class, classes, opt)
+    if exporter:
+        exporter.write()
+    log(f'best accuracy: {best_acc:.2f}')
+
+
+def report(loaders, validation, per_class, classes, opt):
+    """What the last validation has beside the accuracy."""
     if opt.per_class:
         for number, value in per_class.items():
             log(f'accuracy of {classes[number]}: {value:.2f}')
     if 'ood' in loaders:
         log(util.ood_report(validation))
-    log(f'best accuracy: {best_acc:.2f}')
 
 
 def main(argv=None):

@@ -40,6 +40,8 @@ def parse_option(argv=None):
 def set_loader(opt):
     """Training batches of two views, and both sets as they are for the kNN accuracy; also the classes."""
     data = load_pictures(opt)
+    if opt.denominator_mode == 'only_negatives' and opt.method == 'SupCon' and len(data.train.classes) == 1:
+        raise util.UserError('--denominator_mode only_negatives: pictures of one class have no negatives')
     train = data.train.join(data.ood) if opt.aug_mode == 'with_both' else data.train        # with hard negatives
     train_loader = make_loader(train, pretraining_view(opt), opt, N_VIEWS)
     memory_loader, val_loader = (make_loader(part, evaluation_view(opt), opt, train=False)

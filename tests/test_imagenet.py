@@ -1,19 +1,34 @@
 """What ImageNet scale needs: gradient caching, momentum contrast, heads, views, folders, launch files, export."""
 import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from torchvision import models
+from torchvision.transforms.v2 import functional as tv
 
 import main_ce
+import main_linear
 import main_supcon
 import util
+from datasets import classification_view, evaluation_view, load_pictures, make_loader, pretraining_view, views
+from datasets.loader import WorkerLoader
+from datasets.pictures import Pictures, folder
+from datasets.views import View
 from losses import SupConLoss
+from networks.moco import NOBODY, MomentumContrast
 from networks.resnet_big import SupConResNet
+from util.export import named_as_elsewhere, plain_parts
 
-LARGE = ['--dataset', 'digits', '--model', 'resnet18', '--width', '0.0625', '--size', '8', '--num_workers', '0']
+DATA = ['--dataset', 'digits', '--size', '8', '--max_samples', '96', '--num_workers', '0']
 
 
 def ok(call, program, *arguments):
@@ -107,3 +122,373 @@ def test_programs_in_pieces(call, program, more):
     """Pieces of two or more pictures, whatever the size of the last batch."""
     out = ok(call, program, *TINY, '--max_samples', 37, '--epochs', 1, '--accum_steps', 7, *more, '--print_freq', 1)
     assert out.count('Train: ') >= 2
+
+
+# Momentum contrast
+
+def small_network():
+    return SupConResNet('resnet18', width=0.0625, feat_dim=6)
+
+
+def test_momentum_copy_moves_towards_the_network():
+    network = small_network()
+    moco = MomentumContrast(network, 8, 0.9)
+    before = {name: value.clone() for name, value in moco.network.named_parameters()}
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(1.)
+    moco.update(network)
+    for name, value in moco.network.named_parameters():
+        torch.testing.assert_close(value, before[name] + 0.1)
+        assert not value.requires_grad
+
+
+def test_queue_replaces_the_oldest_keys():
+    moco = MomentumContrast(small_network(), 5, 0.9)
+    assert (moco.queue_labels == NOBODY).all()
+    for i in range(4):                                                      # eight keys in five places
+        moco.enqueue(torch.full((2, 6), float(i)), torch.tensor([2 * i, 2 * i + 1]))
+    assert moco.queue_labels.tolist() == [5, 6, 7, 3, 4] and moco.queue[:, 0].tolist() == [2, 3, 3, 1, 2]
+    keys, labels = moco.contrasts(torch.ones(2, 6), torch.tensor([8, 9]))
+    assert labels.tolist() == [8, 9, 5, 6, 7, 3, 4] and keys.shape == (7, 6)
+
+
+def test_empty_places_are_seen_by_nobody():
+    moco, criterion = MomentumContrast(small_network(), 16, 0.9), SupConLoss(0.1)
+    features, keys = (F.normalize(torch.randn(4, 6), dim=1) for _ in range(2))
+    labels = torch.tensor([0, 1, 0, 2])
+    contrasts, contrast_labels = moco.contrasts(keys, labels)
+    for positives in ('class', 'picture'):
+        torch.testing.assert_close(
+            criterion(features[:, None], labels, positives=positives, keys=contrasts, key_labels=contrast_labels),
+            criterion(features[:, None], labels, positives=positives, keys=keys, key_labels=labels))
+
+
+@pytest.mark.parametrize('method', ['SupCon', 'SimCLR'])
+def test_pretraining_with_momentum_contrast(call, monkeypatch, method):
+    """Queries are the first views, keys the second, the queue holds the batches before; resumed, it goes on exactly."""
+    arguments = [*TINY, '--method', method, '--moco', '--moco_k', 64, '--moco_m', 0.5, '--epochs', 3, '--moco_t', 0.2]
+    seen = []
+    original = SupConLoss.forward
+
+    def forward(self, features, **targets):
+        if len(features[0, 0]) > 1:
+            seen.append((self.temperature, features.shape, targets['keys'].shape, targets['key_labels'].clone()))
+        return original(self, features, **targets)
+    monkeypatch.setattr(SupConLoss, 'forward', forward)
+    ok(call, main_supcon, *arguments, '--output_name', 'whole')
+    temperature, features, keys, labels = seen[3]                           # the fourth batch: the queue is full
+    assert (temperature, features, keys) == (0.2, (32, 1, 128), (96, 128))
+    assert torch.equal(labels[32:], torch.cat([seen[2][3][:32], seen[1][3][:32]])) or torch.equal(
+        labels[32:], torch.cat([seen[1][3][:32], seen[2][3][:32]]))
+    train = main_supcon.train
+
+    def interrupted(loader, model, criterion, optimizer, epoch, *rest):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return train(loader, model, criterion, optimizer, epoch, *rest)
+    monkeypatch.setattr(main_supcon, 'train', interrupted)
+    assert call(main_supcon.main, *arguments, '--output_name', 'halves')[0] == 130
+    monkeypatch.setattr(main_supcon, 'train', train)
+    ok(call, main_supcon, *arguments, '--output_name', 'halves', '--resume')
+    whole, halves = (util.load_checkpoint(f'output/{name}/trial=0/last.ckpt')['model'] for name in ('whole', 'halves'))
+    assert all(torch.equal(whole[name], halves[name]) for name in whole) and 'moco.queue' in whole
+    ok(call, main_linear, *DATA, '--epochs', 1, '--pretrained', 'whole')
+
+
+def test_momentum_contrast_with_hard_negatives_and_pieces(call):
+    ok(call, main_supcon, *TINY, '--epochs', 1, '--moco', '--moco_k', 64, '--accum_steps', 4, '--ce_weight', 1,
+       '--output_name', 'a')
+
+
+# Heads
+
+def test_heads():
+    head = SupConResNet('resnet18', [40, 30, 20], width=0.0625, head_bn=True).head
+    assert [type(layer).__name__ for layer in head] == ['Linear', 'BatchNorm1d', 'ReLU'] * 2 + ['Linear']
+    assert [layer.out_features for layer in head if isinstance(layer, nn.Linear)] == [40, 30, 20]
+    assert set(SupConResNet('resnet18', [7], width=0.0625).head.state_dict()) == {'weight', 'bias'}
+    seen = []
+    model = SupConResNet('resnet18', [7], width=0.0625, normalize_embedding=True).eval()
+    model.head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    model(torch.randn(3, 3, 8, 8))
+    torch.testing.assert_close(seen[0].norm(dim=1), torch.ones(3))
+
+
+def test_head_options(call):
+    ok(call, main_supcon, *TINY, '--epochs', 1, '--head', '12,6', '--head_bn', '--normalize_embedding', '--output_name',
+       'a')
+    state = util.load_checkpoint('output/a/trial=0/last.ckpt')['model']
+    assert state['head.0.weight'].shape == (12, 32) and state['head.3.weight'].shape == (6, 12)
+
+
+# Views and folders
+
+def test_blur_is_torchvision_s():
+    pictures, sigmas = torch.rand(5, 3, 40, 40), torch.tensor([0.1, 0.5, 1., 1.7, 2.])
+    x = views.blur(pictures.flatten(2).transpose(0, 1), sigmas, 4)
+    expected = torch.stack([tv.gaussian_blur(picture, 9, sigma.item()) for picture, sigma in zip(pictures, sigmas)])
+    torch.testing.assert_close(x, expected.flatten(2).transpose(0, 1), rtol=0, atol=1e-6)
+    assert View(224, (0,) * 3, (1,) * 3).blur_radius == 11                  # 23 pixels, as SimCLR
+    drawn = views.draw(View(32, (0,) * 3, (1,) * 3, blur=0.3), *[torch.full((5000,), 32)] * 2,
+                       torch.Generator().manual_seed(0))
+    blurred = drawn.sigmas > 0
+    assert blurred.float().mean() == pytest.approx(0.3, abs=0.03)
+    low, high = drawn.sigmas[blurred].aminmax()
+    assert low == pytest.approx(0.1, abs=0.01) and high == pytest.approx(2, abs=0.01)
+
+
+@pytest.mark.parametrize('h, w', [(40, 40), (60, 45), (33, 70)])
+def test_evaluation_of_large_pictures_is_torchvision_s(h, w):
+    """Resize(36) and CenterCrop(32), in one product."""
+    picture = torch.rand(3, h, w).mul(255).byte()
+    view = View(32, (0., 0., 0.), (1., 1., 1.), resize=36)
+    drawn = views.draw(view, torch.tensor([h]), torch.tensor([w]), None)
+    x = views.apply(view, picture.transpose(0, 1)[None], drawn)[0]
+    expected = tv.center_crop(tv.resize(picture.float() / 255, 36, antialias=True), 32)
+    torch.testing.assert_close(x, expected, rtol=0, atol=1e-5)
+    assert [type(step).__name__ for step in views.per_sample(view).transforms[:2]] == ['Resize', 'CenterCrop']
+
+
+@pytest.fixture
+def jpegs(tmp_path):
+    """An ImageNet-like folder of smooth pictures of many sizes: train/<class>/ and val/<class>/."""
+    rng = np.random.default_rng(0)
+    for part, count in (('train', 12), ('val', 4)):
+        for i in range(count):
+            size = [(500, 375), (375, 500), (640, 480), (120, 90)][i % 4]
+            small = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+            (tmp_path / 'pictures' / part / 'ab'[i % 2]).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(
+                tmp_path / 'pictures' / part / 'ab'[i % 2] / f'{i:02}.jpg', quality=95)
+    return tmp_path / 'pictures'
+
+
+def test_imagenet_is_shown_as_published(jpegs):
+    opt = options('--dataset', 'imagenet', '--data_folder', jpegs, '--augment_policy', 'stacked_rand', '--blur_p', 0.5,
+                  '--jitter_strength', 1)
+    train = load_pictures(opt).train
+    assert train.classes == ['a', 'b'] and (opt.size, opt.stem, opt.mean) == (224, 'imagenet', (0.485, 0.456, 0.406))
+    view = pretraining_view(opt)
+    assert (view.crop, view.flip, view.rand) == ((0.08, 1.), 0.5, (1, 2))
+    assert (view.jitter, view.blur) == ((0.8, 0.8, 0.8, 0.2), 0.5)
+    opt = main_ce.parse_option(['--dataset', 'imagenet', '--crop_min', '0.3'])
+    opt.size, opt.mean, opt.std = 224, (0,) * 3, (1,) * 3
+    assert classification_view(opt).crop == (0.3, 1.) and evaluation_view(opt).resize == 256
+    opt = options('--dataset', 'path', '--data_folder', jpegs, '--stem', 'imagenet')
+    load_pictures(opt)
+    assert opt.size == 224 and opt.mean != (0.485, 0.456, 0.406) and pretraining_view(opt).crop == (0.08, 1.)
+
+
+def test_imagenet_without_its_folders(refused, tmp_path):
+    (tmp_path / 'x' / 'train').mkdir(parents=True)
+    refused(main_ce.main, '--dataset', 'imagenet', '--data_folder', 'x', words=['--data_folder x', 'no val/'])
+    refused(main_ce.main, '--dataset', 'imagenet', words=['data/imagenet', 'no train/'])
+
+
+def worker_views(pictures, view, n_views=2):
+    opt = options('--loader', 'workers', '--batch_size', len(pictures), '--num_workers', 0)
+    return next(iter(make_loader(pictures, view, opt, n_views, train=False)))
+
+
+@pytest.mark.parametrize('view', [
+    View(32, (0.5,) * 3, (0.2,) * 3, crop=(0.2, 1.), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2),
+    View(32, (0.5,) * 3, (0.2,) * 3, crop=(0.2, 1.), rotation=15., blur=0.5),
+    View(32, (0.5,) * 3, (0.2,) * 3, flip=0.5, padding=4, rand=(2, 9), cutout=(1, 8))])
+def test_workers_draw_from_the_same_distribution(real_pictures, view):
+    from test_views import compare
+    transform = views.per_sample(view)
+    expected = torch.stack([transform(real_pictures.load(i)) for i in range(len(real_pictures))])
+    compare(worker_views(real_pictures, view, n_views=1)[0], expected)
+
+
+def test_workers_give_both_views_of_the_same_pictures(jpegs):
+    """Evaluation views: view after view, in order, as the batched loader has them; and on the half way of a GPU."""
+    pictures = folder(jpegs / 'train')
+    view = View(64, (0.5,) * 3, (0.2,) * 3, resize=72)
+    images, labels = worker_views(pictures, view)
+    assert labels.tolist() == pictures.labels.tolist() and torch.equal(images[:12], images[12:])
+    opt = options('--loader', 'batched', '--batch_size', 12)
+    expected, _ = next(iter(make_loader(pictures, view, opt, 1, train=False)))
+    torch.testing.assert_close(images[:12], expected, rtol=0, atol=4 / 255 / 0.2)           # JPEG's own scales round
+    assert (images[:12] - expected).abs().mean() < 0.02
+    opt = options('--loader', 'workers', '--batch_size', 12, '--num_workers', 0)
+    loader = make_loader(pictures, view, opt, 2, train=False)
+    draw = loader.loader.dataset.draw
+    draw.finish, loader.rest = False, draw.rest
+    torch.testing.assert_close(next(iter(loader))[0], images)
+
+
+def test_jpegs_are_decoded_at_the_scale_that_is_needed(jpegs):
+    pictures = folder(jpegs / 'train')
+    i = next(i for i, file in enumerate(pictures.source) if Image.open(file).size == (640, 480))
+    assert pictures.load(i).size == (640, 480)
+    for needed, expected in (((641, 481), (640, 480)), ((320, 240), (320, 240)), ((321, 240), (640, 480)),
+                             ((81, 60), (160, 120)), ((80, 60), (80, 60))):
+        assert pictures.load(i, lambda w, h, needed=needed: needed).size == expected
+    view = View(16, (0.,) * 3, (1.,) * 3, crop=(0.9, 1.))
+    assert isinstance(make_loader(pictures, view, options('--loader', 'workers'), 2), WorkerLoader)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_worker_epochs_depend_on_seed_and_epoch_alone(jpegs, workers):
+    def batches(epoch):
+        opt = options('--loader', 'workers', '--batch_size', 5, '--num_workers', workers)
+        view = View(24, (0.5,) * 3, (0.2,) * 3, crop=(0.2, 1.), flip=0.5, rotation=5., jitter=(0.4, 0.4, 0.4, 0.1))
+        loader = make_loader(folder(jpegs / 'train'), view, opt, 2)
+        loader.set_epoch(epoch)
+        return list(loader)
+    first, again, other = batches(1), batches(1), batches(2)
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, again))
+    assert not torch.equal(first[0][0], other[0][0])
+
+
+def test_seeds_of_workers_leave_the_programs_numbers_alone(jpegs):
+    view = View(24, (0.5,) * 3, (0.2,) * 3, crop=(0.2, 1.), auto='imagenet')
+    for kind in ('workers', 'per_sample'):
+        opt = options('--loader', kind, '--num_workers', 0)
+        samples = make_loader(folder(jpegs / 'train'), view, opt, 2).loader.dataset
+        torch.manual_seed(5)
+        expected = torch.rand(3)
+        torch.manual_seed(5)
+        assert torch.equal(samples[0, 7][0], samples[0, 7][0]) and not torch.equal(samples[0, 7][0], samples[0, 8][0])
+        assert torch.equal(torch.rand(3), expected)
+
+
+def test_pictures_in_memory_go_through_workers():
+    pictures = Pictures(np.full((6, 20, 20, 3), 51, np.uint8), torch.zeros(6).long(), ['a'])
+    images, _ = worker_views(pictures, View(8, (0.,) * 3, (1.,) * 3, crop=(0.2, 1.)))
+    torch.testing.assert_close(images, torch.full((12, 3, 8, 8), 0.2))
+
+
+def test_programs_read_an_imagenet_folder(call, jpegs):
+    small = ['--dataset', 'imagenet', '--data_folder', jpegs, '--size', 32, '--epochs', 1, '--num_workers', 0]
+    network = ['--model', 'resnet18', '--width', 0.0625]
+    ok(call, main_supcon, *small, *network, '--loader', 'workers', '--augment_policy', 'auto', '--output_name', 'a')
+    ok(call, main_linear, *small, '--pretrained', 'a', '--output_name', 'b')
+    assert json.loads(Path('output/b/trial=0/options.json').read_text())['stem'] == 'imagenet'
+
+
+# Evaluation and export
+
+def logits_of(program_name, pictures):
+    """The logits that the network of a run's last.ckpt gives."""
+    checkpoint = util.load_checkpoint(f'output/{program_name}/trial=0/last.ckpt')
+    from networks.resnet_big import LinearProbe, SupCEResNet, make_encoder
+    opt = checkpoint['opt']
+    settings = {'size': opt['size'], 'stem': opt['stem'], 'width': opt['width']}
+    if 'fc.weight' in checkpoint['model']:
+        model = SupCEResNet(opt['model'], 10, **settings)
+    else:
+        model = LinearProbe(make_encoder(opt['model'], **settings), 10)
+    model.load_state_dict(checkpoint['model'])
+    return model.eval()(pictures).detach()
+
+
+FRESH = """
+import json, sys, torch
+pictures = torch.load('pictures.pt')
+extra = {'info.json': ''}
+program = torch.export.load(sys.argv[1], extra_files=extra)
+info = json.loads(extra['info.json'])
+torch.save((program.module()(pictures), info), 'result.pt')
+"""
+
+
+@pytest.fixture
+def linear_run(call):
+    ok(call, main_supcon, *TINY, '--epochs', 1, '--output_name', 'a')
+    ok(call, main_linear, *DATA, '--pretrained', 'a', '--epochs', 1, '--output_name', 'linear', '--export', 'first.pth')
+
+
+@pytest.mark.parametrize('name', ['linear', 'ce'])
+def test_export_gives_the_same_logits_in_a_fresh_process(call, linear_run, tmp_path, name):
+    if name == 'ce':
+        ok(call, main_ce, *TINY, '--epochs', 1, '--output_name', 'ce', '--export', 'x.pt2')
+    else:
+        ok(call, main_linear, *DATA, '--pretrained', 'a', '--output_name', 'linear', '--evaluate', '--export', 'x.pt2')
+    pictures = torch.randn(5, 3, 8, 8)
+    torch.save(pictures, 'pictures.pt')
+    subprocess.run([sys.executable, '-c', FRESH, 'x.pt2'], check=True, cwd=tmp_path)
+    logits, info = torch.load('result.pt')
+    torch.testing.assert_close(logits, logits_of(name, pictures), rtol=1e-4, atol=1e-5)
+    assert info['classes'] == [str(i) for i in range(10)] and info['size'] == 8 and len(info['mean']) == 3
+    assert not list(tmp_path.glob('*.partial'))
+
+
+def test_exported_state_dict_is_torchvision_s():
+    """A ResNet-50 with the usual stem loads into torchvision's, and gives the same logits."""
+    from networks.resnet_big import SupCEResNet
+    ours = SupCEResNet('resnet50', 10, stem='imagenet').eval()
+    theirs = models.resnet50(num_classes=10).eval()
+    theirs.load_state_dict(named_as_elsewhere(*plain_parts(ours)))
+    picture = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(theirs(picture), ours(picture), rtol=1e-4, atol=1e-5)
+
+
+def test_exported_state_dict_of_timm(call, tmp_path):
+    import timm
+    ok(call, main_ce, '--dataset', 'digits', '--size', 16, '--max_samples', 40, '--epochs', 1, '--model',
+       'timm/resnet10t', '--stem', 'imagenet', '--output_name', 'a', '--export', 'x.pth')
+    exported = torch.load('x.pth', weights_only=True)
+    model = timm.create_model(exported['model'].removeprefix('timm/'), num_classes=10).eval()
+    model.load_state_dict(exported['state_dict'])
+    picture = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(model(picture), logits_of('a', picture), rtol=1e-4, atol=1e-5)
+
+
+def test_export_at_the_end_of_a_run(linear_run):
+    exported = torch.load('first.pth', weights_only=True)
+    assert exported['classes'] == [str(i) for i in range(10)] and exported['state_dict']['fc.weight'].shape == (10, 32)
+    assert 'layer2.0.downsample.0.weight' in exported['state_dict']
+
+
+def test_export_refuses_before_it_trains(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(util.export.importlib.util, 'find_spec', lambda name: None)
+    for file, words in (('x.pt', 'ends in .pth, .pt2, .onnx'), ('nowhere/x.pth', 'nowhere'),
+                        ('x.onnx', 'onnxscript is missing')):
+        refused(main_ce.main, *TINY, '--epochs', 1, '--export', file, words=[f'--export {file}', words])
+
+
+def test_evaluation_alone(call, refused, linear_run, tmp_path):
+    refused(main_ce.main, *TINY, '--evaluate', '--output_name', 'b', words=['output/b/trial=0/last.ckpt', 'no such'])
+    run = tmp_path / 'output/linear/trial=0'
+    before = {file: file.read_bytes() for file in run.iterdir()}
+    accuracy = [line for line in (run / 'log.txt').read_text().splitlines() if 'Acc@1 ' in line]
+    out = ok(call, main_linear, *DATA, '--pretrained', 'a', '--output_name', 'linear', '--evaluate', '--per_class')
+    assert accuracy[-1] in out and 'Acc@5' in out and 'accuracy of 3: ' in out
+    assert before == {file: file.read_bytes() for file in run.iterdir()}
+
+
+# Mistakes
+
+@pytest.mark.parametrize('arguments, words', [
+    (['--positives_cap', '3'], ['--positives_cap 3', 'multiple of 2']),
+    (['--positives_cap', '-2'], ['--positives_cap', '-2']),
+    (['--moco', '--moco_k', '100'], ['--moco_k 100', 'multiple of --batch_size 32']),
+    (['--moco_k', '64'], ['--moco_k', '--moco is missing']),
+    (['--moco', '--moco_m', '1.5'], ['--moco_m', 'at most 1']),
+    (['--method', 'GenSCL', '--moco'], ['--moco', 'GenSCL']),
+    (['--method', 'GenSCL', '--summation_location', 'in'], ['--summation_location', 'GenSCL']),
+    (['--exp_decay', '0.9', '--cosine'], ['--exp_decay', '--cosine']),
+    (['--exp_decay_epochs', '2'], ['--exp_decay_epochs', '--exp_decay is missing']),
+    (['--optim_eps', '1'], ['--optim_eps', 'SGD']),
+    (['--nesterov', '--optim_kind', 'Adam'], ['--nesterov', 'Adam']),
+    (['--head', '12,x'], ['--head', "'12,x'"]), (['--head', '0'], ['--head', "'0'"]),
+    (['--head', '12', '--feat_dim', '6'], ['--feat_dim', '--head']),
+    (['--accum_steps', '0'], ['--accum_steps', 'at least 1']),
+    (['--crop_min', '0'], ['--crop_min', "'0'"])])
+def test_bad_combinations(refused, arguments, words):
+    refused(main_supcon.main, *TINY, *arguments, words=words)
+
+
+def test_one_class_has_no_negatives(refused, picture_folder):
+    picture_folder('one', {'a': 12})
+    data = ['--dataset', 'path', '--data_folder', 'one', '--model', 'resnet18', '--width', '0.0625']
+    for location in ('in', 'out'):
+        refused(main_supcon.main, *data, '--summation_location', location, '--denominator_mode', 'only_negatives',
+                words=['--denominator_mode only_negatives', 'one class'])
+
+
+def test_base_learning_rate_is_for_256_pictures():
+    assert options('--base_lr', 0.4, '--batch_size', 6144).learning_rate == pytest.approx(9.6)

@@ -14,11 +14,16 @@ from conftest import TINY
 import main_ce
 import main_linear
 import main_supcon
+import util
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ['supcon_cifar10', 'supcon_cifar10_linear', 'simclr_cifar10', 'simclr_cifar10_linear', 'ce_cifar10',
           'simclr_path'] + [f'genscl_{data}{stage}' for data in ('cifar10', 'cifar100')
                             for stage in ('_teacher', '', '_linear')]
+PAPER = ['supcon_imagenet_resnet50', 'supcon_imagenet_resnet101', 'supcon_imagenet_resnet200',
+         'simclr_imagenet_resnet50', 'cross_entropy_imagenet_resnet50', 'supcon_cifar10_resnet50',
+         'simclr_cifar10_resnet50', 'cross_entropy_cifar10_resnet50']
+HEAD = 'train_classification_head_from_pretrained_encoder'
 RECIPES = {                                                     # as published, but for the path of the checkpoint
     'ce_cifar10': 'main_ce.py --batch_size 1024 --learning_rate 0.8 --cosine --syncBN',
     'supcon_cifar10': 'main_supcon.py --batch_size 1024 --learning_rate 0.5 --temp 0.1 --cosine',
@@ -53,21 +58,30 @@ def shell(command, cwd, **environment):
                           env={**os.environ, 'PATH': path, **environment})
 
 
-def command_of(script, tmp_path, *arguments):
-    """The command line that a launch file gives to python."""
+def commands_of(script, tmp_path, *arguments):
+    """The command lines that a launch file gives to python, but for that which sorts options."""
     python = tmp_path / 'bin' / 'python'
     python.parent.mkdir(exist_ok=True)
-    python.write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word"; done\n')
+    python.write_text(f'''#!/bin/sh
+if [ "$1" = util/options.py ]; then exec {sys.executable} "$@"; fi
+printf "%s\\n" "$@" >> {tmp_path}/commands; echo end >> {tmp_path}/commands
+''')
     python.chmod(0o755)
+    (tmp_path / 'commands').unlink(missing_ok=True)
     result = shell(['bash', str(ROOT / 'scripts' / f'{script}.sh'), *arguments], tmp_path,
                    PATH=f'{python.parent}:{os.environ["PATH"]}')
     assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines()
+    return [part.splitlines() for part in (tmp_path / 'commands').read_text().split('end\n')[:-1]]
+
+
+def command_of(script, tmp_path, *arguments):
+    command, = commands_of(script, tmp_path, *arguments)
+    return command
 
 
 def test_every_launch_file_is_tested():
     scripts = {file.stem for file in (ROOT / 'scripts').glob('*.sh')}
-    assert scripts == {*LAUNCH, 'env', 'mvip_experiments', 'quickstart', 'test'}
+    assert scripts == {*LAUNCH, *PAPER, HEAD, 'env', 'mvip_experiments', 'quickstart', 'recipe', 'test'}
 
 
 @pytest.mark.parametrize('script', LAUNCH)
@@ -108,6 +122,78 @@ def test_launch_files_run(call, picture_folder, tmp_path):
         program, *arguments = command_of(script, tmp_path, *small)
         status, _, err = call(programs[program].main, *arguments)
         assert status == 0, (script, err)
+
+
+PROGRAMS = {'main_supcon.py': main_supcon, 'main_ce.py': main_ce, 'main_linear.py': main_linear}
+# batch, epochs, rate for 256 pictures, optimizer, weight decay of pretraining (or cross-entropy), then of linear.
+TABLE = {
+    'supcon_imagenet_resnet50': [(6144, 350, 0.4, 'LARS', 1e-3), (6144, 90, 0.05, 'RMSPropTF', 1e-6)],
+    'supcon_imagenet_resnet101': [(4096, 350, 0.4, 'LARS', 1e-4), (4096, 90, 0.05, 'RMSPropTF', 1e-6)],
+    'supcon_imagenet_resnet200': [(4096, 700, 0.2, 'LARS', 1e-4), (4096, 90, 0.05, 'RMSPropTF', 1e-6)],
+    'simclr_imagenet_resnet50': [(6144, 100, 0.3, 'LARS', 1e-4), (6144, 90, 0.1, 'nesterov', 1e-6)],
+    'cross_entropy_imagenet_resnet50': [(6144, 200, 0.1, 'nesterov', 1e-4)],
+    'supcon_cifar10_resnet50': [(4096, 1000, 0.5, 'SGD', 1e-4), (4096, 100, 2.5, 'SGD', 0)],
+    'simclr_cifar10_resnet50': [(1024, 400, 0.5, 'SGD', 1e-4), (1024, 90, 0.25, 'SGD', 0)],
+    'cross_entropy_cifar10_resnet50': [(1024, 1000, 0.1, 'nesterov', 5e-4)],
+}
+
+
+@pytest.mark.parametrize('script', PAPER)
+def test_recipes_of_the_paper_are_its_table(script, tmp_path):
+    for (program, *arguments), row in zip(commands_of(script, tmp_path, '--mode=train'), TABLE[script], strict=True):
+        opt = util.parse(program.removesuffix('.py'), '', arguments)
+        optimizer = 'LARS' if opt.LARS else 'nesterov' if opt.nesterov else opt.optim_kind
+        assert (opt.batch_size, opt.epochs, opt.base_lr, optimizer, opt.weight_decay) == row
+        assert opt.learning_rate == pytest.approx(row[2] * row[0] / 256)
+        assert opt.dataset in script and (opt.model is None or opt.model in script)
+        if program == 'main_supcon.py':
+            assert opt.temp == (0.5 if script == 'simclr_cifar10_resnet50' else 0.1) and opt.base_temperature == 1
+            assert (opt.method == 'SimCLR') == script.startswith('simclr')
+            assert opt.warm_epochs == (12 if 'imagenet' in script else 10)
+
+
+@pytest.mark.parametrize('script', PAPER)
+def test_recipes_of_the_paper_run(call, tmp_path, script):
+    """Train and evaluate, in miniature, with options that only one stage knows; then the last step once more."""
+    small = [*TINY, '--epochs', '1', '--temp=0.2', '--zero_init', '--label_smoothing', '0.1', '--output-name', 'mine',
+             '--trial=7']
+    commands = commands_of(script, tmp_path, '--mode=train_then_eval', *small)
+    assert [command[0] for command in commands] == (
+        ['main_ce.py'] * 2 if 'cross' in script else ['main_supcon.py', 'main_linear.py', 'main_linear.py'])
+    assert ('--evaluate' in commands[-1]) and commands_of(script, tmp_path, '--mode', 'eval', *small) == commands[-1:]
+    assert commands_of(script, tmp_path, '--mode', 'train', *small) == commands[:-1]
+    for program, *arguments in commands:
+        status, out, err = call(PROGRAMS[program].main, *arguments)
+        assert status == 0, err
+    assert 'Acc@1' in out and (tmp_path / 'output/mine/trial=7/last.ckpt').exists()
+    if 'cross' not in script:
+        (program, *arguments) = command_of(HEAD, tmp_path, '--ckpt', 'output/mine/trial=7/last.ckpt', *TINY[:2],
+                                           *TINY[6:], '--epochs', '1')
+        assert call(PROGRAMS[program].main, *arguments)[0] == 0
+
+
+def test_a_recipe_through_its_own_command_line(copy):
+    small = [*TINY, '--epochs', '1']
+    result = shell(['bash', 'scripts/simclr_cifar10_resnet50.sh', '--mode=train_then_eval', *small], copy)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r'Acc@1 \d+\.\d+ Acc@5', result.stdout.splitlines()[-1])
+    result = shell(['bash', 'scripts/simclr_cifar10_resnet50.sh', '--mode=test'], copy)
+    assert result.returncode == 2 and 'train_then_eval' in result.stderr and result.stderr.count('\n') == 1
+    result = shell(['bash', 'scripts/simclr_cifar10_resnet50.sh', '--no_such_option', '3'], copy)
+    assert result.returncode == 2 and '--no_such_option' in result.stderr
+
+
+def test_without_labels_supcon_is_simclr(tmp_path):
+    commands = commands_of('supcon_cifar10_resnet50', tmp_path, '--use_labels=False', '--mode=train')
+    assert util.parse('main_supcon', '', commands[0][1:]).method == 'SimCLR'
+
+
+def test_words_that_a_program_knows():
+    words = ['--temp', '0.1', '--epochs', '3', '--cosine', '--no-warm', '--temp=2', '--zero-init', '--data-folder', 'x',
+             '--unknown', '5', '--per_class', '--moco']
+    assert util.options.known_words('main_linear', words) == [
+        '--epochs', '3', '--cosine', '--no-warm', '--data-folder', 'x', '--unknown', '5', '--per_class']
+    assert util.options.known_words('main_supcon', words) == [word for word in words if word != '--per_class']
 
 
 def test_quickstart_in_miniature(copy):
@@ -195,3 +281,10 @@ def test_mixing_is_drawn(tmp_path):
     assert result.returncode == 0 and (tmp_path / 'x.png').stat().st_size > 10_000, result.stderr
     result = shell([*plot, '--output', 'nowhere/x.png'], tmp_path)
     assert result.returncode == 2 and 'nowhere/x.png' in result.stderr and result.stderr.count('\n') == 1
+
+
+def test_folder_benchmark_ends_with_its_ratio(tmp_path):
+    result = shell([sys.executable, ROOT / 'benchmarks' / 'bench_folder.py', '--pictures', '70', '--size', '16', '--repeat',
+                    '1', '--policies', 'sim', 'auto'], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert re.fullmatch(r'ratio \d+\.\d\d', result.stdout.splitlines()[-1])

@@ -1,4 +1,5 @@
 """The plumbing that the three programs share."""
+from util.export import Exporter
 from util.options import UserError, defaults, parse, run
 from util.runs import Run, load_checkpoint, load_encoder, log, progress
 from util.teachers import load_teacher, read_teacher

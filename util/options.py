@@ -323,6 +323,10 @@ OPTIONS = {
         ('--eval_freq', dict(type=COUNT_OR_ZERO, default=(10, 1, 1), metavar='N',
                              help='epochs between evaluations (pretraining: kNN accuracy); 0: only after the last')),
         ('--per_class', dict(FLAG, help='print the accuracy of each class'), CE + LINEAR),
+        ('--evaluate', dict(FLAG, help="only evaluate the run's last.ckpt"), CE + LINEAR),
+        ('--export', dict(metavar='FILE', help='write encoder and classifier for use elsewhere at the end, with '
+                          '--evaluate those of last.ckpt: .pth a state dict with the names of torchvision or timm, '
+                          '.pt2 a program of torch.export, or .onnx; default: no'), CE + LINEAR),
         ('--debug', dict(FLAG, help='one epoch only')),
         ('--wandb', dict(FLAG, help='send curves and pictures to Weights & Biases too (pip install wandb)')),
         ('--wandb_entity', dict(metavar='NAME', help='its user or team; default: yours')),
@@ -406,6 +410,25 @@ def parse(program, description, argv=None, method=None):
             expected = f'expected --{needed} {" or ".join(values)}' if values else f'--{needed} is missing'
             raise UserError(f'--{name} has no effect: {expected}' + f', found {found}' * bool(values))
     return opt
+
+
+def known_words(program, argv):
+    """The words of a command line without the options, and their values, that only other programs have.
+
+    For launch files, whose options go to several programs. What no program has stays, to be refused.
+    """
+    rows = [((*row, PROGRAMS)[2], f'--{name}', 'action' in row[1] and row[1]['action'] != Switch)
+            for group in OPTIONS.values() for row in group for name in row[0].replace('--', '').split()]
+    mine = {flag for programs, flag, _ in rows if program in programs}
+    others = {flag: is_flag for programs, flag, is_flag in rows if flag not in mine}
+    words, rest = [], iter(argv)
+    for word in rest:
+        flag, equals, _ = _underscores(word).partition('=')
+        if flag not in others:
+            words.append(word)
+        elif not others[flag] and not equals:
+            next(rest, None)
+    return words
 
 
 def defaults(**changes):
@@ -495,3 +518,7 @@ def _check_augmentations(opt):
     for name in needed:
         if name not in given:
             raise UserError(f'--aug_mode {opt.aug_mode}: --{name} is missing, expected a folder in --aug_output_name')
+
+
+if __name__ == '__main__':              # python util/options.py main_linear --temp 0.1 --epochs 3 -> --epochs 3
+    sys.stdout.write(''.join(word + '\0' for word in known_words(sys.argv[1], sys.argv[2:])))

@@ -82,7 +82,7 @@ class Run:
         self.last = self.folder / 'last.ckpt'
         self.checkpoint = None
         try:
-            if opt.resume and self.last.exists():
+            if getattr(opt, 'evaluate', False) or opt.resume and self.last.exists():
                 self.checkpoint = load_checkpoint(self.last)
             elif opt.resume and any(self.folder.glob('*.ckpt')):
                 raise UserError(f'--resume: {self.folder} has checkpoints but no last.ckpt, expected the one to '
@@ -113,6 +113,10 @@ class Run:
         if epoch >= self.opt.epochs:
             raise UserError(f'--resume: {self.last} has all {epoch} epochs, expected --epochs above')
         return epoch + 1, best_acc
+
+    def load(self, model):
+        """Load the parameters of last.ckpt into the model, to evaluate it."""
+        load_parameters(model, self.checkpoint['model'], str(self.last))
 
     def start(self, classes):
         self.classes = classes

@@ -1,0 +1,92 @@
+"""A trained encoder with its classifier as one file that other programs can use."""
+import copy
+import importlib.util
+import io
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from networks.resnet_big import LinearClassifier, ResNet
+from util.options import UserError
+from util.runs import log, strip_wrappers
+
+SUFFIXES = ('.pth', '.pt2', '.onnx')
+
+
+class Exporter:
+    """Writes a network of main_ce.py or main_linear.py to --export.
+
+    The file takes pictures [bsz, 3, size, size] of 0..1, minus mean, divided by std, and gives logits. It holds
+    `classes`, `mean`, `std`, `size`, `model`, `stem` and `width` too:
+
+    - .pth: beside `state_dict`; a ResNet's parameters have torchvision's names (with stem cifar conv1 is 3x3 of stride
+      1 and there is no max-pool), another backbone's timm's.
+    - .pt2: as JSON in the extra file info.json: torch.export.load(file, extra_files=extra).module()(pictures).
+    - .onnx: as JSON in the metadata; needs the packages onnx and onnxscript.
+
+    Raises UserError for a file that it could not write, when it is made and when it writes.
+    """
+
+    def __init__(self, model, opt, classes):
+        self.model, self.opt, self.file = model, opt, Path(opt.export)
+        self.info = {'classes': list(classes), 'mean': list(opt.mean), 'std': list(opt.std), 'size': opt.size,
+                     'model': opt.model, 'stem': opt.stem, 'width': opt.width}
+        if self.file.suffix not in SUFFIXES:
+            raise UserError(f"--export {self.file}: expected a name that ends in {', '.join(SUFFIXES)}")
+        if not self.file.parent.is_dir() or self.file.is_dir():
+            raise UserError(f'--export {self.file}: {self.file.parent} is no folder that it can be written into')
+        if self.file.suffix == '.onnx' and not importlib.util.find_spec('onnxscript'):
+            raise UserError(f'--export {self.file}: the package onnxscript is missing: pip install onnx onnxscript')
+
+    def write(self):
+        """Write the file; its name is there only when it is whole."""
+        encoder, fc = plain_parts(self.model)
+        buffer = io.BytesIO()
+        if self.file.suffix == '.pth':
+            torch.save({'state_dict': named_as_elsewhere(encoder, fc), **self.info}, buffer)
+        else:
+            self._trace(nn.Sequential(encoder, fc), buffer)
+        partial = self.file.with_name(self.file.name + '.partial')
+        try:
+            partial.write_bytes(buffer.getvalue())
+            os.replace(partial, self.file)
+        except OSError as error:
+            raise UserError(f'--export {self.file}: cannot be written ({error})') from error
+        log(f'{self.file}: {self.opt.model} with its classifier')
+
+    def _trace(self, network, buffer):
+        pictures = torch.zeros(2, 3, self.opt.size, self.opt.size)
+        batch = torch.export.Dim('batch', min=1)
+        program = torch.export.export(network.eval(), (pictures,), dynamic_shapes=({0: batch},))
+        if self.file.suffix == '.pt2':
+            torch.export.save(program, buffer, extra_files={'info.json': json.dumps(self.info)})
+            return
+        onnx = torch.onnx.export(program, verbose=False)
+        for name, value in self.info.items():
+            onnx.model.metadata_props[name] = json.dumps(value)
+        buffer.write(onnx.model_proto.SerializeToString())
+
+
+def plain_parts(model):
+    """Copies on the CPU of the encoder and of the last linear layer of a SupCEResNet or LinearProbe."""
+    encoder = model.encoder.module if isinstance(model.encoder, nn.DataParallel) else model.encoder
+    fc = model.classifier.fc if isinstance(getattr(model, 'classifier', None), LinearClassifier) else model.fc
+    encoder, fc = copy.deepcopy(encoder).cpu().float().eval(), copy.deepcopy(fc).cpu().float()
+    encoder.precision = None
+    return encoder, fc
+
+
+def named_as_elsewhere(encoder, fc):
+    """The parameters under the names of torchvision's ResNets, or of timm's model."""
+    state = strip_wrappers(encoder.state_dict())
+    if isinstance(encoder, ResNet):
+        state = {re.sub(r'\bshortcut\b', 'downsample', name): value for name, value in state.items()}
+        last = 'fc'
+    else:
+        state = {name.removeprefix('backbone.'): value for name, value in state.items()}
+        last = encoder.backbone.default_cfg.get('classifier', 'fc')
+    return {**state, **{f'{last}.{name}': value for name, value in fc.state_dict().items()}}
