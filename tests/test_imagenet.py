@@ -416,6 +416,16 @@ def test_export_gives_the_same_logits_in_a_fresh_process(call, linear_run, tmp_p
     assert not list(tmp_path.glob('*.partial'))
 
 
+def test_exported_onnx_gives_the_same_logits(call):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    ok(call, main_ce, *TINY, '--epochs', 1, '--output_name', 'ce', '--export', 'x.onnx')
+    session, pictures = onnxruntime.InferenceSession('x.onnx'), torch.randn(5, 3, 8, 8)
+    logits = session.run(None, {session.get_inputs()[0].name: pictures.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(logits), logits_of('ce', pictures), rtol=1e-4, atol=1e-5)
+    assert json.loads(session.get_modelmeta().custom_metadata_map['classes']) == [str(i) for i in range(10)]
+
+
 def test_exported_state_dict_is_torchvision_s():
     """A ResNet-50 with the usual stem loads into torchvision's, and gives the same logits."""
     from networks.resnet_big import SupCEResNet

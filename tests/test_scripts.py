@@ -284,7 +284,7 @@ def test_mixing_is_drawn(tmp_path):
 
 
 def test_folder_benchmark_ends_with_its_ratio(tmp_path):
-    result = shell([sys.executable, ROOT / 'benchmarks' / 'bench_folder.py', '--pictures', '70', '--size', '16', '--repeat',
-                    '1', '--policies', 'sim', 'auto'], tmp_path)
+    result = shell([sys.executable, ROOT / 'benchmarks' / 'bench_folder.py', '--pictures', '70', '--size', '16',
+                    '--repeat', '1', '--policies', 'sim', 'auto'], tmp_path)
     assert result.returncode == 0, result.stderr
     assert re.fullmatch(r'ratio \d+\.\d\d', result.stdout.splitlines()[-1])
