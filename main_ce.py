@@ -93,7 +93,10 @@ def fit(run, train_loader, loaders, model, criterion, optimizer, classes, opt):
     """All epochs, with validation, TensorBoard and checkpoints; prints the best accuracy last."""
     exporter = util.Exporter(model, opt, classes) if opt.export else None
     if opt.evaluate:
-        run.load(model)
+        for name in ('resume', 'overwrite', 'wandb'):
+            if getattr(opt, name):
+                log(f'--{name} has no effect with --evaluate, which writes nothing')
+        run.load(model, classes)
         validation, per_class = validate(loaders, model, opt)
         report(loaders, validation, per_class, classes, opt)
         if exporter:

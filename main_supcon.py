@@ -80,7 +80,8 @@ def soft_labels(images, labels, teacher, opt, rng):
         mixed = mixed.repeat(N_VIEWS, 1)
     targets = [(1., mixed)]
     if teacher is not None:
-        taught = (teacher(images).float() / opt.KD_temp).softmax(1)
+        logits = torch.cat([teacher(piece) for piece in images.tensor_split(opt.accum_steps) if len(piece)])
+        taught = (logits.float() / opt.KD_temp).softmax(1)
         targets = [(1., taught)] if opt.KD_alpha == math.inf else [*targets, (opt.KD_alpha, taught)]
     return images, [(weight, soft.view(N_VIEWS, len(labels), -1)) for weight, soft in targets]
 
@@ -88,11 +89,14 @@ def soft_labels(images, labels, teacher, opt, rng):
 def momentum_keys(images, labels, model, opt):
     """Keys of the second views by the moved momentum copy, with those of the queue: what SupConLoss takes.
 
-    images [bsz, 3, size, size], labels [bsz].
+    images [bsz, 3, size, size], labels [bsz]. The pictures are shuffled, so that a batch norm of a piece or of a GPU
+    does not tell which keys and anchors belong together (He et al., 2020, section 3.3).
     """
     model.moco.update(model)
+    order = torch.randperm(len(images)).to(images.device)
     with util.autocast(opt):
-        keys = torch.cat([model.moco(piece.flatten(0, 1)) for piece in util.pieces_of(images, opt)])
+        keys = torch.cat([model.moco(piece.flatten(0, 1)) for piece in util.pieces_of(images[order], opt)])
+    keys = keys[order.argsort()]
     contrasts, contrast_labels = model.moco.contrasts(keys, labels)
     model.moco.enqueue(keys, labels)
     return {'keys': contrasts, 'key_labels': contrast_labels}

@@ -110,9 +110,13 @@ class WorkerLoader:
         else:
             draw = _Crops(view, n_views, finish=self.device.type == 'cpu')
             self.rest = None if draw.finish else draw.rest
-        self.loader = DataLoader(_Samples(pictures, draw), batch_sampler=_Keys(self.batches),
-                                 num_workers=opt.num_workers, persistent_workers=train and opt.num_workers > 0,
-                                 prefetch_factor=4 if opt.num_workers else None, collate_fn=_collate,
+        # Batches that wait may take a quarter of the memory: those of thousands of large pictures are gigabytes.
+        batch_bytes = min(opt.batch_size, len(pictures)) * n_views * 3 * view.size**2 * (1 if self.rest else 4)
+        waiting = max(1, int(available_memory() / 4 / batch_bytes))
+        workers = min(opt.num_workers, waiting)
+        self.loader = DataLoader(_Samples(pictures, draw), batch_sampler=_Keys(self.batches), num_workers=workers,
+                                 persistent_workers=train and workers > 0, collate_fn=_collate,
+                                 prefetch_factor=max(1, min(4, waiting // workers)) if workers else None,
                                  pin_memory=self.device.type == 'cuda')
 
     def __len__(self):
@@ -169,8 +173,10 @@ def _seeded(seed):
     """What torchvision's transforms draw depends on the seed alone."""
     before = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)           # torch.manual_seed would prepare for CUDA each time
-    yield
-    torch.set_rng_state(before)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
 
 
 class _WholeViews:

@@ -39,15 +39,8 @@ class MomentumContrast(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
-        """Keys [n, feat_dim] of pictures [n, 3, h, w].
-
-        On several GPUs the pictures are shuffled among them: a batch norm must not tell which share a GPU with their
-        anchors.
-        """
-        if not isinstance(self.network.encoder, nn.DataParallel):
-            return self.network(images)
-        order = torch.randperm(len(images), device=images.device)
-        return self.network(images[order])[order.argsort()]
+        """Keys [n, feat_dim] of pictures [n, 3, h, w]."""
+        return self.network(images)
 
     def contrasts(self, keys, labels):
         """Keys of this batch and of the queue, [n + length, feat_dim], and their labels."""
@@ -56,6 +49,7 @@ class MomentumContrast(nn.Module):
     @torch.no_grad()
     def enqueue(self, keys, labels):
         """Replace the oldest keys."""
+        keys, labels = keys[-len(self.queue):], labels[-len(self.queue):]   # a last batch may have one more
         places = (self.position + torch.arange(len(keys), device=keys.device)) % len(self.queue)
         self.queue.index_copy_(0, places, keys.to(self.queue))
         self.queue_labels.index_copy_(0, places, labels)

@@ -196,7 +196,67 @@ def test_pretraining_with_momentum_contrast(call, monkeypatch, method):
     ok(call, main_linear, *DATA, '--epochs', 1, '--pretrained', 'whole')
 
 
-def test_momentum_contrast_with_hard_negatives_and_pieces(call):
+def test_keys_are_those_of_the_second_views_of_their_pictures():
+    """The copy moves first; the pictures are shuffled for its batch norms, in pieces, the keys put back in order."""
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.feat_dim, self.seen = nn.Parameter(torch.ones(1)), 2, []
+
+        def forward(self, x):
+            self.seen.append(x[:, 0, 0, 0])
+            return torch.stack([x[:, 0, 0, 0] * self.weight, self.weight.expand(len(x))], 1)
+    model = Network()
+    model.moco = MomentumContrast(model, 6, 0.75)
+    with torch.no_grad():
+        model.weight.add_(4.)
+    images, labels = torch.arange(6.)[:, None, None, None].expand(6, 3, 1, 1), torch.arange(6) + 10
+    targets = main_supcon.momentum_keys(images, labels, model, options('--accum_steps', 3))
+    weight = 0.75 * 1 + 0.25 * 5
+    expected = torch.stack([torch.arange(6.) * weight, torch.full((6,), weight)], 1)
+    torch.testing.assert_close(targets['keys'][:6], expected)
+    assert targets['key_labels'][:6].tolist() == labels.tolist() and (targets['key_labels'][6:] == NOBODY).all()
+    assert [len(piece) for piece in model.moco.network.seen] == [2, 2, 2]
+    assert torch.cat(model.moco.network.seen).tolist() != list(range(6))            # shuffled (with this test's seed)
+    assert sorted(torch.cat(model.moco.network.seen).tolist()) == list(range(6))
+    assert torch.equal(model.moco.queue, targets['keys'][:6]) and torch.equal(model.moco.queue_labels, labels)
+    model.moco.enqueue(torch.arange(14.).view(7, 2), torch.arange(7))               # more than the queue takes
+    assert sorted(model.moco.queue_labels.tolist()) == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_second_views_are_given_to_the_copy(call, monkeypatch):
+    given = {}
+    network, keys = SupConResNet.forward, main_supcon.momentum_keys
+
+    def forward(self, x):
+        given.setdefault('copy' if not self.head.weight.requires_grad else 'network', x)
+        return network(self, x)
+    monkeypatch.setattr(SupConResNet, 'forward', forward)
+    monkeypatch.setattr(main_supcon, 'momentum_keys', lambda images, *rest: (
+        given.setdefault('second', images), keys(images, *rest))[1])
+    loaded = main_supcon.make_loader
+
+    class First:
+        def __init__(self, loader):
+            self.loader = loader
+
+        def __getattr__(self, name):
+            return getattr(self.loader, name)
+
+        def __len__(self):
+            return len(self.loader)
+
+        def __iter__(self):
+            for images, labels in self.loader:
+                given['batch'] = images
+                yield images, labels
+    monkeypatch.setattr(main_supcon, 'make_loader', lambda *args, **settings: First(loaded(*args, **settings)))
+    ok(call, main_supcon, *TINY, '--max_samples', 32, '--epochs', 1, '--moco', '--moco_k', 64, '--head', 'linear')
+    first, second = given['network'], given['second']
+    assert not torch.equal(first, second) and first.shape == second.shape == (32, 3, 8, 8)
+
+
+def test_momentum_contrast_with_pieces_and_classifier(call):
     ok(call, main_supcon, *TINY, '--epochs', 1, '--moco', '--moco_k', 64, '--accum_steps', 4, '--ce_weight', 1,
        '--output_name', 'a')
 
@@ -412,7 +472,9 @@ def test_export_gives_the_same_logits_in_a_fresh_process(call, linear_run, tmp_p
     subprocess.run([sys.executable, '-c', FRESH, 'x.pt2'], check=True, cwd=tmp_path)
     logits, info = torch.load('result.pt')
     torch.testing.assert_close(logits, logits_of(name, pictures), rtol=1e-4, atol=1e-5)
-    assert info['classes'] == [str(i) for i in range(10)] and info['size'] == 8 and len(info['mean']) == 3
+    opt = util.load_checkpoint(f'output/{name}/trial=0/last.ckpt')['opt']
+    assert info['classes'] == [str(i) for i in range(10)] and info['size'] == 8
+    assert info['mean'] == list(opt['mean']) and info['std'] == list(opt['std']) != info['mean']
     assert not list(tmp_path.glob('*.partial'))
 
 
@@ -456,7 +518,8 @@ def test_export_at_the_end_of_a_run(linear_run):
 def test_export_refuses_before_it_trains(refused, tmp_path, monkeypatch):
     monkeypatch.setattr(util.export.importlib.util, 'find_spec', lambda name: None)
     for file, words in (('x.pt', 'ends in .pth, .pt2, .onnx'), ('nowhere/x.pth', 'nowhere'),
-                        ('x.onnx', 'onnxscript is missing')):
+                        ('x.onnx', 'onnxscript is missing'), ('x' * 300 + '.pth', 'cannot be written'),
+                        ('/proc/x.pth', 'cannot be written')):
         refused(main_ce.main, *TINY, '--epochs', 1, '--export', file, words=[f'--export {file}', words])
 
 
@@ -468,6 +531,48 @@ def test_evaluation_alone(call, refused, linear_run, tmp_path):
     out = ok(call, main_linear, *DATA, '--pretrained', 'a', '--output_name', 'linear', '--evaluate', '--per_class')
     assert accuracy[-1] in out and 'Acc@5' in out and 'accuracy of 3: ' in out
     assert before == {file: file.read_bytes() for file in run.iterdir()}
+
+
+def test_evaluation_is_of_the_same_run(call, refused, picture_folder, linear_run):
+    refused(main_linear.main, *DATA, '--pretrained', 'a', '--output_name', 'linear', '--evaluate', '--seed', 3, words=[
+        '--evaluate', '--seed 3, was 0'])
+    picture_folder('one', {'a': 10, 'b': 10})
+    picture_folder('two', {'x': 10, 'y': 10})
+    arguments = ['--dataset', 'path', *TINY[2:6], '--epochs', 1, '--mean', '(0.5, 0.5, 0.5)', '--std',
+                 '(0.5, 0.5, 0.5)', '--output_name', 'c']
+    ok(call, main_ce, *arguments, '--data_folder', 'one')
+    refused(main_ce.main, *arguments, '--data_folder', 'two', '--evaluate', words=['--evaluate', 'other classes'])
+    out = ok(call, main_ce, *arguments, '--data_folder', 'one', '--evaluate', '--overwrite')
+    assert '--overwrite has no effect with --evaluate' in out
+
+
+def test_backbones_that_cannot_be_exported(call, refused):
+    model = ['--dataset', 'digits', '--size', 32, '--max_samples', 20, '--epochs', 1, '--model',
+             'timm/deit_tiny_distilled_patch16_224', '--stem', 'imagenet', '--batch_size', 10]
+    refused(main_ce.main, *model, '--export', 'x.pth', words=['--export x.pth', 'several classifiers'])
+
+
+def test_batches_that_wait_are_bounded(monkeypatch):
+    import datasets.loader as loaders
+    pictures = Pictures(np.zeros((40, 8, 8, 3), np.uint8), torch.zeros(40).long(), ['a'])
+    view = View(8, (0.,) * 3, (1.,) * 3, crop=(0.2, 1.))
+    for free, workers, prefetch in ((10**9, 2, 4), (4 * 2 * 40 * 2 * 3 * 64 * 4, 2, 1), (10, 1, 1)):
+        monkeypatch.setattr(loaders, 'available_memory', lambda free=free: free)
+        opt = options('--loader', 'workers', '--batch_size', 40)
+        opt.num_workers = 2
+        loader = make_loader(pictures, view, opt, 2).loader
+        assert (loader.num_workers, loader.prefetch_factor) == (workers, prefetch)
+
+
+def test_evaluation_goes_through_the_network_in_pieces(call, monkeypatch):
+    sizes = []
+    forward = main_supcon.SupConResNet.forward
+    from networks.resnet_big import ResNet
+    encode = ResNet.forward
+    monkeypatch.setattr(ResNet, 'forward', lambda self, x: (sizes.append(len(x)), encode(self, x))[1])
+    monkeypatch.setattr(main_supcon.SupConResNet, 'forward', forward)
+    ok(call, main_supcon, *TINY, '--epochs', 1, '--accum_steps', 8)
+    assert max(sizes) == 8                                                  # two views of four pictures
 
 
 # Mistakes
@@ -486,6 +591,12 @@ def test_evaluation_alone(call, refused, linear_run, tmp_path):
     (['--nesterov', '--optim_kind', 'Adam'], ['--nesterov', 'Adam']),
     (['--head', '12,x'], ['--head', "'12,x'"]), (['--head', '0'], ['--head', "'0'"]),
     (['--head', '12', '--feat_dim', '6'], ['--feat_dim', '--head']),
+    (['--head', '12', '--head_bn'], ['--head_bn', 'no hidden layer']),
+    (['--head', 'linear', '--head_bn'], ['--head_bn', 'no hidden layer']),
+    (['--moco', '--moco_k', '64', '--contrast_mode', 'one'], ['--contrast_mode one', '--moco']),
+    (['--nesterov', '--momentum', '0'], ['--nesterov', '--momentum is 0']),
+    (['--base_lr', '0.4', '--lr', '0.3'], ['--base_lr', '--learning_rate']),
+    (['--augment_policy', 'no', '--blur_p', '0.5'], ['--blur_p', '--augment_policy sim or stacked_rand']),
     (['--accum_steps', '0'], ['--accum_steps', 'at least 1']),
     (['--crop_min', '0'], ['--crop_min', "'0'"])])
 def test_bad_combinations(refused, arguments, words):
@@ -498,6 +609,14 @@ def test_one_class_has_no_negatives(refused, picture_folder):
     for location in ('in', 'out'):
         refused(main_supcon.main, *data, '--summation_location', location, '--denominator_mode', 'only_negatives',
                 words=['--denominator_mode only_negatives', 'one class'])
+
+
+def test_methods_and_recipes_can_be_overridden():
+    opt = options('--method', 'GenSCL', '--exp_decay', 0.97)                # its --cosine was not asked for
+    assert opt.exp_decay == 0.97 and opt.cosine is False
+    opt = options('--LARS', '--amp', '--no_LARS', '--no-amp', '--optim_kind', 'Adam')
+    assert opt.LARS is opt.amp is False
+    assert options('--dataset', 'mvip', '--jitter_strength', 0.3).jitter_strength == 0.3
 
 
 def test_base_learning_rate_is_for_256_pictures():

@@ -149,7 +149,21 @@ def test_recipes_of_the_paper_are_its_table(script, tmp_path):
         if program == 'main_supcon.py':
             assert opt.temp == (0.5 if script == 'simclr_cifar10_resnet50' else 0.1) and opt.base_temperature == 1
             assert (opt.method == 'SimCLR') == script.startswith('simclr')
-            assert opt.warm_epochs == (12 if 'imagenet' in script else 10)
+            assert opt.head == {'supcon_imagenet': [128], 'simclr_imagenet': [2048, 2048, 128]}.get(
+                script.rsplit('_', 1)[0], [2048, 128])
+            assert opt.head_bn == (script == 'simclr_imagenet_resnet50')
+            assert opt.normalize_embedding == script.startswith('supcon_imagenet')
+        if program != 'main_linear.py':
+            assert (opt.warm, opt.warm_epochs, opt.warmup_from) == (True, 12 if 'imagenet' in script else 10, 0)
+            assert opt.cosine and opt.lr_decay_rate == 0
+            views = {'simclr_imagenet_resnet50': ('sim', 1., 0.5), 'supcon_imagenet_resnet200': ('stacked_rand', 0.5, 0.)}
+            views = views.get(script, ('auto' if 'imagenet' in script else 'sim', 0.5, 0.))
+            assert (opt.augment_policy or 'sim', opt.jitter_strength, opt.blur_p) == views
+        elif 'imagenet' in script:
+            assert (opt.exp_decay, opt.exp_decay_epochs, opt.cosine) == (0.97, 0.5, False)
+            assert opt.optim_eps == (0.001 if optimizer == 'RMSPropTF' else None)
+        if program != 'main_supcon.py':
+            assert opt.label_smoothing == (0.05 if 'imagenet' in script else 0)
 
 
 @pytest.mark.parametrize('script', PAPER)
@@ -167,9 +181,9 @@ def test_recipes_of_the_paper_run(call, tmp_path, script):
         assert status == 0, err
     assert 'Acc@1' in out and (tmp_path / 'output/mine/trial=7/last.ckpt').exists()
     if 'cross' not in script:
-        (program, *arguments) = command_of(HEAD, tmp_path, '--ckpt', 'output/mine/trial=7/last.ckpt', *TINY[:2],
-                                           *TINY[6:], '--epochs', '1')
-        assert call(PROGRAMS[program].main, *arguments)[0] == 0
+        for program, *arguments in commands_of(HEAD, tmp_path, '--ckpt', 'output/mine/trial=7/last.ckpt', *TINY[:2],
+                                               *TINY[6:], '--epochs', '1', '--mode=train_then_eval'):
+            assert program == 'main_linear.py' and call(main_linear.main, *arguments)[0] == 0
 
 
 def test_a_recipe_through_its_own_command_line(copy):
@@ -177,15 +191,20 @@ def test_a_recipe_through_its_own_command_line(copy):
     result = shell(['bash', 'scripts/simclr_cifar10_resnet50.sh', '--mode=train_then_eval', *small], copy)
     assert result.returncode == 0, result.stderr
     assert re.search(r'Acc@1 \d+\.\d+ Acc@5', result.stdout.splitlines()[-1])
-    result = shell(['bash', 'scripts/simclr_cifar10_resnet50.sh', '--mode=test'], copy)
-    assert result.returncode == 2 and 'train_then_eval' in result.stderr and result.stderr.count('\n') == 1
+    for words, expected in ((['--mode=test'], 'train_then_eval'), (['--mode'], '--mode: no value'),
+                            (['--use_labels', 'no'], 'True or False')):
+        result = shell(['bash', 'scripts/simclr_cifar10_resnet50.sh', *words], copy)
+        assert result.returncode == 2 and expected in result.stderr and result.stderr.count('\n') == 1
     result = shell(['bash', 'scripts/simclr_cifar10_resnet50.sh', '--no_such_option', '3'], copy)
     assert result.returncode == 2 and '--no_such_option' in result.stderr
 
 
 def test_without_labels_supcon_is_simclr(tmp_path):
-    commands = commands_of('supcon_cifar10_resnet50', tmp_path, '--use_labels=False', '--mode=train')
-    assert util.parse('main_supcon', '', commands[0][1:]).method == 'SimCLR'
+    for words, script, method in ((['--use_labels=False'], 'supcon', 'SimCLR'),
+                                  (['--use_labels', 'False'], 'supcon', 'SimCLR'),
+                                  (['--use-labels=True'], 'simclr', 'SupCon')):
+        commands = commands_of(f'{script}_cifar10_resnet50', tmp_path, *words, '--mode=train')
+        assert util.parse('main_supcon', '', commands[0][1:]).method == method
 
 
 def test_words_that_a_program_knows():

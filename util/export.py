@@ -37,26 +37,37 @@ class Exporter:
                      'model': opt.model, 'stem': opt.stem, 'width': opt.width}
         if self.file.suffix not in SUFFIXES:
             raise UserError(f"--export {self.file}: expected a name that ends in {', '.join(SUFFIXES)}")
-        if not self.file.parent.is_dir() or self.file.is_dir():
-            raise UserError(f'--export {self.file}: {self.file.parent} is no folder that it can be written into')
         if self.file.suffix == '.onnx' and not importlib.util.find_spec('onnxscript'):
             raise UserError(f'--export {self.file}: the package onnxscript is missing: pip install onnx onnxscript')
+        self.partial = self.file.with_name(self.file.name + '.partial')
+        self._contents()                                # whatever goes wrong does so before training
+        try:
+            self.partial.touch()
+            self.partial.unlink()
+        except OSError as error:
+            raise UserError(f'--export {self.file}: cannot be written ({error})') from error
 
     def write(self):
         """Write the file; its name is there only when it is whole."""
-        encoder, fc = plain_parts(self.model)
-        buffer = io.BytesIO()
-        if self.file.suffix == '.pth':
-            torch.save({'state_dict': named_as_elsewhere(encoder, fc), **self.info}, buffer)
-        else:
-            self._trace(nn.Sequential(encoder, fc), buffer)
-        partial = self.file.with_name(self.file.name + '.partial')
+        contents = self._contents()
         try:
-            partial.write_bytes(buffer.getvalue())
-            os.replace(partial, self.file)
+            self.partial.write_bytes(contents)
+            os.replace(self.partial, self.file)
         except OSError as error:
             raise UserError(f'--export {self.file}: cannot be written ({error})') from error
         log(f'{self.file}: {self.opt.model} with its classifier')
+
+    def _contents(self):
+        encoder, fc = plain_parts(self.model)
+        buffer = io.BytesIO()
+        try:
+            if self.file.suffix == '.pth':
+                torch.save({'state_dict': named_as_elsewhere(encoder, fc), **self.info}, buffer)
+            else:
+                self._trace(nn.Sequential(encoder, fc), buffer)
+        except Exception as error:                      # not every backbone can be traced, and each says it otherwise
+            raise UserError(f'--export {self.file}: {self.opt.model} cannot be exported so ({error})') from error
+        return buffer.getvalue()
 
     def _trace(self, network, buffer):
         pictures = torch.zeros(2, 3, self.opt.size, self.opt.size)
@@ -88,5 +99,7 @@ def named_as_elsewhere(encoder, fc):
         last = 'fc'
     else:
         state = {name.removeprefix('backbone.'): value for name, value in state.items()}
-        last = encoder.backbone.default_cfg.get('classifier', 'fc')
+        last = encoder.backbone.default_cfg.get('classifier')
+        if not isinstance(last, str):
+            raise ValueError('timm gives it several classifiers')
     return {**state, **{f'{last}.{name}': value for name, value in fc.state_dict().items()}}

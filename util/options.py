@@ -299,8 +299,8 @@ OPTIONS = {
                                     help='epochs, may be a part of one')),
         ('--optim_kind', dict(choices=('SGD', 'RMSProp', 'RMSPropTF', 'Adam', 'AdamW'), default='SGD',
                               help='optimizer; RMSPropTF: with epsilon inside the root')),
-        ('--LARS', dict(FLAG, help='adapt the rate of each layer of SGD to its weights')),
-        ('--nesterov', dict(FLAG, help='Nesterov momentum of SGD')),
+        ('--LARS', dict(action=Switch, help='adapt the rate of each layer of SGD to its weights')),
+        ('--nesterov', dict(action=Switch, help='Nesterov momentum of SGD')),
         ('--optim_eps', dict(type=POSITIVE, metavar='EPS', help='epsilon of RMSProp and Adam; default: theirs')),
         ('--no_bias_decay', dict(FLAG, help='no weight decay of biases and norms; always so with --LARS')),
         ('--weight_decay', dict(type=number(float, 0, 1e3), default=(1e-4, 1e-4, 0.), metavar='WD',
@@ -308,7 +308,7 @@ OPTIONS = {
         ('--momentum', dict(type=number(float, 0, 1), default=0.9, metavar='M', help='momentum of SGD and RMSProp')),
         ('--label_smoothing', dict(type=number(float, 0, 1), default=0., metavar='S', help='share of each label that '
                                    'is spread over all classes'), CE + LINEAR),
-        ('--amp', dict(FLAG, help='mixed precision: bfloat16, or float16 on GPUs without it')),
+        ('--amp', dict(action=Switch, help='mixed precision: bfloat16, or float16 on GPUs without it')),
         ('--compile', dict(FLAG, help='torch.compile the encoder')),
     ],
     'run': [
@@ -340,6 +340,7 @@ NEEDS = {
     **dict.fromkeys(('KD_alpha', 'KD_temp', 'teacher_path', 'teacher_ckpt', 'teacher_kind'), ('KD', None)),
     **dict.fromkeys(('n_holes', 'cutout_length'), ('cutout', None)),
     **dict.fromkeys(('rand_n', 'rand_m'), ('augment_policy', ('rand', 'stacked_rand'))),
+    **dict.fromkeys(('jitter_strength', 'blur_p'), ('augment_policy', ('sim', 'stacked_rand'))),
     **dict.fromkeys(('moco_k', 'moco_m', 'moco_t'), ('moco', None)),
     **dict.fromkeys(('warm_epochs', 'warmup_from'), ('warm', None)),
     **dict.fromkeys(('wandb_entity', 'wandb_project'), ('wandb', None)),
@@ -401,12 +402,16 @@ def parse(program, description, argv=None, method=None):
     defaults = {**METHOD_DEFAULTS.get((program, method or getattr(opt, 'method', None)), {}),
                 **DATASET_DEFAULTS.get(opt.dataset, {})}
     parser.set_defaults(**{name: _of_program(value, column) for name, value in defaults.items()})
-    opt = _complete(parser.parse_args(argv), program)
+    opt = parser.parse_args(argv)
     not_given = object()
     given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(opt), not_given)))
+    given = {name for name, value in vars(given).items() if value is not not_given}
+    _complete(opt, program, given)
     for name, (needed, values) in NEEDS.items():
         found = getattr(opt, needed, None)
-        if getattr(given, name, not_given) is not not_given and not (found in values if values else found):
+        if needed == 'augment_policy' and found is None:
+            found = 'sim' if program == 'main_supcon' or opt.dataset == 'mvip' else 'no'
+        if name in given and getattr(opt, name) is not False and not (found in values if values else found):
             expected = f'expected --{needed} {" or ".join(values)}' if values else f'--{needed} is missing'
             raise UserError(f'--{name} has no effect: {expected}' + f', found {found}' * bool(values))
     return opt
@@ -448,20 +453,24 @@ def _underscores(word):
     return '--' + name[2:].replace('-', '_') + equals + value if re.match(r'--\w', word) else word
 
 
-def _complete(opt, program):
+def _complete(opt, program, given):
     """Check what depends on several options, and fill in what follows from them."""
     if opt.dataset == 'path' and not opt.data_folder:
         raise UserError('--dataset path: --data_folder is missing, expected a folder of pictures')
-    if opt.resume and opt.overwrite:
-        raise UserError('--resume and --overwrite are both given, expected at most one')
     if opt.loader == 'batched' and opt.augment_policy in ('auto', 'rand', 'stacked_rand'):
         raise UserError(f'--augment_policy {opt.augment_policy} is drawn one picture at a time, expected --loader '
                         'auto, workers or per_sample')
-    opt.cosine = bool(opt.cosine)
+    for name in ('cosine', 'LARS', 'nesterov', 'amp'):
+        setattr(opt, name, bool(getattr(opt, name)))
     if opt.warm is None:                                # large batches need it
         opt.warm = opt.batch_size > 256 and program != 'main_linear'
-    if opt.exp_decay and opt.cosine:
-        raise UserError('--exp_decay and --cosine are both given, expected at most one')
+    for one, other in (('resume', 'overwrite'), ('exp_decay', 'cosine'), ('base_lr', 'learning_rate')):
+        if one in given and other in given and getattr(opt, one) and getattr(opt, other):
+            raise UserError(f'--{one} and --{other} are both given, expected at most one')
+    if opt.exp_decay:                                   # a method may have --cosine as its default
+        opt.cosine = False
+    if opt.nesterov and not opt.momentum:
+        raise UserError('--nesterov: --momentum is 0, expected above 0')
     if opt.base_lr:
         opt.learning_rate = opt.base_lr * opt.batch_size / 256
     if opt.wandb and not importlib.util.find_spec('wandb'):
@@ -497,7 +506,11 @@ def _check_loss(opt):
                                           ('positives_cap', -1)) if getattr(opt, name) != default]
     if opt.method == 'GenSCL' and (changed or opt.moco):
         raise UserError(f"--{[*changed, 'moco'][0]} is not defined for --method GenSCL, expected SupCon or SimCLR")
+    if opt.head_bn and (isinstance(opt.head, str) and opt.head == 'linear' or len(opt.head) < 2):
+        raise UserError('--head_bn has no effect: the head has no hidden layer')
     if opt.moco:
+        if opt.contrast_mode == 'one':
+            raise UserError('--contrast_mode one has no effect: with --moco the first views are the anchors anyway')
         if opt.moco_k % opt.batch_size:
             raise UserError(f'--moco_k {opt.moco_k}: expected a multiple of --batch_size {opt.batch_size}')
         opt.temp = opt.moco_t or opt.temp

@@ -55,7 +55,7 @@ log = Log()
 # Options that may differ when a run is resumed; the others decide what the run computes.
 MAY_CHANGE = {'epochs', 'warm_epochs', 'num_workers', 'print_freq', 'save_freq', 'eval_freq', 'per_class', 'resume',
               'overwrite', 'device', 'data_folder', 'aug_root', 'debug', 'wandb', 'wandb_entity', 'wandb_project',
-              'num_classes'}
+              'num_classes', 'evaluate', 'export'}
 
 
 def plain(values):
@@ -97,11 +97,7 @@ class Run:
         """Load last.ckpt into model and optimizer, if the run resumes: -> (first epoch, best accuracy)."""
         if self.checkpoint is None:
             return 1, 0.
-        before = plain(self.checkpoint['opt'])
-        changed = [f'--{name} {value}, was {before[name]}' for name, value in plain(vars(self.opt)).items()
-                   if name not in MAY_CHANGE and name in before and before[name] != value]
-        if changed:
-            raise UserError(f"--resume: {self.last} was begun with other options: {'; '.join(changed)}")
+        self._check_options('--resume')
         try:
             epoch, best_acc = int(self.checkpoint['epoch']), float(self.checkpoint['best_acc'])
             load_parameters(model, self.checkpoint['model'], f'--resume: {self.last}')
@@ -114,9 +110,19 @@ class Run:
             raise UserError(f'--resume: {self.last} has all {epoch} epochs, expected --epochs above')
         return epoch + 1, best_acc
 
-    def load(self, model):
-        """Load the parameters of last.ckpt into the model, to evaluate it."""
+    def load(self, model, classes):
+        """Load the parameters of last.ckpt into the model, to evaluate it with the options and classes of the run."""
+        self._check_options('--evaluate')
+        if self.checkpoint.get('classes', classes) != classes:
+            raise UserError(f'--evaluate: {self.last} knows other classes than the pictures have')
         load_parameters(model, self.checkpoint['model'], str(self.last))
+
+    def _check_options(self, why):
+        before = plain(self.checkpoint['opt'])
+        changed = [f'--{name} {value}, was {before[name]}' for name, value in plain(vars(self.opt)).items()
+                   if name not in MAY_CHANGE and name in before and before[name] != value]
+        if changed:
+            raise UserError(f"{why}: {self.last} was begun with other options: {'; '.join(changed)}")
 
     def start(self, classes):
         self.classes = classes

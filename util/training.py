@@ -137,9 +137,11 @@ def _frozen_statistics(model):
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False
-    yield
-    for norm in norms:
-        norm.track_running_stats = True
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def update(loss, optimizer, backward=None):
@@ -239,8 +241,9 @@ def forward_all(model, loader, opt):
     model.eval()
     outputs, labels = [], []
     for images, target in progress(loader, 'evaluation'):
-        with autocast(opt):
-            outputs.append(model(images).float())
+        for piece in pieces_of(images, opt):            # as in training
+            with autocast(opt):
+                outputs.append(model(piece.flatten(0, 1)).float())
         labels.append(target)
     return torch.cat(outputs), torch.cat(labels)
 
