@@ -156,7 +156,8 @@ def test_recipes_of_the_paper_are_its_table(script, tmp_path):
         if program != 'main_linear.py':
             assert (opt.warm, opt.warm_epochs, opt.warmup_from) == (True, 12 if 'imagenet' in script else 10, 0)
             assert opt.cosine and opt.lr_decay_rate == 0
-            views = {'simclr_imagenet_resnet50': ('sim', 1., 0.5), 'supcon_imagenet_resnet200': ('stacked_rand', 0.5, 0.)}
+            views = {'simclr_imagenet_resnet50': ('sim', 1., 0.5),
+                     'supcon_imagenet_resnet200': ('stacked_rand', 0.5, 0.)}
             views = views.get(script, ('auto' if 'imagenet' in script else 'sim', 0.5, 0.))
             assert (opt.augment_policy or 'sim', opt.jitter_strength, opt.blur_p) == views
         elif 'imagenet' in script:
