@@ -56,6 +56,38 @@ def refused(call, tmp_path):
     return refused
 
 
+@pytest.fixture
+def spy(monkeypatch):
+    """spy(object, name): replace a function by one that records its arguments and calls it."""
+    def spy(owner, name):
+        calls, original = [], getattr(owner, name)
+
+        def record(*args, **kwargs):
+            calls.append((args, kwargs))
+            return original(*args, **kwargs)
+        monkeypatch.setattr(owner, name, record)
+        return calls
+    return spy
+
+
+@pytest.fixture
+def interrupt(call):
+    """interrupt(program, epoch, *arguments): run a program until Ctrl-C comes at the start of an epoch."""
+    def interrupt(program, epoch, *arguments):
+        train = program.train
+
+        def interrupted(train_loader, model, criterion, optimizer, now, *rest):
+            if now == epoch:
+                raise KeyboardInterrupt
+            return train(train_loader, model, criterion, optimizer, now, *rest)
+        program.train = interrupted
+        try:
+            assert call(program.main, *arguments)[0] == 130
+        finally:
+            program.train = train
+    return interrupt
+
+
 @pytest.fixture(scope='session')
 def cifar_jpeg(tmp_path_factory):
     """Real CIFAR-10 pictures as train/<class>/*.jpg (500 each) and test/<class>/*.jpg (100 each)."""

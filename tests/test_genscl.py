@@ -122,19 +122,6 @@ def test_accuracy_of_mixed_labels():
 
 # Programs
 
-@pytest.fixture
-def spy(monkeypatch):
-    def spy(owner, name):
-        calls, original = [], getattr(owner, name)
-
-        def record(*args, **kwargs):
-            calls.append((args, kwargs))
-            return original(*args, **kwargs)
-        monkeypatch.setattr(owner, name, record)
-        return calls
-    return spy
-
-
 def ok(call, program, *arguments):
     status, out, err = call(program.main, *arguments)
     assert status == 0, err
@@ -493,23 +480,14 @@ def test_cross_entropy_sees_mixed_pictures(call, monkeypatch):
     (main_supcon, ['--method', 'GenSCL', '--mix', 'mixup_cutmix', '--KD', '--teacher_path', TEACHER,
                    '--ce_weight', '1']),
     (main_ce, ['--mix', 'mixup_cutmix', '--model', 'timm/test_vit', '--size', '32', '--width', '1'])])
-def test_resumed_is_the_same_run(call, teacher, monkeypatch, tmp_path, program, arguments):
+def test_resumed_is_the_same_run(call, interrupt, teacher, monkeypatch, program, arguments):
     """With mixing, a teacher and classifier; and with a network that draws random numbers of its own."""
     arguments = [*TINY, *arguments, '--epochs', 3, '--cosine']
-    ok(call, program, *arguments, '--output_name', 'whole')
-    train = program.train
-
-    def interrupted(train_loader, model, criterion, optimizer, epoch, *rest):
-        if epoch == 2:
-            raise KeyboardInterrupt
-        return train(train_loader, model, criterion, optimizer, epoch, *rest)
-    monkeypatch.setattr(program, 'train', interrupted)
     create = timm.create_model
     monkeypatch.setattr(timm, 'create_model', lambda name, **settings: create(name, **settings, drop_path_rate=0.5))
-    assert call(program.main, *arguments, '--output_name', 'halves')[0] == 130
-    monkeypatch.setattr(program, 'train', train)
+    ok(call, program, *arguments, '--output_name', 'whole')
+    interrupt(program, 2, *arguments, '--output_name', 'halves')
     ok(call, program, *arguments, '--output_name', 'halves', '--resume')
-    ok(call, program, *arguments, '--output_name', 'whole', '--overwrite')  # with drop path too
     whole, halves = (util.load_checkpoint(f'output/{name}/trial=0/last.ckpt')['model'] for name in ('whole', 'halves'))
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
 

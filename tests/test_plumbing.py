@@ -16,20 +16,6 @@ from util import training
 SMALL = [*TINY, '--max_samples', '40', '--epochs', '1', '--output_name', 'a']
 
 
-@pytest.fixture
-def spy(monkeypatch):
-    """spy(object, name): replace a function by one that records its arguments and calls it."""
-    def spy(owner, name):
-        calls, original = [], getattr(owner, name)
-
-        def record(*args, **kwargs):
-            calls.append((args, kwargs))
-            return original(*args, **kwargs)
-        monkeypatch.setattr(owner, name, record)
-        return calls
-    return spy
-
-
 def run(call, program, *arguments):
     status, out, err = call(program.main, *SMALL, *arguments)
     assert status == 0, err

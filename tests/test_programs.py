@@ -124,20 +124,11 @@ def test_real_pictures_from_end_to_end(call, cifar_jpeg, tmp_path):
 
 @pytest.mark.parametrize('program, extra', [(main_supcon, ['--ce_weight', 0.5]), (main_ce, [])])
 @pytest.mark.parametrize('loader', ['batched', 'per_sample'])
-def test_interrupted_and_resumed_is_the_same_run(call, monkeypatch, tmp_path, program, extra, loader):
+def test_interrupted_and_resumed_is_the_same_run(call, interrupt, program, extra, loader):
     arguments = [*TINY, *extra, '--epochs', 4, '--loader', loader, '--eval_freq', 1, '--cosine']
     assert call(program.main, *arguments, '--output_name', 'whole')[0] == 0
 
-    train = program.train
-
-    def interrupted(train_loader, model, criterion, optimizer, epoch, *rest):
-        if epoch == 3:
-            raise KeyboardInterrupt
-        return train(train_loader, model, criterion, optimizer, epoch, *rest)
-    monkeypatch.setattr(program, 'train', interrupted)
-    assert call(program.main, *arguments, '--output_name', 'halves')[0] == 130
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
+    interrupt(program, 3, *arguments, '--output_name', 'halves')
     status, _, err = call(program.main, *arguments, '--output_name', 'halves', '--resume')
     assert status == 0, err
 
