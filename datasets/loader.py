@@ -48,6 +48,11 @@ def available_memory():
     return min(free, default=4 * 2**30)                                 # where no one tells: 4 GB
 
 
+# Pixels of all views of a run from which on compiled operations pay: they cost half a minute at the first use on a
+# machine, and save 5 seconds for a million views of 32 pixels on two CPU cores (benchmarks/bench_views.py).
+COMPILE_PAYS = 2**33
+
+
 class Batches:
     """The order of n pictures: yields the indices [bsz] of each batch and the generator that draws its views.
 
@@ -79,6 +84,8 @@ class BatchedLoader:
         self.labels, self.view, self.n_views = pictures.labels, view, n_views
         self.batches, self.device = Batches(len(pictures), opt, train), torch.device(opt.device)
         self.data, self.heights, self.widths = pictures.decode(view.short_side)
+        compiled = train and opt.epochs * len(pictures) * n_views * view.size**2 >= COMPILE_PAYS
+        self.operations = views.compiled_operations() if compiled else views.OPERATIONS
         if self.device.type == 'cuda' and self.data.nbytes < torch.cuda.mem_get_info()[0] / 4:
             self.data = self.data.to(self.device)
 
@@ -92,8 +99,9 @@ class BatchedLoader:
         for indices, generator in self.batches:
             repeated = indices.repeat(self.n_views)
             drawn = views.draw(self.view, self.heights[repeated], self.widths[repeated], generator)
-            data = self.data[indices.to(self.data.device)].to(self.device)
-            images = views.apply(self.view, data.repeat(self.n_views, 1, 1, 1), drawn)
+            data = self.data.index_select(0, indices.to(self.data.device)).to(self.device)
+            whole = len(indices) == self.batches.sizes[0]       # an odd size would be compiled again
+            images = views.apply(self.view, data, drawn, self.operations if whole else views.OPERATIONS)
             yield images, self.labels[indices].to(self.device)
 
 
@@ -192,8 +200,8 @@ class _WholeViews:
 
 
 class _Crops:
-    """Cropped views [n_views, size, 3, size] uint8 of a picture, on which `rest` is still to be done; with `finish` it
-    is done: [n_views, 3, size, size].
+    """Cropped views [n_views, 3, size, size] uint8 of a picture, column after column, on which `rest` is still to be
+    done; with `finish` it is done.
 
     A JPEG is decoded at the smallest of its own scales (1, 1/2, 1/4, 1/8) at which no crop has to be enlarged.
     """
@@ -224,7 +232,7 @@ class _Crops:
             crops = tensor_crops(picture, boxes, size)
             flips = torch.rand(self.n_views, generator=generator) < self.view.flip
             crops = [crop.flip(1) if flip else crop for crop, flip in zip(crops, flips.tolist())]
-        crops = torch.stack([crop.transpose(1, 2) for crop in crops])
+        crops = torch.stack([crop.permute(2, 1, 0) for crop in crops])
         if not self.finish:
             return crops
         sizes = torch.full((self.n_views,), size)

@@ -68,7 +68,7 @@ class Pictures:
         return self.select(np.sort(order[np.argsort(rank, kind='stable')[:count]]))
 
     def decode(self, short_side):
-        """All pictures as tensors, decoded once: [n, h, 3, w] uint8 and their heights and widths [n].
+        """All pictures as tensors, decoded once: [n, 3, w, h] uint8 and their heights and widths [n].
 
         Pictures larger than `short_side` are scaled down until the shorter side has that length; none is enlarged.
         Pictures of unlike sizes lie in the top left corner of the largest height and width.
@@ -77,7 +77,7 @@ class Pictures:
             short_side = min(short_side, *self.source.shape[1:3])       # one copy serves all who want no scaling
         if short_side not in self._decoded:
             if isinstance(self.source, np.ndarray) and short_side == min(self.source.shape[1:3]):
-                data = torch.from_numpy(self.source).transpose(2, 3).contiguous()
+                data = torch.from_numpy(self.source).permute(0, 3, 2, 1).contiguous()
                 sizes = torch.tensor(self.source.shape[1:3]).expand(len(self), 2)
             else:
                 data, sizes = self._decode(short_side)
@@ -99,9 +99,9 @@ class Pictures:
             arrays = list(pool.map(load, range(len(self))))
         sizes = torch.tensor([array.shape[:2] for array in arrays])
         height, width = sizes.amax(0).tolist()
-        data = torch.zeros(len(self), height, 3, width, dtype=torch.uint8)
+        data = torch.zeros(len(self), 3, width, height, dtype=torch.uint8)
         for i, array in enumerate(arrays):
-            data[i, :array.shape[0], :, :array.shape[1]] = torch.from_numpy(array).transpose(1, 2)
+            data[i, :, :array.shape[1], :array.shape[0]] = torch.from_numpy(array).permute(2, 1, 0)
             arrays[i] = None                                            # freed as we go: memory is not needed twice
         return data, sizes
 

@@ -3,8 +3,10 @@
 A View says how a picture is cropped, flipped and coloured. `per_sample(view)` makes it a torchvision transform of one
 PIL picture, as the original programs do in DataLoader workers. `draw` and `apply` execute it on a batch with tensor
 operations on any device, every picture with its own parameters drawn from the distributions that torchvision draws
-from. Inside the batched executor pictures are [3, n, size * size] float32 in 0..1, one contiguous plane per colour.
+from. The batched executor takes pictures [bsz, 3, w, h] uint8, column after column; inside it they are
+[n, 3, size, size] float32 in 0..1.
 """
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -12,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torchvision import transforms
+
+from util import log
 
 RATIO = (3 / 4, 4 / 3)                      # aspect ratio (width / height) of random crops, torchvision's default
 BLUR = (0.1, 2.)                            # standard deviations, as SimCLR
@@ -74,10 +78,10 @@ class View:
     def group(self):
         """Views that are executed together and share one order of the colour operations.
 
-        Few enough to stay in the cache of a CPU (measured at 32 pixels: 256 are 4 times faster than 2,048), enough
+        Few enough to stay in the cache of a CPU (measured at 32 pixels: 128 are 4 times faster than 2,048), enough
         to keep a GPU busy.
         """
-        return max(4, 2**18 // self.size**2)
+        return max(4, 2**17 // self.size**2)
 
 
 def per_sample(view):
@@ -226,7 +230,7 @@ def _fitting_boxes(heights, widths, scale, ratio, generator, largest=None, tries
     """
     n = len(heights)
     h, w = heights.double()[:, None], widths.double()[:, None]
-    uniform = torch.rand(4, n, tries, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(2, n, tries, generator=generator, dtype=torch.float64)
     area = h * w * (scale[0] + (scale[1] - scale[0]) * uniform[0])
     low, high = math.log(ratio[0]), math.log(ratio[1])
     ratio = torch.exp(low + (high - low) * uniform[1])
@@ -235,7 +239,8 @@ def _fitting_boxes(heights, widths, scale, ratio, generator, largest=None, tries
     fits = (box_w > 0) & (box_w <= max_w) & (box_h > 0) & (box_h <= max_h)
     first = fits.int().argmax(1, keepdim=True)                          # 0 where none fits
     box_h, box_w = box_h.gather(1, first), box_w.gather(1, first)
-    top, left = ((uniform[i, :, :1] * (side - box + 1)).floor() for i, side, box in ((2, h, box_h), (3, w, box_w)))
+    uniform = torch.rand(2, n, 1, generator=generator, dtype=torch.float64)
+    top, left = ((u * (side - box + 1)).floor() for u, side, box in zip(uniform, (h, w), (box_h, box_w)))
     return torch.cat([top, left, box_h, box_w], 1), fits.any(1, keepdim=True)
 
 
@@ -250,88 +255,111 @@ def central_boxes(heights, widths, size, resize):
     return torch.stack([*starts, *lengths], 1)
 
 
-def apply(view, pictures, drawn):
-    """Execute a view: pictures [n, h, 3, w] uint8 and their parameters -> [n, 3, size, size] float32.
+def apply(view, pictures, drawn, operations=None):
+    """Execute a view: pictures [bsz, 3, w, h] uint8 and the parameters of n views -> [n, 3, size, size] float32.
 
-    The order of the colour operations is drawn for each group of views, not for each picture; every single view
-    still has the distribution that torchvision gives it.
+    View i is of picture i % bsz. The order of the colour operations is drawn for each group of views, not for each
+    picture; every single view still has the distribution that torchvision gives it. `operations` may be
+    `compiled_operations()`.
     """
-    n, device = len(pictures), pictures.device
+    n, device, operations = len(drawn.boxes), pictures.device, operations or OPERATIONS
     result = torch.empty(n, 3, view.size, view.size, device=device)
-    whole = view.crop is None and not view.flip and pictures.shape[1:] == (view.size, 3, view.size)
-    boxes, limits, flips, angles, factors, gray, sigmas, holes = (
-        None if x is None else x.to(device, torch.float32, non_blocking=True)
-        for x in (drawn.boxes, drawn.limits, drawn.flips, drawn.angles, drawn.factors, drawn.gray, drawn.sigmas,
-                  drawn.holes))
-    shifts = None if drawn.shifts is None else drawn.shifts.to(device, non_blocking=True)
+    pictures_of_views = torch.arange(n, device=device) % len(pictures)
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (view.mean, view.std))
+    angles, factors, sigmas, holes = (None if x is None else _moved(x.float(), device) for x in (
+        drawn.angles, drawn.factors, drawn.sigmas, drawn.holes))
+    shifts = None if drawn.shifts is None else _moved(drawn.shifts, device)
+    taps = None
+    if view.crop or view.flip or pictures.shape[2:] != (view.size, view.size):
+        taps = operations['taps'](*(_moved(x.float(), device) for x in (drawn.boxes, drawn.limits, drawn.flips)),
+                                  *pictures.shape[2:], view.size, view.group)
     for i, order in enumerate(drawn.orders):
         part = slice(i * view.group, (i + 1) * view.group)
-        if whole:
-            x = pictures[part].permute(2, 0, 1, 3).mul(1 / 255).flatten(2)
+        x = pictures.index_select(0, pictures_of_views[part])
+        if taps is None:
+            x = x.transpose(2, 3).mul(1 / 255)
         else:
-            x = crop_resize(pictures[part], boxes[part], flips[part], view.size, limits[part])
+            columns, column_weights, rows, row_weights = (side[part] for side in taps)
+            x = operations['transposed'](weighted_rows(x.float(), columns, column_weights))     # [n, 3, h, size]
+            x = weighted_rows(x, rows, row_weights)
         if shifts is not None:
             x = shift(x, shifts[part], view.padding)
         if angles is not None:
             x = rotate(x, angles[part])
-        for operation in order or ():
-            COLOUR_OPERATIONS[operation](x, factors[operation, part])
-        if gray is not None:
-            adjust_saturation(x, 1 - gray[part])
+        for number in order or ():
+            x = operations[COLOURS[number]](x, factors[number, part])
+        if drawn.gray is not None:
+            grayed = _moved(drawn.gray[part].nonzero()[:, 0], device)
+            x[grayed] = luma(x[grayed])[:, None]
         if sigmas is not None:
-            blurred = drawn.sigmas[part].nonzero()[:, 0].to(device, non_blocking=True)
-            x[:, blurred] = blur(x[:, blurred], sigmas[part][blurred], view.blur_radius)
-        for channel in range(3):
-            torch.sub(x[channel].view(-1, view.size, view.size), view.mean[channel], out=result[part, channel])
-            result[part, channel].div_(view.std[channel])
+            blurred = _moved(drawn.sigmas[part].nonzero()[:, 0], device)
+            x[blurred] = blur(x[blurred], sigmas[part][blurred], view.blur_radius)
+        torch.sub(x, mean, out=result[part]).div_(std)
         if holes is not None:
             erase(result[part], holes[part])
     return result
 
 
-def crop_resize(pictures, boxes, flips, size, limits=None):
-    """Crop, flip and resize, antialiased: [n, h, 3, w] uint8 -> [3, n, size * size] float32 in 0..1.
+def _moved(x, device):
+    """A CPU tensor on the device, without waiting for that."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x
 
-    Two matrix products, over rows and over columns, with the weights of torchvision's antialiased bilinear resize of
-    the box. boxes [n, 4], flips [n] and limits [n, 4] (the boxes, if None) as in Draw, on the pictures' device.
+
+def resize_taps(boxes, limits, flips, w, h, size, group):
+    """Which columns and rows of pictures [n, 3, w, h] make up those of n views, and how much of each.
+
+    boxes [n, 4], limits [n, 4] and flips [n] as in Draw, in float32. The weights are those of torchvision's antialiased
+    bilinear resize of the boxes: a triangle of which half the width is one pixel of the view, or one of the picture
+    where that is enlarged, cut off and normalized at the ends of the limits.
+    -> columns [n, 3, size, taps], numbered through all columns of a group of pictures, and their weights; the same for
+    rows. Flips are in the columns, and the scale from 0..255 to 0..1 in the rows.
     """
-    n, h, channels, w = pictures.shape
-    boxes, limits = boxes.T, boxes.T if limits is None else limits.T
-    rows = resize_weights(boxes[::2], limits[::2], h, size, torch.zeros_like(flips)).div_(255)
-    columns = resize_weights(boxes[1::2], limits[1::2], w, size, flips).transpose(1, 2)
-    x = torch.bmm(rows, pictures.flatten(2).float()).view(n, size, channels, w)
-    result = torch.empty(channels, n, size, size, device=pictures.device)
-    for channel in range(channels):
-        torch.bmm(x[:, :, channel], columns, out=result[channel])
-    return result.flatten(2)
+    n, device = len(boxes), boxes.device
+    number = math.ceil(2 * max(1, w / size, h / size))
+    in_group = torch.arange(n, dtype=torch.int32, device=device) % group
+    planes = 3 * in_group[:, None] + torch.arange(3, dtype=torch.int32, device=device)     # [n, 3]
+    taps = []
+    for side, length_in in ((1, w), (0, h)):
+        start, length, first, count = (x[:, i, None] for x in (boxes, limits) for i in (side, side + 2))    # [n, 1]
+        scale = length / size
+        reach = scale.clamp(min=1)
+        centre = (torch.arange(size, device=device) + 0.5) * scale                          # [n, size]
+        if side == 1:
+            centre = torch.lerp(centre, length - centre, flips[:, None])
+        centre = centre + start
+        nearest = torch.ceil(centre - reach - 0.5)                      # the first whose centre may be within reach
+        low, high = torch.ceil(first - 0.5), torch.ceil(first + count - 0.5)
+        pixels, weights = [], []                                        # tap by tap, which is what compilers vectorize
+        for pixel in (nearest + k for k in range(number)):
+            weight = (1 - (pixel + 0.5 - centre).abs() / reach).clamp(min=0)
+            # Whole numbers clamped to 0..1 instead of comparisons, which are many times slower on a CPU.
+            weights.append(weight * (pixel - low + 1).clamp(0, 1) * (high - pixel).clamp(0, 1))
+            pixels.append(pixel.clamp(0, length_in - 1).int())
+        total = sum(weights) * (1 if side == 1 else 255)
+        pixels, weights = torch.stack(pixels, 2), torch.stack([weight / total for weight in weights], 2)
+        taps += [pixels[:, None] + length_in * planes[..., None, None], weights[:, None].repeat(1, 3, 1, 1)]
+    return taps
 
 
-def resize_weights(box, limit, size_in, size_out, flips):
-    """Weights [n, size_out, size_in] that resize pixels start .. start + length - 1 to size_out pixels.
+def weighted_rows(x, rows, weights):
+    """sum_k weights[n, c, i, k] x[n, c, rows[n, c, i, k]]: x [n, 3, h, w], the others [n, 3, size, taps], the rows
+    numbered through all of x -> [n, 3, size, w].
 
-    box and limit: start [n] and length [n] of what is resized and of the pixels that may be used.
-    The triangle filter of an antialiased bilinear resize: half its width is one output pixel, or one input pixel
-    when enlarging; it is cut off and normalized at the ends of the limit. `flips` reverses the output.
+    embedding_bag reads only the rows it needs; a matrix product takes 20 times as long at 224 pixels.
     """
-    start, length = box
-    first, count = limit
-    scale = (length / size_out)[:, None]
-    centre = (torch.arange(size_out, device=start.device) + 0.5) * scale                    # [n, size_out]
-    centre = torch.where(flips[:, None] > 0, length[:, None] - centre, centre) + start[:, None]
-    pixel = torch.arange(size_in, device=start.device) + 0.5                                # [size_in]
-    weights = (centre[:, :, None] - pixel).abs_().mul_(-1 / scale.clamp(min=1)[:, :, None]).add_(1).clamp_(min=0)
-    inside = (pixel > first[:, None]) & (pixel < (first + count)[:, None])
-    weights.mul_(inside[:, None])
-    return weights.div_(weights.sum(2, keepdim=True))
+    n, channels, size, taps = rows.shape
+    sums = F.embedding_bag(rows.view(-1, taps), x.view(-1, x.shape[3]), mode='sum',
+                           per_sample_weights=weights.view(-1, taps))
+    return sums.view(n, channels, size, -1)
 
 
 def shift(x, shifts, padding):
-    """Cut views of the same size at shifts [n, 2] (top, left) from x [3, n, size * size], padded with black."""
-    size = math.isqrt(x.shape[2])
-    padded = F.pad(x.view(3, -1, size, size), (padding,) * 4)
+    """Cut views of the same size at shifts [n, 2] (top, left) from x [n, 3, size, size], padded with black."""
+    n, channels, size = x.shape[:3]
     rows, columns = (shifts[:, i, None] + torch.arange(size, device=x.device) for i in (0, 1))      # [n, size]
-    pictures = torch.arange(len(shifts), device=x.device)[:, None, None]
-    return padded[:, pictures, rows[:, :, None], columns[:, None]].flatten(2)
+    pictures, channels = (torch.arange(length, device=x.device) for length in (n, channels))
+    return F.pad(x, (padding,) * 4)[pictures[:, None, None, None], channels[:, None, None], rows[:, None, :, None],
+                                    columns[:, None, None]]
 
 
 def erase(images, boxes):
@@ -344,50 +372,53 @@ def erase(images, boxes):
 
 
 def rotate(x, angles):
-    """Rotate square pictures x [3, n, size * size] about their centres, bilinear, black outside; angles [n] degrees."""
-    size = math.isqrt(x.shape[2])
-    pictures = x.view(3, -1, size, size).transpose(0, 1)
+    """Rotate square pictures x [n, 3, size, size] about their centres, bilinear, black outside; angles [n] degrees."""
     cos, sin = torch.cos(torch.deg2rad(angles)), torch.sin(torch.deg2rad(angles))
     zero = torch.zeros_like(cos)
     matrices = torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(-1, 2, 3)             # output to input positions
-    grid = F.affine_grid(matrices, list(pictures.shape), align_corners=False)
-    return F.grid_sample(pictures, grid, align_corners=False).transpose(0, 1).flatten(2)
+    grid = F.affine_grid(matrices, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False)
 
 
 def blur(x, sigmas, radius):
-    """Gaussian blur of square pictures x [3, n, size * size] over 2 radius + 1 pixels, mirrored edges; sigmas [n]."""
-    size = math.isqrt(x.shape[2])
+    """Gaussian blur of square pictures x [n, 3, size, size] over 2 radius + 1 pixels, mirrored edges; sigmas [n]."""
+    n, channels, size = x.shape[:3]
     steps = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.exp(-0.5 * (steps / sigmas[:, None]) ** 2)
-    kernel = kernel / kernel.sum(1, keepdim=True)                                                   # [n, taps]
-    source = (torch.arange(size, device=x.device)[:, None] + steps).abs()                           # [size, taps]
+    kernel = kernel / kernel.sum(1, keepdim=True)                                           # [n, taps]
+    source = (torch.arange(size, device=x.device)[:, None] + steps).abs()                   # [size, taps]
     source = torch.where(source >= size, 2 * (size - 1) - source, source)
-    shape = len(sigmas), *source.shape
-    weights = x.new_zeros(len(sigmas), size, size)
-    weights.scatter_add_(2, source.expand(shape), kernel[:, None].expand(shape))
-    pictures = x.view(3, -1, size, size)
-    return torch.stack([weights.bmm(channel).bmm(weights.transpose(1, 2)) for channel in pictures]).flatten(2)
+    planes = torch.arange(n * channels, device=x.device).view(n, channels, 1, 1)
+    rows, weights = source + size * planes, kernel[:, None, None].repeat(1, channels, size, 1)
+    for _ in range(2):                                                  # rows, then columns
+        x = transposed(weighted_rows(x, rows, weights))
+    return x
 
 
-# The colour operations of transforms.ColorJitter, in place on x [3, n, pixels], with a factor for each picture [n].
+def luma(x):
+    """Brightness of each pixel: [n, 3, h, w] -> [n, h, w]."""
+    return (x[:, 0] * GRAY[0]).add_(x[:, 1], alpha=GRAY[1]).add_(x[:, 2], alpha=GRAY[2])
+
+
+# The colour operations of transforms.ColorJitter: x [n, 3, h, w] and a factor for each picture [n] -> [n, 3, h, w].
 
 def adjust_brightness(x, factor):
-    x.mul_(factor[:, None]).clamp_(0, 1)
+    return x.mul(factor[:, None, None, None]).clamp_(0, 1)
 
 
 def adjust_contrast(x, factor):
-    mean = sum(weight * channel for weight, channel in zip(GRAY, x.mean(2)))                # [n]
-    x.mul_(factor[:, None]).add_((mean * (1 - factor))[:, None]).clamp_(0, 1)
+    mean = luma(x.mean((2, 3), keepdim=True))                                               # [n, 1, 1]
+    return x.mul(factor[:, None, None, None]).add_((mean[:, 0, 0] * (1 - factor))[:, None, None, None]).clamp_(0, 1)
 
 
 def adjust_saturation(x, factor):
-    gray = (x[0] * GRAY[0]).add_(x[1], alpha=GRAY[1]).add_(x[2], alpha=GRAY[2])
-    x.mul_(factor[:, None]).add_(gray.mul_(1 - factor[:, None])).clamp_(0, 1)
+    gray = luma(x).mul_(1 - factor[:, None, None])
+    return x.mul(factor[:, None, None, None]).add_(gray[:, None]).clamp_(0, 1)
 
 
 def adjust_hue(x, factor):
     """Turn the hue by `factor` (1 is the whole circle), keeping value and chroma of HSV."""
-    red, green, blue = x
+    red, green, blue = x.unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
     low = torch.minimum(torch.minimum(red, green), blue)
     chroma = value - low
@@ -395,11 +426,33 @@ def adjust_hue(x, factor):
     is_red, is_green = ((channel - value).sign_().add_(1) for channel in (red, green))
     hue = torch.lerp((red - green).add_(chroma, alpha=4), (blue - red).add_(chroma, alpha=2), is_green)
     hue = torch.lerp(hue, green - blue, is_red).div_(chroma.clamp(min=1e-12))               # in sixths of the circle
-    hue.add_(6 * factor[:, None])                                       # a gray pixel keeps chroma 0
+    hue.add_(6 * factor[:, None, None])                                 # a gray pixel keeps chroma 0
     hue.sub_((hue / 6).floor_().mul_(6))
     weights = (hue - 3).abs_().sub_(1), 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()         # HSV to RGB
-    for channel, weight in zip(x, weights):
-        torch.addcmul(low, chroma, weight.clamp_(0, 1), out=channel)
+    return torch.stack([torch.addcmul(low, chroma, weight.clamp_(0, 1)) for weight in weights], 1)
 
 
-COLOUR_OPERATIONS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+def transposed(x):
+    """[..., h, w] -> [..., w, h], in memory too."""
+    return x.transpose(-1, -2).contiguous()
+
+
+COLOURS = ('brightness', 'contrast', 'saturation', 'hue')               # in the order of Draw.factors
+OPERATIONS = {'brightness': adjust_brightness, 'contrast': adjust_contrast, 'saturation': adjust_saturation,
+              'hue': adjust_hue, 'taps': resize_taps, 'transposed': transposed}
+
+
+@functools.cache
+def compiled_operations():
+    """OPERATIONS by torch.compile, each compiled at its first use; without a working compiler, OPERATIONS.
+
+    One by one: the order in which the colours follow each other changes from group to group, and one function for each
+    of the 24 orders was no faster.
+    """
+    compiled = {name: torch.compile(operation, dynamic=False) for name, operation in OPERATIONS.items()}
+    try:
+        compiled['brightness'](torch.zeros(2, 3, 8, 8), torch.ones(2))
+    except Exception as error:          # of the compiler, of its search for a C++ compiler, of its cache folder
+        log(f'Views are drawn without torch.compile, which does not work here ({type(error).__name__})')
+        return OPERATIONS
+    return compiled

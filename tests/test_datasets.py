@@ -210,7 +210,7 @@ def test_large_pictures_are_scaled_once(tmp_path):
     train = pictures.folder(tmp_path)
     data, heights, widths = train.decode(72)
     assert heights.tolist() == [72, 96, 50] and widths.tolist() == [96, 72, 40]       # the last is not enlarged
-    assert data.shape == (3, 96, 3, 96) and data.nbytes == train.decoded_bytes(72)
+    assert data.shape == (3, 3, 96, 96) and data.nbytes == train.decoded_bytes(72)
     for file in train.source:
         (tmp_path / file).unlink()
     assert train.decode(72)[0] is data                          # files are not opened again

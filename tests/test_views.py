@@ -1,4 +1,6 @@
 import itertools
+import math
+import shutil
 
 import numpy as np
 import pytest
@@ -8,21 +10,24 @@ from torchvision.transforms.v2 import functional as tv
 
 from datasets import views
 from datasets.pictures import Pictures
-from datasets.views import View
+from datasets.views import Draw, View
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.2, 0.21, 0.22)
 PRETRAINING = View(32, MEAN, STD, crop=(0.2, 1.), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2)
 
 
 def random_pictures(n=6, h=20, w=24):
-    """The same random pictures as uint8 [n, h, 3, w], ours, and float [n, 3, h, w], torchvision's."""
-    pictures = torch.randint(0, 256, (n, h, 3, w), dtype=torch.uint8)
-    return pictures, pictures.transpose(1, 2).float() / 255
+    """The same random pictures as uint8 [n, 3, w, h], ours, and float [n, 3, h, w], torchvision's."""
+    pictures = torch.randint(0, 256, (n, 3, w, h), dtype=torch.uint8)
+    return pictures, pictures.transpose(2, 3).float() / 255
 
 
-def planes(pictures):
-    """[n, 3, h, w] -> [3, n, h * w]"""
-    return pictures.flatten(2).transpose(0, 1).clone()
+def crop_resize(pictures, boxes, flips, size):
+    """The crops alone: [n, 3, size, size] in 0..1."""
+    n = len(pictures)
+    view = View(size, (0., 0., 0.), (1., 1., 1.), crop=(0.2, 1.))
+    drawn = Draw(boxes, boxes, flips, *[None] * 6, orders=[None] * math.ceil(n / view.group))
+    return views.apply(view, pictures, drawn)
 
 
 @pytest.mark.parametrize('ours, theirs, factors', [
@@ -35,10 +40,9 @@ def test_colour_operations_are_torchvision_s(ours, theirs, factors):
     _, pictures = random_pictures()
     pictures[0, :, 0] = pictures[0, :1, 0]                              # gray, black, white and saturated pixels too
     pictures[1, :, 0], pictures[2, :, 0], pictures[3, 1:, 0] = 0, 1, 0
-    x = planes(pictures)
-    ours(x, torch.tensor(factors))
+    x = ours(pictures, torch.tensor(factors))
     expected = torch.stack([theirs(picture, factor) for picture, factor in zip(pictures, factors)])
-    torch.testing.assert_close(x, planes(expected), rtol=0, atol=2e-6)
+    torch.testing.assert_close(x, expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize('size, box', [
@@ -49,30 +53,30 @@ def test_crop_is_torchvision_s_antialiased_resize(size, box, flip):
     ours, theirs = random_pictures()
     n = len(ours)
     boxes = torch.tensor(box).float().repeat(n, 1)
-    x = views.crop_resize(ours, boxes, torch.full((n,), float(flip)), size)
+    x = crop_resize(ours, boxes, torch.full((n,), flip), size)
     expected = tv.resized_crop(theirs, *box, [size, size], antialias=True)
     expected = tv.horizontal_flip(expected) if flip else expected
-    torch.testing.assert_close(x, planes(expected), rtol=0, atol=1e-6)
+    torch.testing.assert_close(x, expected, rtol=0, atol=1e-6)
 
 
 def test_rotation_is_torchvision_s():
     _, pictures = random_pictures(5, 20, 20)
     angles = [-15., -7.3, 0., 4., 15.]
-    x = views.rotate(planes(pictures), torch.tensor(angles))
+    x = views.rotate(pictures, torch.tensor(angles))
     bilinear = transforms.InterpolationMode.BILINEAR
     expected = torch.stack([tv.rotate(picture, angle, bilinear) for picture, angle in zip(pictures, angles)])
-    torch.testing.assert_close(x, planes(expected), rtol=0, atol=1e-5)
+    torch.testing.assert_close(x, expected, rtol=0, atol=1e-5)
 
 
 def test_every_picture_has_its_own_parameters():
     ours, theirs = random_pictures()
     boxes = torch.tensor([[i, 2 * i, 20 - 2 * i, 24 - 3 * i] for i in range(6)]).float()
-    flips = torch.tensor([0., 1, 0, 1, 1, 0])
-    x = views.crop_resize(ours, boxes, flips, 12)
+    flips = torch.tensor([0, 1, 0, 1, 1, 0])
+    x = crop_resize(ours, boxes, flips, 12)
     for i, (box, flip) in enumerate(zip(boxes.int().tolist(), flips)):
         expected = tv.resized_crop(theirs[i:i + 1], *box, [12, 12], antialias=True)
         expected = tv.horizontal_flip(expected) if flip else expected
-        torch.testing.assert_close(x[:, i:i + 1], planes(expected), rtol=0, atol=1e-6)
+        torch.testing.assert_close(x[i:i + 1], expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize('order', list(itertools.permutations(range(4))))
@@ -94,6 +98,37 @@ def test_whole_view_with_the_same_parameters(order):
         picture = tv.rgb_to_grayscale(picture, 3) if drawn.gray[i] else picture
         expected.append(tv.normalize(picture, MEAN, STD))
     torch.testing.assert_close(views.apply(view, ours, drawn), torch.stack(expected), rtol=0, atol=3e-5)
+
+
+def test_views_are_of_the_pictures_in_turn(monkeypatch):
+    """Two views of each picture, in groups that begin and end anywhere in the batch."""
+    ours, _ = random_pictures(7, 16, 16)
+    view = View(16, MEAN, STD, crop=(0.2, 1.), jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2)
+    monkeypatch.setattr(View, 'group', 4)
+    drawn = views.draw(view, *torch.full((2, 14), 16), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(views.apply(view, ours, drawn), views.apply(view, ours.repeat(2, 1, 1, 1), drawn))
+
+
+@pytest.mark.skipif(not shutil.which('g++'), reason='needs a C++ compiler')
+def test_compiled_views_are_the_same(real_pictures):
+    pictures = real_pictures.sample(300, 0)
+    operations = views.compiled_operations()
+    assert operations is not views.OPERATIONS and operations.keys() == views.OPERATIONS.keys()
+    for view in (PRETRAINING, View(20, MEAN, STD, crop=(0.2, 1.), flip=0.5, jitter=(0.8, 0.8, 0.8, 0.2), blur=0.5)):
+        data, heights, widths = pictures.decode(view.short_side)
+        drawn = views.draw(view, heights, widths, torch.Generator().manual_seed(0))
+        torch.testing.assert_close(views.apply(view, data, drawn, operations), views.apply(view, data, drawn),
+                                   rtol=0, atol=3e-5)
+
+
+def test_without_a_working_compiler_views_are_drawn_eagerly(monkeypatch, capsys):
+    def compiler(operation, **_):
+        def fail(*_):
+            raise RuntimeError('no C++ compiler')
+        return fail
+    monkeypatch.setattr(torch, 'compile', compiler)
+    assert views.compiled_operations.__wrapped__() is views.OPERATIONS
+    assert 'without torch.compile' in capsys.readouterr().out
 
 
 def test_groups_have_their_own_order(monkeypatch):
@@ -201,10 +236,10 @@ def test_largest_scaling_still_serves_the_smallest_crop():
 def test_shifted_views_are_torchvision_s_padded_crops():
     _, pictures = random_pictures(5, 20, 20)
     shifts = torch.tensor([[0, 0], [8, 8], [4, 4], [1, 6], [7, 0]])
-    x = views.shift(planes(pictures), shifts, 4)
+    x = views.shift(pictures, shifts, 4)
     expected = torch.stack([tv.crop(tv.pad(picture, 4), *shift.tolist(), 20, 20)
                             for picture, shift in zip(pictures, shifts)])
-    torch.testing.assert_close(x, planes(expected))
+    torch.testing.assert_close(x, expected)
     drawn = views.draw(View(20, MEAN, STD, padding=4), torch.full((5000,), 20), torch.full((5000,), 20),
                        torch.Generator().manual_seed(0))
     assert drawn.shifts.amin() == 0 and drawn.shifts.amax() == 8

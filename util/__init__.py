@@ -10,6 +10,7 @@ from util.training import (
     check_finite,
     forward,
     forward_all,
+    keep_freed_memory,
     knn_accuracy,
     learning_rate,
     ood_metrics,
