@@ -17,8 +17,10 @@ allowed contrasts A(i) (never z_i itself):
 
 The second term needs no N x N matrix: mean_{j in P(i)} s_ij = z_i . (class sum - z_i) / (count - 1), and with unit
 vectors u_i = y_i / |y_i| the weighted sum is z_i . M u_i / temperature, M = sum_j z_j u_j^T [dim, C]. The first is
-computed over blocks of rows, and each block is computed again in the backward pass.
+computed over blocks, and each block is computed again in the backward pass.
 """
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -26,6 +28,8 @@ from torch.nn import functional as F
 # Similarities held at a time by the blocked log-sum-exp. 2**21 floats are 8 MB, which stay in the cache of a CPU; a
 # batch of 1,024 pictures takes two blocks.
 BLOCK = 2**21
+# Side of the square blocks of a symmetric matrix on a CPU; 512 to 1,024 are fastest (benchmarks/README.md).
+TILE = 1024
 
 
 class _ContrastiveLoss(nn.Module):
@@ -108,6 +112,7 @@ class SupConLoss(_ContrastiveLoss):
         views = features.flatten(2).transpose(0, 1).flatten(0, 1)       # [n_views * bsz, dim], view after view
         anchors = views if self.contrast_mode == 'all' else views[:bsz]
         contrasts = views if keys is None else keys.to(views.dtype)
+        labelled = labels is not None
         ids, labels = _ids_and_labels(features, labels, positives)
         contrast_ids, contrast_labels = ids, labels
         if keys is not None:
@@ -118,7 +123,7 @@ class SupConLoss(_ContrastiveLoss):
             if dense or mask is not None:
                 loss = self._dense(*args, keys is None, bsz, mask)
             else:
-                loss = self._blocked(*args, keys is None)
+                loss = self._blocked(*args, keys is None, labelled)
         return loss * (self.temperature / self.base_temperature)
 
     def _check_shapes(self, features, labels, mask, positives, keys, key_labels):
@@ -141,10 +146,12 @@ class SupConLoss(_ContrastiveLoss):
         if self.positives_cap > 0 and self.positives_cap % n_views:
             raise ValueError(f'positives_cap is {self.positives_cap}, expected a multiple of {n_views}, the views')
 
-    def _blocked(self, anchors, contrasts, ids, contrast_ids, labels, contrast_labels, same):
+    def _blocked(self, anchors, contrasts, ids, contrast_ids, labels, contrast_labels, same, labelled):
         normal = contrast_labels >= 0
-        owners = None if normal.all() else torch.where(normal, -1, -contrast_labels - 1)
-        log_denominator = _LogSumExp.apply(anchors, contrasts, self.temperature, same, labels, owners)
+        # Without labels there is no hard negative; a GPU is not asked, since the answer would have to be waited for.
+        all_normal = not labelled or normal.device.type == 'cpu' and bool(normal.all())
+        owners = None if all_normal else torch.where(normal, -1, -contrast_labels - 1)
+        log_denominator = _log_sum_exp(anchors, contrasts, self.temperature, same, labels, owners)
 
         if same:                                                        # anchor i is contrast i
             contrast_ids = _dense_ids(contrast_ids)
@@ -257,7 +264,7 @@ class GenSupConLoss(_ContrastiveLoss):
         anchors, contrasts = [torch.cat(features)] * 2 if all_views else features
         u, v = [torch.cat(labels)] * 2 if all_views else labels                     # [n_anchors, C], [n_contrasts, C]
         with torch.autocast(anchors.device.type, enabled=False):
-            log_denominator = _LogSumExp.apply(anchors, contrasts, self.temperature, all_views, None, None)
+            log_denominator = _log_sum_exp(anchors, contrasts, self.temperature, all_views)
             log_positive, has_positives = self._positives(anchors.double(), contrasts.double(), u, v)
             loss = (torch.where(has_positives, log_denominator, 0).sum() - log_positive) / len(anchors)
         return loss.to(anchors.dtype) * (self.temperature / self.base_temperature)
@@ -274,6 +281,63 @@ class GenSupConLoss(_ContrastiveLoss):
         m, m_anchors = contrasts.T @ v, anchors.T @ (scale[:, None] * u)                        # [dim, C] each
         similar = (m * m_anchors).sum() - (scale * itself) @ (anchors * contrasts).sum(1)
         return similar / self.temperature, has_positives
+
+
+def _log_sum_exp(anchors, contrasts, temperature, same, labels=None, owners=None):
+    """The results of _LogSumExp, by half of the matrix where that is possible and no device has to be waited for."""
+    if same and owners is None and len(anchors) == len(contrasts) and anchors.device.type == 'cpu':
+        bound = (anchors.detach().square().sum(1).amax() / temperature).item()      # of all |s_ij|
+        if 2 * bound < -math.log(torch.finfo(anchors.dtype).tiny) - 10:             # exp(-2 bound) is a normal number
+            return _SymmetricLogSumExp.apply(anchors, temperature, bound)
+    return _LogSumExp.apply(anchors, contrasts, temperature, same, labels, owners)
+
+
+class _SymmetricLogSumExp(torch.autograd.Function):
+    """log sum_{j != i} exp(z_i . z_j / temperature) for each row of z [n, dim]: [n].
+
+    The matrix E_ij = exp(s_ij - bound) is symmetric, so half of its blocks are computed, each for its rows and for its
+    columns. The gradient with g_i of the results is sum_j E_ij (g_i / sum_i + g_j / sum_j) z_j / temperature.
+    `bound` is at least all |s_ij|, so that no exponential overflows and none of the sums is 0.
+    """
+
+    @staticmethod
+    def forward(ctx, z, temperature, bound):
+        sums = z.new_zeros(len(z))
+        for rows, columns, block in _SymmetricLogSumExp._blocks(z, temperature, bound):
+            sums[rows] += block.sum(1)
+            if rows != columns:
+                sums[columns] += block.sum(0)
+        ctx.save_for_backward(z, sums)
+        ctx.temperature, ctx.bound = temperature, bound
+        return sums.log() + bound
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        z, sums = ctx.saved_tensors
+        scale = grad / sums.masked_fill(sums == 0, 1) / ctx.temperature         # a single row has no contrasts
+        grad_z, factors = torch.zeros_like(z), z.new_empty(min(TILE, len(z))**2)
+        with torch.autocast(z.device.type, enabled=False):
+            for rows, columns, block in _SymmetricLogSumExp._blocks(z, ctx.temperature, ctx.bound):
+                factor = factors[:block.numel()].view_as(block)
+                block.mul_(torch.add(scale[rows, None], scale[columns], out=factor))
+                grad_z[rows].addmm_(block, z[columns])
+                if rows != columns:
+                    grad_z[columns].addmm_(block.T, z[rows])
+        return grad_z, None, None
+
+    @staticmethod
+    def _blocks(z, temperature, bound):
+        """The blocks of E on and above the diagonal, in one buffer: yields rows, columns, block."""
+        scaled, buffer = z / temperature, z.new_empty(min(TILE, len(z))**2)
+        parts = [slice(i, min(i + TILE, len(z))) for i in range(0, len(z), TILE)]
+        for number, rows in enumerate(parts):
+            for columns in parts[number:]:
+                shape = rows.stop - rows.start, columns.stop - columns.start
+                block = torch.mm(scaled[rows], z[columns].T, out=buffer[:math.prod(shape)].view(shape))
+                if rows == columns:
+                    block.fill_diagonal_(-torch.inf)
+                yield rows, columns, block.sub_(bound).exp_()
 
 
 class _LogSumExp(torch.autograd.Function):

@@ -103,6 +103,7 @@ TARGETS = {
 @pytest.mark.parametrize('block', [losses.BLOCK, 40])                          # one block, and several uneven ones
 def test_value_and_gradient_are_the_textbook_s(monkeypatch, mode, n_views, targets, block):
     monkeypatch.setattr(losses, 'BLOCK', block)
+    monkeypatch.setattr(losses, 'TILE', min(block // 10, losses.TILE))
     check(random_features(7, n_views), mode, **TARGETS[targets]())
 
 
@@ -159,6 +160,7 @@ KEYS = {
 @pytest.mark.parametrize('block', [losses.BLOCK, 20])
 def test_keys_are_the_contrasts(monkeypatch, targets, n_views, block):
     monkeypatch.setattr(losses, 'BLOCK', block)
+    monkeypatch.setattr(losses, 'TILE', min(block // 10, losses.TILE))
     keys = F.normalize(torch.randn(8, 5, dtype=torch.float64), dim=1)
     for ablation in [('out', 'all', -1), *ABLATIONS]:
         check(random_features(4, n_views), 'all', *ablation, keys=keys, **KEYS[targets]())
@@ -171,6 +173,7 @@ def test_keys_are_the_contrasts(monkeypatch, targets, n_views, block):
 @pytest.mark.parametrize('targets', TARGETS)
 def test_gradcheck(monkeypatch, mode, targets):
     monkeypatch.setattr(losses, 'BLOCK', 40)
+    monkeypatch.setattr(losses, 'TILE', 4)
     keywords = TARGETS[targets]()
     assert torch.autograd.gradcheck(lambda f: SupConLoss(0.5, mode)(f, **keywords), (random_features(),))
 
@@ -191,6 +194,7 @@ SOFT = {
 @pytest.mark.parametrize('block', [losses.BLOCK, 40])
 def test_soft_labels_are_the_textbook_s(monkeypatch, mode, targets, block):
     monkeypatch.setattr(losses, 'BLOCK', block)
+    monkeypatch.setattr(losses, 'TILE', min(block // 10, losses.TILE))
     labels, features = SOFT[targets](), random_features()
     reference = copy.deepcopy(features)
     loss = GenSupConLoss(0.1, mode, 0.07)(features.unbind(1), labels.unbind(0))
@@ -331,11 +335,52 @@ def test_wrong_settings_are_refused(loss, keywords):
         loss(**keywords)
 
 
+@pytest.mark.parametrize('temperature', [1e-3, 0.01, 0.022, 0.03, 0.07, 10.])
+@pytest.mark.parametrize('scale', [0.1, 1., 3.])
+def test_every_temperature_and_length_in_float32(monkeypatch, spy, temperature, scale):
+    """Half of the matrix is used only where none of its exponentials can vanish."""
+    monkeypatch.setattr(losses, 'TILE', 5)
+    symmetric = spy(losses._SymmetricLogSumExp, 'apply')
+    reference = (scale * random_features()).detach().requires_grad_()
+    features = reference.detach().float().requires_grad_()
+    labels = torch.tensor([0, 1, 0, 2, 1, 0, 9])
+    loss = SupConLoss(temperature)(features, labels)
+    expected = textbook(reference, labels=labels, temperature=temperature)
+    torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-4)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(features.grad, reference.grad.float(), rtol=1e-3, atol=1e-4)
+    assert bool(symmetric) == (scale**2 / temperature < 38.6)
+
+
+def test_gpus_are_not_waited_for():
+    """Tensors without values, as if on a GPU: who asks for one gets an error."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+    with FakeTensorMode():
+        features = torch.empty(8, 2, 16, device='cuda', requires_grad=True)
+        labels = torch.empty(8, dtype=torch.long, device='cuda')
+        with pytest.raises(DataDependentOutputException):
+            (labels >= 0).all().item()
+        for targets in ({'labels': labels}, {}, {'labels': labels, 'positives': 'picture'},
+                        {'keys': features[:, 0].detach()}, {'mask': labels == labels[:, None]}):
+            assert SupConLoss()(features, **targets).device.type == 'cuda'
+        GenSupConLoss()(features.unbind(1), [torch.empty(8, 3, device='cuda')] * 2)
+        losses.contrastive_accuracy(features, labels)
+
+
+def test_a_single_view_has_no_contrasts():
+    features = random_features(1, 1)
+    loss = SupConLoss()(features)
+    loss.backward()
+    assert loss == 0 and (features.grad == 0).all()
+
+
 @pytest.mark.parametrize('soft', [False, True])
 def test_memory_is_linear(monkeypatch, soft):
     """No tensor of the loss, forward or backward, is larger than a block or than the features."""
     from torch.utils._python_dispatch import TorchDispatchMode
     monkeypatch.setattr(losses, 'BLOCK', 4096)
+    monkeypatch.setattr(losses, 'TILE', 64)
     largest = 0
 
     class Watch(TorchDispatchMode):
