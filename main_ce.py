@@ -6,6 +6,10 @@
 
 Uses all GPUs in CUDA_VISIBLE_DEVICES, or the CPU. Writes output/<run>/trial=<trial>/last.ckpt.
 """
+if __name__ == '__main__':                      # --help does not wait for the imports below, which take seconds
+    from util.options import answer_help
+    answer_help('main_ce', __doc__)
+
 import time
 
 from torch import nn
@@ -28,10 +32,14 @@ def parse_option(argv=None):
     return opt
 
 
-def set_loader(opt):
-    """Training batches; batches for evaluation: 'val', and 'id' and 'ood' of augmentation folders; the classes."""
+def set_loader(opt, augment=True):
+    """Training batches; batches for evaluation: 'val', and 'id' and 'ood' of augmentation folders; the classes.
+
+    With augment=False the training pictures come as for evaluation, in their own order.
+    """
     data = load_pictures(opt)
-    train_loader = make_loader(data.train, classification_view(opt), opt)
+    train_loader = make_loader(data.train, classification_view(opt) if augment else evaluation_view(opt), opt,
+                               train=augment)
     loaders = {name: make_loader(part, evaluation_view(opt), opt, train=False)
                for name, part in (('val', data.val), ('id', data.id), ('ood', data.ood)) if part}
     return train_loader, loaders, data.train.classes

@@ -3,12 +3,20 @@
     python main_linear.py --batch_size 512 --learning_rate 5 --ckpt output/<run>/trial=0/last.ckpt
     python main_linear.py --batch_size 512 --learning_rate 1 --ckpt simclr.pth          a checkpoint of SupContrast
     python main_linear.py --pretrained cifar10_bsz_1024_mixup_cutmix_1.0_KD_1.0_SGD_lr_0.5           a GenSCL run
+    python main_linear.py --cache_features --ckpt last.ckpt              without augmentation, an epoch in a moment
 
 Uses all GPUs in CUDA_VISIBLE_DEVICES, or the CPU. Writes output/<run>/trial=<trial>/last.ckpt.
 """
+if __name__ == '__main__':                      # --help does not wait for the imports below, which take seconds
+    from util.options import answer_help
+    answer_help('main_linear', __doc__)
+
+import time
+
 from torch import nn
 
 import util
+from datasets.loader import TensorLoader
 from main_ce import fit, set_loader
 from networks.resnet_big import LinearProbe
 from util import UserError, log
@@ -48,13 +56,29 @@ def set_model(opt, checkpoint, classes):
     return util.prepare(model, opt), nn.CrossEntropyLoss(label_smoothing=opt.label_smoothing)
 
 
+def cached_features(train_loader, loaders, model, opt):
+    """The same loaders with the encoder's features [bsz, dim] instead of pictures, computed once.
+
+    Another protocol than the usual one: the classifier sees each picture in one view only.
+    """
+    def cached(loader, train=False):
+        return TensorLoader(*util.forward_all(model.encoder, loader, opt), opt, train)
+
+    start = time.time()
+    train_loader, loaders = cached(train_loader, train=True), {name: cached(part) for name, part in loaders.items()}
+    log(f'--cache_features: features of all pictures, without augmentation, in {time.time() - start:.2f} s')
+    return train_loader, loaders
+
+
 def main(argv=None):
     opt, checkpoint = parse_option(argv)
     run = util.Run(opt)
     util.set_device(opt)
     util.set_warmup(opt)
-    train_loader, loaders, classes = set_loader(opt)
+    train_loader, loaders, classes = set_loader(opt, augment=not opt.cache_features)
     model, criterion = set_model(opt, checkpoint, classes)
+    if opt.cache_features and not opt.evaluate:
+        train_loader, loaders = cached_features(train_loader, loaders, model, opt)
     optimizer = util.set_optimizer(opt, model)
     fit(run, train_loader, loaders, model, criterion, optimizer, classes, opt)
 

@@ -7,6 +7,10 @@
 
 Uses all GPUs in CUDA_VISIBLE_DEVICES, or the CPU. Writes output/<run>/trial=<trial>/last.ckpt for main_linear.py.
 """
+if __name__ == '__main__':                      # --help does not wait for the imports below, which take seconds
+    from util.options import answer_help
+    answer_help('main_supcon', __doc__)
+
 import math
 import time
 
@@ -157,12 +161,12 @@ def train(train_loader, model, criterion, optimizer, epoch, opt, teacher=None):
         if opt.moco:                                    # the keys of the same pictures are their other views
             features = torch.stack([features[:, 0], targets['keys'][:bsz]], 1)
         accuracies.update(contrastive_accuracy(features, labels, positives), bsz)
-        collapsed = collapsed_loss(criterion, features[:, :n_views], targets)
-        history.append((contrastive.detach() - collapsed).abs() <= 1e-4 * collapsed.abs())
         batch_time.update(time.time() - end)
         end = time.time()
         if (idx + 1) % opt.print_freq == 0 or idx + 1 == steps:
             util.check_finite(losses, epoch, idx + 1)
+            collapsed = collapsed_loss(criterion, features[:, :n_views], targets)
+            history.append((contrastive.detach() - collapsed).abs() <= 1e-4 * collapsed.abs())
             log(f'Train: [{epoch}][{idx + 1}/{steps}]\tBT {batch_time.val:.3f} ({batch_time.avg:.3f})\t'
                 f'DT {data_time.val:.3f} ({data_time.avg:.3f})\tloss {losses.val:.3f} ({losses.avg:.3f})')
     log(f'epoch {epoch}, total time {time.time() - start:.2f}')

@@ -4,6 +4,7 @@ A new dataset is one function in pictures.py and one row in DATASETS.
 """
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from datasets import mvip, pictures
 from datasets.augmentations import load_augmentations
@@ -87,9 +88,10 @@ class Data:
 def load_pictures(opt):
     """All Pictures of a run: Data; fills in opt.size, opt.mean and opt.std where they are None."""
     info = dataset_info(opt)
-    train, val = (part.sample(opt.max_samples, opt.seed) for part in info.load(opt))
-    extra_id, extra_ood = (part and part.sample(opt.max_samples, opt.seed)
-                           for part in load_augmentations(opt, train.classes))
+    cache_dir = _cache_dir(opt)
+    train, val = info.load(opt)
+    train, val, extra_id, extra_ood = (part and replace(part.sample(opt.max_samples, opt.seed), cache_dir=cache_dir)
+                                       for part in (train, val, *load_augmentations(opt, train.classes)))
     opt.size = opt.size or info.size
     if opt.mean is None or opt.std is None:
         mean, std = (info.mean, info.std) if info.mean else train.statistics()
@@ -100,6 +102,16 @@ def load_pictures(opt):
         train = train.join(extra_id)
     return Data(train, val, extra_id if opt.aug_mode != 'ood_only' else None,
                 extra_ood if opt.aug_mode != 'id_only' else None)
+
+
+def _cache_dir(opt):
+    """The folder of --cache_dir, made, or None."""
+    try:
+        if opt.cache_dir:
+            Path(opt.cache_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'--cache_dir {opt.cache_dir}: not a folder that can be made ({error})') from error
+    return opt.cache_dir and Path(opt.cache_dir)
 
 
 def dataset_info(opt):

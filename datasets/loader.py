@@ -2,7 +2,6 @@
 import contextlib
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import transforms
 
 from datasets import views
+from datasets.pictures import available_memory
 from util import UserError
 
 
@@ -29,23 +29,6 @@ def make_loader(pictures, view, opt, n_views=1, train=True):
     if batched:
         return BatchedLoader(pictures, view, opt, n_views, train)
     return WorkerLoader(pictures, view, opt, n_views, train, whole_view=opt.loader == 'per_sample')
-
-
-def available_memory():
-    """Bytes that this process may still take: what the machine has free, within the limit of a container."""
-    def read(file):
-        try:
-            return Path(file).read_text().split()
-        except OSError:
-            return []
-
-    free, meminfo = [], read('/proc/meminfo')
-    if 'MemAvailable:' in meminfo:
-        free.append(1024 * int(meminfo[meminfo.index('MemAvailable:') + 1]))
-    limit, used = read('/sys/fs/cgroup/memory.max'), read('/sys/fs/cgroup/memory.current')
-    if limit and used and limit[0] != 'max':
-        free.append(int(limit[0]) - int(used[0]))
-    return min(free, default=4 * 2**30)                                 # where no one tells: 4 GB
 
 
 # Pixels of all views of a run from which on compiled operations pay: they cost half a minute at the first use on a
@@ -103,6 +86,24 @@ class BatchedLoader:
             whole = len(indices) == self.batches.sizes[0]       # an odd size would be compiled again
             images = views.apply(self.view, data, drawn, self.operations if whole else views.OPERATIONS)
             yield images, self.labels[indices].to(self.device)
+
+
+class TensorLoader:
+    """Batches of what is computed already, features [n, dim] and labels [n]; without views."""
+
+    def __init__(self, features, labels, opt, train):
+        self.features, self.labels, self.batches = features, labels, Batches(len(labels), opt, train)
+
+    def __len__(self):
+        return len(self.batches)
+
+    def set_epoch(self, epoch):
+        self.batches.epoch = epoch
+
+    def __iter__(self):
+        for indices, _ in self.batches:
+            indices = indices.to(self.labels.device)
+            yield self.features[indices], self.labels[indices]
 
 
 class WorkerLoader:

@@ -40,6 +40,9 @@ class ObjectPicture:
         left, top = left - (side - (right - left)) // 2, top - (side - (bottom - top)) // 2
         return left, top, left + side, top + side
 
+    def files(self):
+        return [str(self.file), str(self.mask)]
+
     def size(self):
         left, top, right, bottom = self.box()
         return right - left, bottom - top

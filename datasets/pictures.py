@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torchvision import datasets as tv
 
+from datasets.cache import cached, key_of
 from util import UserError, log
 
 EXTENSIONS = (*tv.folder.IMG_EXTENSIONS, '.gif')
@@ -21,10 +22,12 @@ class Pictures:
 
     source: uint8 array [n, h, w, 3], or a list of n file names or objects with `read()` and `size()`.
     labels: [n] int64, numbers of `classes`.
+    cache_dir: folder where what is decoded of files is kept for the next time, or None.
     """
     source: np.ndarray | list
     labels: torch.Tensor
     classes: list
+    cache_dir: Path | None = None
     _decoded: dict = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self):
@@ -85,6 +88,33 @@ class Pictures:
         return self._decoded[short_side]
 
     def _decode(self, short_side):
+        """What `decode` gives for files: [n, 3, w, h] uint8 and [n, 2] heights and widths."""
+        file = self._cache_file(f'decoded-{short_side}')
+        if not file:
+            return self._decode_files(short_side)
+
+        def make():
+            data, sizes = self._decode_files(short_side)
+            return {'data': data.numpy(), 'sizes': sizes.numpy()}
+
+        def check(arrays):
+            data, sizes = arrays['data'], arrays['sizes']
+            return (data.dtype == np.uint8 and data.ndim == 4 and data.shape[:2] == (len(self), 3)
+                    and sizes.dtype == np.int64 and sizes.shape == (len(self), 2) and sizes.min() > 0
+                    and (sizes.max(0) <= data.shape[:1:-1]).all())
+        arrays = cached(file, make, check)
+        return torch.from_numpy(arrays['data']), torch.from_numpy(arrays['sizes'])
+
+    def _cache_file(self, purpose):
+        """Where the result for `purpose` is kept, or None where nothing is."""
+        if self.cache_dir is None or isinstance(self.source, np.ndarray):
+            return None
+        if 'key' not in self._decoded:
+            self._decoded['key'] = key_of(
+                file for item in self.source for file in ([item] if isinstance(item, str) else item.files()))
+        return self.cache_dir / f"{self._decoded['key']}-{purpose}.npz"
+
+    def _decode_files(self, short_side):
         def load(i):
             size = None
 
@@ -99,6 +129,9 @@ class Pictures:
             arrays = list(pool.map(load, range(len(self))))
         sizes = torch.tensor([array.shape[:2] for array in arrays])
         height, width = sizes.amax(0).tolist()
+        if 3 * width * height * len(self) > available_memory():
+            raise UserError(f'{len(self)} pictures of up to {width}x{height} do not fit into memory, expected '
+                            '--loader workers')
         data = torch.zeros(len(self), 3, width, height, dtype=torch.uint8)
         for i, array in enumerate(arrays):
             data[i, :, :array.shape[1], :array.shape[0]] = torch.from_numpy(array).permute(2, 1, 0)
@@ -111,14 +144,29 @@ class Pictures:
             return list(pool.map(picture_size, self.source[::math.ceil(len(self) / limit)]))
 
     def decoded_bytes(self, short_side):
-        """Memory that `decode` takes."""
+        """Memory that `decode` takes, as far as a part of the files tells."""
         if isinstance(self.source, np.ndarray):
             return self.source.nbytes
-        sizes = np.array([scaled(size, short_side) for size in self.sizes()])
+        file = self._cache_file(f'decoded-{short_side}')
+        if file and file.exists():
+            return file.stat().st_size
+        sizes = np.array([scaled(size, short_side) for size in self.sizes(limit=5000)])
         return 3 * int(sizes.max(0).prod()) * len(self)
 
     def statistics(self, probes=5000):
         """Mean and standard deviation per channel of 0..1 over (at most `probes` of) the pictures."""
+        file = self._cache_file(f'statistics-{probes}')
+        if not file:
+            return self._statistics(probes)
+
+        def make():
+            return {'statistics': np.array(self._statistics(probes))}
+
+        def check(arrays):
+            return arrays['statistics'].shape == (2, 3) and arrays['statistics'].dtype == np.float64
+        return tuple(map(tuple, cached(file, make, check)['statistics'].tolist()))
+
+    def _statistics(self, probes):
         total, squares, pixels = np.zeros(3), np.zeros(3), 0
         for i in np.linspace(0, len(self) - 1, min(probes, len(self))).astype(int):
             x = np.asarray(self.load(i)).reshape(-1, 3) / 255.
@@ -126,6 +174,23 @@ class Pictures:
         mean = total / pixels
         std = np.sqrt(np.maximum(squares / pixels - mean**2, 0))
         return tuple(mean.round(4).tolist()), tuple(np.maximum(std, 1e-3).round(4).tolist())
+
+
+def available_memory():
+    """Bytes that this process may still take: what the machine has free, within the limit of a container."""
+    def read(file):
+        try:
+            return Path(file).read_text().split()
+        except OSError:
+            return []
+
+    free, meminfo = [], read('/proc/meminfo')
+    if 'MemAvailable:' in meminfo:
+        free.append(1024 * int(meminfo[meminfo.index('MemAvailable:') + 1]))
+    limit, used = read('/sys/fs/cgroup/memory.max'), read('/sys/fs/cgroup/memory.current')
+    if limit and used and limit[0] != 'max':
+        free.append(int(limit[0]) - int(used[0]))
+    return min(free, default=4 * 2**30)                                 # where no one tells: 4 GB
 
 
 def scaled(size, short_side):

@@ -217,7 +217,8 @@ class LinearClassifier(nn.Module):
 class LinearProbe(nn.Module):
     """A linear classifier on a frozen encoder: pictures [bsz, 3, h, w] -> logits [bsz, num_classes].
 
-    The encoder gets no gradient and stays in eval mode, so that its batch norms keep their statistics.
+    Instead of pictures it also takes the encoder's features of them, [bsz, dim]. The encoder gets no gradient and stays
+    in eval mode, so that its batch norms keep their statistics.
     """
 
     def __init__(self, encoder, num_classes=10):
@@ -232,5 +233,5 @@ class LinearProbe(nn.Module):
 
     def forward(self, x):
         with torch.no_grad():
-            features = self.encoder(x)
+            features = x if x.dim() == 2 else self.encoder(x)
         return self.classifier(features)

@@ -283,3 +283,80 @@ def test_select_forgets_decoded_pictures():
     pictures = Pictures(source, torch.arange(4), list('abcd'))
     pictures.decode(4)
     assert pictures.select(np.array([2])).decode(4)[0].unique().tolist() == [2]
+
+
+@pytest.fixture
+def cache(tmp_path, picture_folder):
+    """cache() -> decoded training pictures, mean, and the names of files that were opened for them."""
+    root = picture_folder()
+
+    def cache(**changes):
+        opt = path_options(root, cache_dir=str(tmp_path / 'cache'), mean=None, std=None, **changes)
+        opened, open_picture = [], pictures.open_picture
+        pictures.open_picture = lambda file, use: opened.append(file) or open_picture(file, use)
+        try:
+            train, _ = load(opt)
+            train.decoded_bytes(8)
+            return train.decode(8)[0], opt.mean, opened
+        finally:
+            pictures.open_picture = open_picture
+    return cache
+
+
+def test_decoded_folders_are_kept_on_disk(cache, tmp_path):
+    data, mean, opened = cache()
+    assert opened and len(list((tmp_path / 'cache').iterdir())) == 2        # pixels and statistics
+    again, mean_again, opened = cache()
+    assert not opened and mean_again == mean and torch.equal(again, data)
+
+
+def test_a_changed_file_is_decoded_again(cache, tmp_path):
+    data, *_ = cache()
+    for file in (tmp_path / 'pictures/red').iterdir():
+        Image.new('RGB', (12, 10), 'white').save(file)
+    again, _, opened = cache()
+    assert opened and not torch.equal(again, data) and (again == 255).flatten(1).all(1).sum() == 9
+
+
+def other_arrays(file, **changes):
+    with np.load(file) as arrays:
+        arrays = {**arrays, **changes}
+    np.savez(file, **arrays)
+
+
+@pytest.mark.parametrize('damage', [
+    lambda file: file.write_bytes(file.read_bytes()[:-30]), lambda file: file.write_bytes(b''),
+    lambda file: file.write_bytes(file.read_bytes()[:2000]), lambda file: file.write_bytes(b'PK\x03\x04' * 100),
+    lambda file: file.write_bytes(bytes(byte ^ (i == 3000) for i, byte in enumerate(file.read_bytes()))),
+    lambda file: other_arrays(file, data=np.zeros((3, 3, 8, 8), np.uint8)),
+    lambda file: other_arrays(file, data=np.zeros((18, 3, 10, 8))), lambda file: other_arrays(file, sizes=np.zeros(1)),
+    lambda file: np.savez(file, other=np.zeros(1))])
+def test_a_damaged_cache_is_made_again(cache, tmp_path, capsys, damage):
+    data, *_ = cache()
+    file = next((tmp_path / 'cache').glob('*-decoded-8.npz'))
+    whole = file.read_bytes()
+    damage(file)
+    again, _, opened = cache()
+    assert opened and torch.equal(again, data) and f'{file}: not a whole cache' in capsys.readouterr().out
+    assert file.stat().st_size == len(whole) and not cache()[2]
+
+
+def test_nothing_in_a_cache_is_executed(cache, tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return open, (str(tmp_path / 'executed'), 'w')
+    cache()
+    for file in (tmp_path / 'cache').iterdir():
+        np.savez(file, data=np.array([Hostile()], dtype=object), statistics=np.array([Hostile()]))
+    assert cache()[2] and not (tmp_path / 'executed').exists()
+
+
+def test_a_cache_that_cannot_be_written_is_said(cache, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError('No space left on device')
+    monkeypatch.setattr(np, 'savez', full)
+    assert cache()[2] and 'No space left on device' in capsys.readouterr().out
+    assert not list((tmp_path / 'cache').iterdir())
+    (tmp_path / 'file').touch()
+    with pytest.raises(UserError, match='--cache_dir .*file'):
+        load(options(cache_dir=str(tmp_path / 'file')))

@@ -1,4 +1,7 @@
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -7,6 +10,7 @@ import main_linear
 import main_supcon
 from util import options
 
+ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = {'main_supcon': main_supcon, 'main_ce': main_ce, 'main_linear': main_linear}
 
 
@@ -31,6 +35,20 @@ def test_defaults(monkeypatch, program, expected):
     opt = vars(parse(program))
     assert {name: opt[name] for name in expected} == expected
     assert opt['num_workers'] == 64
+
+
+@pytest.mark.parametrize('program', PROGRAMS)
+def test_help_needs_no_slow_imports(program):
+    """`--help` answers at once: PyTorch alone takes seconds to import."""
+    code = f"""import runpy, sys
+sys.argv = ['{program}.py', '--lr', '0.1', '--help']
+try:
+    runpy.run_path('{program}.py', run_name='__main__')
+finally:
+    print(sorted({{'torch', 'numpy', 'PIL', 'sklearn', 'tqdm'}} & set(sys.modules)))"""
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    assert done.stdout.endswith('\n[]\n') and '--learning_rate LR' in done.stdout
 
 
 def test_never_more_workers_than_cores(monkeypatch):

@@ -1,18 +1,27 @@
 """Every option reaches what it names: a value lost on the way would go unnoticed in a run that merely ends well."""
+import ctypes
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_ce
 import main_linear
 import main_supcon
 import util
+from datasets import make_loader, views
+from datasets.pictures import Pictures
+from datasets.views import View
 from util import training
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = [*TINY, '--max_samples', '40', '--epochs', '1', '--output_name', 'a']
 
 
@@ -27,7 +36,7 @@ def test_optimizer_options(call, spy, program):
     calls = spy(torch.optim, 'SGD')
     run(call, program, '--learning_rate', 0.123, '--weight_decay', 0.003, '--momentum', 0.7)
     (groups,), settings = calls[0]
-    assert settings == {'momentum': 0.7, 'nesterov': False}
+    assert settings == {'momentum': 0.7, 'nesterov': False, 'fused': True}
     assert [(group['lr'], group['weight_decay']) for group in groups] == [(0.123, 0.003)]
 
 
@@ -224,3 +233,65 @@ def test_resume_keeps_earlier_checkpoints(call, refused, tmp_path):
     refused(main_ce.main, *SMALL, '--resume', words=['--resume', 'no last.ckpt'])
     (tmp_path / 'output/a/trial=0/ckpt_epoch_1.ckpt').unlink()
     run(call, main_ce, '--resume')                              # stopped before its first checkpoint: from the start
+
+
+@pytest.mark.parametrize('program, arguments', [
+    (main_supcon, []), (main_supcon, ['--method', 'SimCLR', '--ce_weight', '1']),
+    (main_supcon, ['--moco', '--moco_k', '8']), (main_supcon, ['--method', 'GenSCL', '--mix', 'mixup_cutmix']),
+    (main_ce, []), (main_ce, ['--mix', 'mixup_cutmix'])])
+def test_training_waits_for_the_device_only_to_print(monkeypatch, program, arguments):
+    """No step but the last of three, which prints, asks for the value of a tensor; tests/test_losses.py has the loss."""
+    opt = program.parse_option([*TINY, '--batch_size', '8', *arguments])
+    opt.device = 'cpu'
+    monkeypatch.setattr(main_supcon, 'contrastive_loss', lambda criterion, features, targets: features.square().sum())
+    # PyTorch's looks at the labels, on CPUs only.
+    monkeypatch.setattr(torch.nn.functional, 'one_hot', lambda labels, classes: torch.eye(classes)[labels])
+    waited, step = [], 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket._qualified_op_name.split('::')[1] in ('_local_scalar_dense', 'nonzero', 'equal'):
+                waited.append(step)
+            return func(*args, **(kwargs or {}))
+
+    class Loader:
+        __len__ = (3).__int__
+
+        def __iter__(self):
+            nonlocal step
+            views = 2 if program is main_supcon else 1
+            for number in range(3):
+                step = number
+                yield torch.rand(8 * views, 3, 8, 8), torch.zeros(8, dtype=torch.long)
+    model, criterion, *_ = program.set_model(opt, list('0123456789'))
+    optimizer = util.set_optimizer(opt, model)
+    with Watch():
+        program.train(Loader(), model, criterion, optimizer, 1, opt)
+    assert set(waited) == {2}
+
+
+def test_a_long_run_draws_compiled_views(monkeypatch, spy):
+    monkeypatch.setattr(views, 'compiled_operations', lambda: 'compiled')
+    pictures = Pictures(torch.zeros(2**10, 32, 32, 3, dtype=torch.uint8).numpy(), torch.zeros(2**10).long(), ['a'])
+    for epochs, train, expected in ((2**12, True, 'compiled'), (2**12, False, views.OPERATIONS),
+                                    (2**12 - 1, True, views.OPERATIONS)):
+        opt = util.defaults(device='cpu', loader='batched', epochs=epochs, num_workers=0)
+        view = View(32, (0.5,) * 3, (0.2,) * 3, crop=(0.2, 1.))
+        assert make_loader(pictures, view, opt, 2, train).operations is expected
+
+
+def test_convolutions_have_the_channels_side_by_side(call, spy):
+    prepared = spy(util, 'prepare')
+    run(call, main_supcon, '--moco', '--moco_k', '32')
+    for network in (prepared[0][0][0], prepared[0][0][0].moco.network):
+        assert network.encoder.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'mallopt'), reason='needs the GNU C library')
+def test_freed_memory_is_kept():
+    """A large tensor takes the pages of one that was freed; without the setting the kernel gives new ones."""
+    code = ("import resource, torch, util; {}; faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+            "for i in range(9):\n    before = faults(); torch.ones(2**24); count = faults() - before\nprint(count)")
+    counts = [int(subprocess.run([sys.executable, '-c', code.format(line)], capture_output=True, text=True, check=True,
+                                 cwd=ROOT).stdout) for line in ('util.keep_freed_memory()', '0')]
+    assert counts[0] < 100 < counts[1]

@@ -95,6 +95,29 @@ def test_linear_evaluation_run(call, pretrained, tmp_path):
     assert 'classifier.fc.weight' in after
 
 
+def test_linear_evaluation_of_cached_features(call, pretrained, spy, refused, monkeypatch, tmp_path):
+    """The encoder sees each picture once; the result is that of training on pictures without augmentation."""
+    encoded = spy(main_linear.LinearProbe, 'forward')
+    arguments = [*LINEAR, '--ckpt', PRETRAINED, '--epochs', 3, '--learning_rate', 1, '--batch_size', 32]
+    status, out, err = call(main_linear.main, *arguments, '--cache_features', '--output_name', 'cached')
+    assert status == 0, err
+    assert '--cache_features: features of all pictures' in out
+    assert all(args[1].dim() == 2 for args, _ in encoded)
+    cached = parameters(tmp_path / 'output/cached/trial=0/last.ckpt')
+
+    monkeypatch.setattr(main_ce, 'classification_view', main_ce.evaluation_view)
+    assert call(main_linear.main, *arguments, '--output_name', 'plain')[0] == 0
+    plain = parameters(tmp_path / 'output/plain/trial=0/last.ckpt')
+    assert cached.keys() == plain.keys()
+    for name in plain:
+        torch.testing.assert_close(cached[name], plain[name], rtol=1e-4, atol=1e-5)
+
+    best = re.search(r'Acc@1 (\S+)', call(main_linear.main, *arguments, '--cache_features', '--output_name', 'cached',
+                                          '--evaluate')[1])[1]
+    assert best == re.findall(r'Acc@1 (\S+) Acc@5', out)[-1]
+    refused(main_linear.main, *arguments, '--cache_features', '--cutout', words=['--cutout', '--cache_features'])
+
+
 def test_cross_entropy_run(call, tmp_path):
     status, out, err = call(main_ce.main, *TINY, '--epochs', 2, '--method', 'SupCon', '--per_class')
     assert status == 0, err

@@ -86,7 +86,8 @@ def plain_parts(model):
     """Copies on the CPU of the encoder and of the last linear layer of a SupCEResNet or LinearProbe."""
     encoder = model.encoder.module if isinstance(model.encoder, nn.DataParallel) else model.encoder
     fc = model.classifier.fc if isinstance(getattr(model, 'classifier', None), LinearClassifier) else model.fc
-    encoder, fc = copy.deepcopy(encoder).cpu().float().eval(), copy.deepcopy(fc).cpu().float()
+    encoder = copy.deepcopy(encoder).to('cpu', torch.float32, memory_format=torch.contiguous_format).eval()
+    fc = copy.deepcopy(fc).cpu().float()
     encoder.precision = None
     return encoder, fc
 

@@ -176,6 +176,8 @@ OPTIONS = {
                           help='batched: all pictures in memory, views drawn on the device; workers: worker processes '
                                'read and crop, colours on the device; per_sample: torchvision transforms in worker '
                                'processes; auto: batched where the pictures fit, else workers')),
+        ('--cache_dir', dict(metavar='FOLDER', help='keep decoded pictures of folders there, for the next start; '
+                             'default: nowhere')),
         ('--num_workers', dict(type=COUNT_OR_ZERO, metavar='N', help='worker processes that read and draw; default, '
                                'and never more than: the cores there are')),
     ],
@@ -271,6 +273,8 @@ OPTIONS = {
         ('--ckpt', dict(metavar='FILE', help='checkpoint of the pretrained encoder; needed, or:'), LINEAR),
         ('--pretrained', dict(type=folder_name, metavar='NAME', help='the run output/NAME, of the same --trial, needed '
                               'where --ckpt is not given'), LINEAR),
+        ('--cache_features', dict(FLAG, help='compute the features of all pictures once, without augmentation, and '
+                                  'train the classifier on these: another protocol, and many times faster'), LINEAR),
         ('--pretrained_ckpt', dict(type=folder_name, default='last.ckpt', metavar='FILE',
                                    help='checkpoint of that run'), LINEAR),
     ],
@@ -375,12 +379,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def parse(program, description, argv=None, method=None):
-    """Parse the command line of one of PROGRAMS: -> argparse.Namespace.
+def answer_help(program, description):
+    """Print the help and end, where the command line asks for it: to be called before the imports that take seconds."""
+    if {'-h', '--help'} & set(sys.argv[1:]):
+        make_parser(program, description).print_help()
+        sys.exit()
 
-    `-` and `_` are the same in the name of an option. The defaults are those of `method` (of --method, if that is an
-    option) and of --dataset. Raises UserError for a mistake.
-    """
+
+def make_parser(program, description):
+    """The options of one of PROGRAMS, with its defaults: -> Parser."""
     parser = Parser(prog=f'{program}.py', description=description, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     column = PROGRAMS.index(program)
@@ -397,6 +404,16 @@ def parse(program, description, argv=None, method=None):
             elif title == 'network' and 'action' not in settings:
                 settings['help'] += " (default: the checkpoint's)"
             group.add_argument(*spellings.split(), **settings)
+    return parser
+
+
+def parse(program, description, argv=None, method=None):
+    """Parse the command line of one of PROGRAMS: -> argparse.Namespace.
+
+    `-` and `_` are the same in the name of an option. The defaults are those of `method` (of --method, if that is an
+    option) and of --dataset. Raises UserError for a mistake.
+    """
+    parser, column = make_parser(program, description), PROGRAMS.index(program)
     argv = [_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
     opt = parser.parse_args(argv)
     defaults = {**METHOD_DEFAULTS.get((program, method or getattr(opt, 'method', None)), {}),
@@ -467,6 +484,9 @@ def _complete(opt, program, given):
     for one, other in (('resume', 'overwrite'), ('exp_decay', 'cosine'), ('base_lr', 'learning_rate')):
         if one in given and other in given and getattr(opt, one) and getattr(opt, other):
             raise UserError(f'--{one} and --{other} are both given, expected at most one')
+    for name in ('augment_policy', 'crop_min', 'cutout', 'erasing', 'mix'):
+        if getattr(opt, 'cache_features', False) and name in given and getattr(opt, name) not in ('no', False):
+            raise UserError(f'--{name} has no effect: --cache_features shows each picture as evaluation does')
     if opt.exp_decay:                                   # a method may have --cosine as its default
         opt.cosine = False
     if opt.nesterov and not opt.momentum:

@@ -22,10 +22,6 @@ from tqdm import tqdm
 from networks.resnet_big import make_encoder
 from util.options import POSITIVE, UserError, channels, network, number, stem
 
-# tensorboard-logger's generated messages are older than protobuf 4, whose Python implementation still reads them. It
-# is chosen when protobuf is imported, by whichever package.
-os.environ.setdefault('PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION', 'python')
-
 
 class Log:
     """Prints lines on stdout and keeps them in the run's log.txt; lines before the run has a folder go there first."""
@@ -54,8 +50,8 @@ log = Log()
 
 # Options that may differ when a run is resumed; the others decide what the run computes.
 MAY_CHANGE = {'epochs', 'warm_epochs', 'num_workers', 'print_freq', 'save_freq', 'eval_freq', 'per_class', 'resume',
-              'overwrite', 'device', 'data_folder', 'aug_root', 'debug', 'wandb', 'wandb_entity', 'wandb_project',
-              'num_classes', 'evaluate', 'export'}
+              'overwrite', 'device', 'data_folder', 'aug_root', 'cache_dir', 'debug', 'wandb', 'wandb_entity',
+              'wandb_project', 'num_classes', 'evaluate', 'export'}
 
 
 def plain(values):
@@ -161,8 +157,10 @@ class Run:
             self.wandb.log(values, step=step, commit=True)
 
     def log_views(self, loader, count=16):
-        """Show the first `count` pictures of a batch, a row for each of their views."""
+        """Show the first `count` pictures of a batch, a row for each of their views; features cannot be shown."""
         images, labels = next(iter(loader))
+        if images.dim() != 4:
+            return
         images = images.view(-1, len(labels), *images.shape[1:])[:, :count].flatten(0, 1).float().cpu()
         images = images * torch.tensor(self.opt.std)[:, None, None] + torch.tensor(self.opt.mean)[:, None, None]
         images = images.repeat_interleave(max(1, 64 // self.opt.size), 2)

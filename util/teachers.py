@@ -81,7 +81,7 @@ def load_teacher(checkpoint, opt, classes):
     log(f"{file}: {kind} as teacher")
     # It learns nothing, so reduced precision costs only the rounding of its logits; a GPU is much faster with it.
     teacher.precision = precision(opt, opt.amp or opt.device == 'cuda' and torch.cuda.is_bf16_supported(False))
-    return spread(teacher.to(opt.device), opt)
+    return spread(teacher.to(opt.device, memory_format=torch.channels_last), opt)
 
 
 def _ours(recorded, state, num_classes, opt):
