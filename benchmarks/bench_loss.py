@@ -4,9 +4,12 @@
     python benchmarks/bench_loss.py --soft --classes 100                                                GenSupConLoss
 
 Every measurement is a process of its own, so that peak memory is what the loss alone adds to an idle process that
-holds the features; the two forms take turns and medians are shown. The last line is the ratio of the memories.
+holds the features; the forms take turns and medians are shown. `products` is what no loss can do without that makes the
+whole matrix: three bare matrix products of its size, one forward and two backward. On a GPU where there is one. The
+last line is the ratio of the times.
 """
 import argparse
+import math
 import resource
 import statistics
 import subprocess
@@ -18,6 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
+FORMS = ('linear', 'dense', 'products')
+
+
 def dense(features, labels, temperature=0.07):
     """The formula as the textbook writes it: features [bsz, n_views, dim], N x N matrices throughout.
 
@@ -25,7 +31,7 @@ def dense(features, labels, temperature=0.07):
     """
     import torch
     z = torch.cat(features.unbind(1))
-    not_self = 1 - torch.eye(len(z))
+    not_self = 1 - torch.eye(len(z), device=z.device)
     if labels.dim() == 1:
         labels = labels.repeat(features.shape[1])
         mask = (labels[:, None] == labels).float() * not_self
@@ -38,15 +44,36 @@ def dense(features, labels, temperature=0.07):
     return -((mask * log_prob).sum(1) / mask.sum(1)).mean()
 
 
+def products(features):
+    """Seconds of the three products, into memory that is there."""
+    import torch
+    z = torch.cat(features.detach().unbind(1))
+    matrix, result = torch.ones(len(z), len(z), device=z.device), torch.ones_like(z)
+    synchronize()
+    start = time.perf_counter()
+    torch.mm(z, z.T, out=matrix)
+    torch.mm(matrix, z, out=result)
+    torch.mm(matrix.T, z, out=result)
+    synchronize()
+    return time.perf_counter() - start
+
+
+def synchronize():
+    import torch
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def measure(form, views, dim, classes, soft):
     """Print seconds, added peak memory in MB and the loss of one forward and backward pass."""
     import torch
 
     from losses import GenSupConLoss, SupConLoss
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
 
     def linear(features, labels):
         return GenSupConLoss()(features.unbind(1), labels.unbind(1)) if soft else SupConLoss()(features, labels)
-    criterion = {'linear': linear, 'dense': dense}[form]
+    criterion = {'linear': linear, 'dense': dense, 'products': None}[form]
 
     def step(views):
         generator = torch.Generator().manual_seed(0)
@@ -57,17 +84,28 @@ def measure(form, views, dim, classes, soft):
             labels = torch.nn.functional.one_hot(torch.randint(classes, (2, views // 2, 2), generator=generator),
                                                  classes).float()
             labels = 0.7 * labels[0] + 0.3 * labels[1]
+        features, labels = features.detach().to(device).requires_grad_(), labels.to(device)
+        if form == 'products':
+            return products(features), math.nan, math.nan
+        synchronize()
         start_memory, start = peak_memory(), time.perf_counter()
         loss = criterion(features, labels)
         loss.backward()
+        synchronize()
         return time.perf_counter() - start, peak_memory() - start_memory, loss.item()
 
     step(64)                                # threads and libraries start here, not in the measurement
+    if device == 'cuda':
+        step(views)
+        torch.cuda.reset_peak_memory_stats()
     print(*step(views))
 
 
 def peak_memory():
-    """Largest resident memory of this process so far, in MB (ru_maxrss is in KB on Linux, in bytes on macOS)."""
+    """Largest memory so far in MB, of the GPU or of this process (ru_maxrss is in KB on Linux, in bytes on macOS)."""
+    import torch
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform == 'linux' else 2**20)
 
 
@@ -78,12 +116,12 @@ def main():
     parser.add_argument('--classes', type=int, default=10)
     parser.add_argument('--soft', action='store_true', help='label distributions')
     parser.add_argument('--repeat', type=int, default=3)
-    parser.add_argument('--form', choices=('linear', 'dense'), help='measure this form once, in this process')
+    parser.add_argument('--form', choices=FORMS, help='measure this form once, in this process')
     args = parser.parse_args()
     if args.form:
         return measure(args.form, args.views, args.dim, args.classes, args.soft)
 
-    results = {'linear': [], 'dense': []}
+    results = {form: [] for form in FORMS}
     for _ in range(args.repeat):
         for form, rows in results.items():
             command = [sys.executable, __file__, '--form', form, '--views', str(args.views), '--dim', str(args.dim),
@@ -93,13 +131,13 @@ def main():
     kind = 'soft classes' if args.soft else 'classes'
     print(f'{args.views} views, {args.dim} dimensions, {args.classes} {kind}, forward and backward, '
           f'median of {args.repeat}')
-    print(f'{"form":8}{"seconds":>10}{"peak MB":>10}{"loss":>14}')
+    print(f'{"form":10}{"seconds":>10}{"peak MB":>10}{"loss":>14}')
     medians = {form: [statistics.median(column) for column in zip(*rows)] for form, rows in results.items()}
     for form, (seconds, memory, loss) in medians.items():
-        print(f'{form:8}{seconds:10.2f}{memory:10.0f}{loss:14.7f}')
-    time_ratio, memory_ratio = (medians['dense'][i] / medians['linear'][i] for i in (0, 1))
-    print(f'time: dense / linear {time_ratio:.2f}; memory: dense / linear below')
-    print(f'ratio {memory_ratio:.1f}')
+        print(f'{form:10}{seconds:10.4g}{memory:10.0f}{loss:14.7f}')
+    print(f'memory: dense / linear {medians["dense"][1] / medians["linear"][1]:.1f}; '
+          f'time: linear / products {medians["linear"][0] / medians["products"][0]:.2f}, dense / linear below')
+    print(f'ratio {medians["dense"][0] / medians["linear"][0]:.1f}')
 
 
 if __name__ == '__main__':

@@ -76,11 +76,12 @@ def main():
     parser.add_argument('--size', type=int, default=32)
     parser.add_argument('--steps', type=int, default=5)
     parser.add_argument('--repeat', type=int, default=3)
+    parser.add_argument('--forms', nargs='+', choices=FORMS, default=FORMS, help='original and amp among them')
     parser.add_argument('--form', choices=FORMS, help='measure this form once, in this process')
     args = parser.parse_args()
     if args.form:
         return measure(args.form, args)
-    speeds = {form: [] for form in FORMS}
+    speeds = {form: [] for form in args.forms}
     for _ in range(args.repeat):
         for form, values in speeds.items():
             output = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--form', form], check=True,

@@ -240,7 +240,7 @@ def test_resume_keeps_earlier_checkpoints(call, refused, tmp_path):
     (main_supcon, ['--moco', '--moco_k', '8']), (main_supcon, ['--method', 'GenSCL', '--mix', 'mixup_cutmix']),
     (main_ce, []), (main_ce, ['--mix', 'mixup_cutmix'])])
 def test_training_waits_for_the_device_only_to_print(monkeypatch, program, arguments):
-    """No step but the last of three, which prints, asks for the value of a tensor; tests/test_losses.py has the loss."""
+    """No step but the last of three, which prints, asks for a tensor's value; tests/test_losses.py has the loss."""
     opt = program.parse_option([*TINY, '--batch_size', '8', *arguments])
     opt.device = 'cpu'
     monkeypatch.setattr(main_supcon, 'contrastive_loss', lambda criterion, features, targets: features.square().sum())

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY
 
 import main_ce
@@ -279,20 +281,46 @@ def test_plot_refuses_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize('kind', [[], ['--soft']])
-def test_loss_benchmark_ends_with_its_ratio(tmp_path, kind):
-    benchmark = ROOT / 'benchmarks' / 'bench_loss.py'
-    result = shell([sys.executable, benchmark, '--views', '2048', '--repeat', '1', *kind], tmp_path)
-    assert result.returncode == 0, result.stderr
-    *table, last = result.stdout.splitlines()
-    assert re.fullmatch(r'ratio \d+\.\d', last)
-    losses = [line.split()[-1] for line in table if line.startswith(('linear', 'dense'))]
+def test_loss_benchmark_compares_equal_losses(tmp_path, kind):
+    output = benchmark(tmp_path, 'bench_loss.py', '--views', '2048', '--repeat', '1', *kind)
+    losses = [line.split()[-1] for line in output if line.startswith(('linear', 'dense'))]
     assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-5)
 
 
-def test_mvip_benchmark_ends_with_its_ratio(tmp_path):
-    result = shell([sys.executable, ROOT / 'benchmarks' / 'bench_mvip.py', '--pictures', '8', '--size', '16'], tmp_path)
+def benchmark(tmp_path, script, *arguments):
+    """The lines that a benchmark prints, the last of which is its ratio."""
+    result = shell([sys.executable, ROOT / 'benchmarks' / script, *arguments], tmp_path)
     assert result.returncode == 0, result.stderr
-    assert re.fullmatch(r'ratio \d+\.\d', result.stdout.splitlines()[-1])
+    assert re.fullmatch(r'ratio \d+\.\d+', result.stdout.splitlines()[-1])
+    return result.stdout.splitlines()
+
+
+BENCHMARKS = ['bench_mvip.py --pictures 8 --size 16',
+              'bench_folder.py --pictures 70 --size 16 --repeat 1 --policies sim auto',
+              'bench_views.py --pictures 300 --size 16 --batch_size 100 --repeat 1',
+              'bench_step.py --batch_size 4 --size 8 --steps 1 --repeat 1 --forms original amp',
+              'bench_linear.py --pictures 64 --batch_size 32 --repeat 1', 'bench_start.py --pictures 60 --repeat 1',
+              'bench_epoch.py --pictures 16 --batch_size 8', 'plot_cost.py --largest 11 --pictures 128']
+
+
+@pytest.mark.parametrize('command', BENCHMARKS)
+def test_benchmarks_end_with_their_ratio(tmp_path, command):
+    benchmark(tmp_path, *command.split())
+    assert (tmp_path / 'cost.png').exists() == command.startswith('plot_cost')
+
+
+def test_all_benchmarks_are_run_and_tested(tmp_path):
+    scripts = {file.name for file in (ROOT / 'benchmarks').glob('*.py')} - {'run_all.py'}
+    assert scripts == {command.split()[0] for command in BENCHMARKS} | {'bench_loss.py'}
+    table = runpy.run_path(str(ROOT / 'benchmarks' / 'run_all.py'))['BENCHMARKS']
+    assert scripts == {command[0] for _, _, command in table.values()}
+
+
+def test_benchmarks_write_a_table(tmp_path):
+    command = [sys.executable, ROOT / 'benchmarks' / 'run_all.py', '--output', 'results', '--only']
+    assert shell([*command, 'gpu resnet50'], tmp_path).returncode == 0
+    text = next((tmp_path / 'results').glob('*.md')).read_text()
+    assert 'PyTorch' in text and ('| not measured: no GPU |' in text or torch.cuda.is_available())
 
 
 def test_mixing_is_drawn(tmp_path):
@@ -301,10 +329,3 @@ def test_mixing_is_drawn(tmp_path):
     assert result.returncode == 0 and (tmp_path / 'x.png').stat().st_size > 10_000, result.stderr
     result = shell([*plot, '--output', 'nowhere/x.png'], tmp_path)
     assert result.returncode == 2 and 'nowhere/x.png' in result.stderr and result.stderr.count('\n') == 1
-
-
-def test_folder_benchmark_ends_with_its_ratio(tmp_path):
-    result = shell([sys.executable, ROOT / 'benchmarks' / 'bench_folder.py', '--pictures', '70', '--size', '16',
-                    '--repeat', '1', '--policies', 'sim', 'auto'], tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert re.fullmatch(r'ratio \d+\.\d\d', result.stdout.splitlines()[-1])

@@ -1,0 +1,136 @@
+"""Seconds of an epoch of SupCon: this project's way against the original's, and how much of it is waiting for views.
+
+    python benchmarks/bench_epoch.py [--model resnet18] [--pictures 50000] [--batch_size 1024] [--num_workers N]
+
+`ours` is main_supcon.py --amp, views drawn in batches; `steps` the same on one batch that is there already, so that the
+rest is the loader's share; `original` is float32, channels first, torchvision's transforms in worker processes. Each
+is a process of its own; the second epoch is measured. On a GPU also the largest memory, and the share that the steps
+reach of the chip's bfloat16 peak. On a CPU the defaults are smaller. The last line is the ratio of original to ours.
+"""
+import argparse
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+FORMS = ('ours', 'steps', 'original')
+PEAK = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12}        # dense bfloat16 operations per second, NVIDIA's figures
+
+
+class Repeated:
+    """The first batch of a loader, as often as the loader has batches."""
+
+    def __init__(self, loader):
+        self.batch, self.count = next(iter(loader)), len(loader)
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        return iter([self.batch] * self.count)
+
+    def set_epoch(self, epoch):
+        pass
+
+
+def original_epoch(loader, model, criterion, optimizer):
+    """The loop of the original program."""
+    model.train()
+    for images, labels in loader:
+        loss = criterion(model(images).unflatten(0, (2, -1)).transpose(0, 1), labels)
+        loss.item()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def measure(form, args):
+    """Print seconds of the second epoch, operations of a step, steps, GPU memory in bytes and the GPU's name."""
+    import torch
+    from bench_views import photographs
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import main_supcon
+    import util
+    from datasets import make_loader, pretraining_view
+    from networks.resnet_big import SupConResNet
+
+    original = form == 'original'
+    opt = main_supcon.parse_option(['--model', args.model, '--batch_size', str(args.batch_size), '--temp', '0.1',
+                                    '--loader', 'per_sample' if original else 'batched', '--num_workers',
+                                    str(args.num_workers)] + ['--amp'] * (not original))
+    opt.size, opt.mean, opt.std = 32, (0.5,) * 3, (0.25,) * 3
+    util.set_device(opt)
+    util.set_warmup(opt)
+    pictures = photographs(min(args.pictures, 2000), 32)
+    pictures = pictures.select([i % len(pictures) for i in range(args.pictures)])
+    loader = make_loader(pictures, pretraining_view(opt), opt, 2)
+    model, criterion, _ = main_supcon.set_model(opt, pictures.classes)
+    if original:
+        model = SupConResNet(args.model).to(opt.device)
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
+    else:
+        optimizer = util.set_optimizer(opt, model)
+    if form == 'steps':
+        loader = Repeated(loader)
+    images, _ = next(iter(loader))
+    with FlopCounterMode(display=False) as counter:
+        util.forward(model, images[:8], opt)[0].sum().backward()
+    flops = counter.get_total_flops() / 8 * 2 * args.batch_size
+    for epoch in (1, 2):
+        loader.set_epoch(epoch)
+        start = time.perf_counter()
+        if original:
+            original_epoch(loader, model, criterion, optimizer)
+        else:
+            main_supcon.train(loader, model, criterion, optimizer, epoch, opt)
+        if opt.device == 'cuda':
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    gpu = opt.device == 'cuda'
+    return {'seconds': seconds, 'flops': flops, 'steps': len(loader), 'device': opt.device,
+            'memory': torch.cuda.max_memory_allocated() if gpu else 0,
+            'name': torch.cuda.get_device_name() if gpu else 'CPU'}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model', default='resnet18')
+    parser.add_argument('--pictures', type=int, help='default: 50000, on a CPU 512')
+    parser.add_argument('--batch_size', type=int, help='default: 1024, on a CPU 128')
+    parser.add_argument('--num_workers', type=int, default=os.cpu_count())
+    parser.add_argument('--form', choices=FORMS, help='measure this form once, in this process')
+    args = parser.parse_args()
+    import torch
+    gpu = torch.cuda.is_available()
+    args.pictures = args.pictures or (50000 if gpu else 512)
+    args.batch_size = args.batch_size or (1024 if gpu else 128)
+    if args.form:
+        with contextlib.redirect_stdout(io.StringIO()):
+            result = measure(args.form, args)
+        return print(json.dumps(result))
+    results = {}
+    for form in FORMS:
+        output = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--form', form], check=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+        results[form] = json.loads(output.splitlines()[-1])
+    ours, steps, original = (results[form] for form in FORMS)
+    print(f'{args.model}, {args.pictures} pictures, batches of {args.batch_size}, on {ours["name"]}; seconds per epoch')
+    print(f'ours {ours["seconds"]:.2f} (the steps alone {steps["seconds"]:.2f}: views take '
+          f'{100 * (1 - steps["seconds"] / ours["seconds"]):.1f} %), original {original["seconds"]:.2f}')
+    rate = ours['flops'] * ours['steps'] / ours['seconds']
+    peak = next((value for name, value in PEAK.items() if name in ours['name']), None)
+    print(f'{rate / 1e12:.2f} TFLOP/s' + (f', {100 * rate / peak:.1f} % of the bfloat16 peak' if peak else '')
+          + (f'; memory {ours["memory"] / 2**30:.1f} GB, original {original["memory"] / 2**30:.1f} GB' if gpu else ''))
+    print(f'ratio {original["seconds"] / ours["seconds"]:.2f}')
+
+
+if __name__ == '__main__':
+    main()

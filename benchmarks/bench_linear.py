@@ -1,0 +1,77 @@
+"""Seconds of an epoch of linear evaluation: pictures through the frozen encoder, against features computed once.
+
+    python benchmarks/bench_linear.py [--pictures 2048] [--model resnet18] [--batch_size 256] [--repeat 3]
+
+`pictures` is main_linear.py as usual, `amp` the same with --amp, `features` with --cache_features: another protocol,
+without augmentation. An epoch is training and validation; medians. Computing the features takes about one epoch, once.
+The last line is the ratio of pictures to features.
+"""
+import argparse
+import contextlib
+import io
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from bench_views import photographs  # noqa: E402
+
+import main_ce  # noqa: E402
+import main_linear  # noqa: E402
+import util  # noqa: E402
+from datasets import classification_view, evaluation_view, make_loader  # noqa: E402
+from networks.resnet_big import LinearProbe, make_encoder  # noqa: E402
+
+
+def measure(form, pictures, args):
+    """Seconds that come once, and of each epoch."""
+    opt = util.parse('main_linear', '', ['--model', args.model, '--batch_size', str(args.batch_size), '--loader',
+                                         'batched', '--size', '32'])
+    opt.amp, opt.cache_features, opt.warm_epochs, opt.num_classes = form == 'amp', form == 'features', 0, 2
+    opt.mean, opt.std = (0.5,) * 3, (0.25,) * 3
+    util.set_device(opt)
+    cached = opt.cache_features
+    val = pictures.select(np.arange(len(pictures) // 5))
+    train_loader = make_loader(pictures, evaluation_view(opt) if cached else classification_view(opt), opt,
+                               train=not cached)
+    loaders = {'val': make_loader(val, evaluation_view(opt), opt, train=False)}
+    model = util.prepare(LinearProbe(make_encoder(args.model), 2), opt)
+    criterion, optimizer, once = torch.nn.CrossEntropyLoss(), util.set_optimizer(opt, model), 0.
+    if cached:
+        start = time.perf_counter()
+        train_loader, loaders = main_linear.cached_features(train_loader, loaders, model, opt)
+        once = time.perf_counter() - start
+    seconds = []
+    for epoch in range(1, args.repeat + 1):
+        start = time.perf_counter()
+        train_loader.set_epoch(epoch)
+        main_ce.train(train_loader, model, criterion, optimizer, epoch, opt)
+        main_ce.validate(loaders, model, opt)
+        seconds.append(time.perf_counter() - start)
+    return once, statistics.median(seconds)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--pictures', type=int, default=2048)
+    parser.add_argument('--model', default='resnet18')
+    parser.add_argument('--batch_size', type=int, default=256)
+    parser.add_argument('--repeat', type=int, default=3)
+    args = parser.parse_args()
+    pictures, results = photographs(args.pictures, 32), {}
+    for form in ('pictures', 'amp', 'features'):
+        with contextlib.redirect_stdout(io.StringIO()):
+            results[form] = measure(form, pictures, args)
+    print(f'{args.pictures} pictures of 32 pixels, {args.model}; medians of {args.repeat}')
+    print(f'{"form":12}{"once, s":>10}{"epoch, s":>10}{"ratio":>8}')
+    for form, (once, seconds) in results.items():
+        print(f'{form:12}{once:10.2f}{seconds:10.3f}{results["pictures"][1] / seconds:8.1f}')
+    print(f'ratio {results["pictures"][1] / results["features"][1]:.1f}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,84 @@
+"""Run all benchmarks and write what they print, with machine and versions, and the plot of cost against size.
+
+    python benchmarks/run_all.py [--only views loss ...] [--output benchmarks/results]
+
+Writes <output>/<date>_<device>.md and, with `cost`, a plot beside it. About 25 minutes on two CPU cores; the part `gpu`
+is measured where there is a GPU and stays empty elsewhere.
+"""
+import argparse
+import datetime
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+# Name: (what the ratio is of, the goal, the command and its arguments)
+BENCHMARKS = {
+    'views': ('compiled batched views / transforms in workers', 24, ['bench_views.py', '--pictures', '50000']),
+    'step': ('--amp step / original step', 2.5, ['bench_step.py', '--batch_size', '256', '--steps', '3']),
+    'linear': ('epoch of pictures / of --cache_features', 50, ['bench_linear.py']),
+    'loss': ('dense / linear, 16,384 views', 4, ['bench_loss.py']),
+    'soft loss': ('dense / linear, 100 soft classes', None, ['bench_loss.py', '--soft', '--classes', '100']),
+    'start': ('first start / second with --cache_dir', 10, ['bench_start.py']),
+    'mvip': ('epoch with workers / batched, evaluation view', 20, ['bench_mvip.py']),
+    'folder': ('ImageFolder / our workers, blur', None, ['bench_folder.py']),
+    'epoch': ('original epoch / ours', None, ['bench_epoch.py']),
+    'cost': ('slope of the loss time over views, log-log', None, ['plot_cost.py']),
+    'gpu resnet50': ('original epoch / ours, 50,000 pictures', 4, ['bench_epoch.py', '--model', 'resnet50']),
+}
+
+
+def machine():
+    """Lines about the machine and the versions."""
+    import torch
+    import torchvision
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'
+    cpu = platform.processor() or platform.machine()
+    if Path('/proc/cpuinfo').exists():
+        names = re.findall(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())
+        cpu = names[0] if names else cpu
+    return [f'{datetime.date.today()}, {os.cpu_count()} cores of {cpu}, {gpu}',
+            f'Python {platform.python_version()}, PyTorch {torch.__version__}, torchvision {torchvision.__version__}']
+
+
+def measured(script, arguments):
+    """The ratio on the last line of a benchmark, and all that it prints."""
+    done = subprocess.run([sys.executable, str(HERE / script), *arguments], stdout=subprocess.PIPE, text=True)
+    ratio = re.findall(r'^ratio (\S+)$', done.stdout, re.MULTILINE)
+    return ratio[-1] if ratio and not done.returncode else 'failed', done.stdout.strip()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--only', nargs='+', choices=BENCHMARKS, default=list(BENCHMARKS), metavar='NAME')
+    parser.add_argument('--output', type=Path, default=HERE / 'results')
+    args = parser.parse_args()
+    import torch
+    gpu = torch.cuda.is_available()
+    args.output.mkdir(parents=True, exist_ok=True)
+    file = args.output / f"{datetime.date.today()}_{'gpu' if gpu else 'cpu'}.md"
+    table, details = ['| benchmark | ratio of | ratio | goal | minutes |', '|---|---|---|---|---|'], []
+    for name in args.only:
+        what, goal, (script, *arguments) = BENCHMARKS[name]
+        if name == 'cost':
+            arguments = ['--output', str(file.with_suffix('.png'))]
+        if name.startswith('gpu') and not gpu:
+            table.append(f'| {name} | {what} | not measured: no GPU | {goal} | |')
+        else:
+            start = time.time()
+            ratio, output = measured(script, arguments)
+            table.append(f"| {name} | {what} | {ratio} | {goal or ''} | {(time.time() - start) / 60:.1f} |")
+            command = ' '.join(['python benchmarks/' + script, *arguments]).replace(f'{HERE.parent}/', '')
+            details += [f'`{command}`', '```', output, '```', '']
+            print(table[-1], *details[-4:], sep='\n', flush=True)
+        file.write_text('\n'.join([f'# {machine()[0]}', '', machine()[1], '', *table, '', *details]))
+    print(f'{file}:', *table, sep='\n')
+
+
+if __name__ == '__main__':
+    main()
