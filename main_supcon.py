@@ -97,7 +97,7 @@ def momentum_keys(images, labels, model, opt):
     does not tell which keys and anchors belong together (He et al., 2020, section 3.3).
     """
     model.moco.update(model)
-    order = torch.randperm(len(images)).to(images.device)
+    order = util.moved(torch.randperm(len(images)), images.device)
     with util.autocast(opt):
         keys = torch.cat([model.moco(piece.flatten(0, 1)) for piece in util.pieces_of(images[order], opt)])
     keys = keys[order.argsort()]

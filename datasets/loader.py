@@ -12,7 +12,7 @@ from torchvision import transforms
 
 from datasets import views
 from datasets.pictures import available_memory
-from util import UserError
+from util import UserError, moved
 
 
 def make_loader(pictures, view, opt, n_views=1, train=True):
@@ -82,10 +82,10 @@ class BatchedLoader:
         for indices, generator in self.batches:
             repeated = indices.repeat(self.n_views)
             drawn = views.draw(self.view, self.heights[repeated], self.widths[repeated], generator)
-            data = self.data.index_select(0, indices.to(self.data.device)).to(self.device)
+            data = moved(self.data.index_select(0, moved(indices, self.data.device)), self.device)
             whole = len(indices) == self.batches.sizes[0]       # an odd size would be compiled again
             images = views.apply(self.view, data, drawn, self.operations if whole else views.OPERATIONS)
-            yield images, self.labels[indices].to(self.device)
+            yield images, moved(self.labels[indices], self.device)
 
 
 class TensorLoader:
@@ -102,7 +102,7 @@ class TensorLoader:
 
     def __iter__(self):
         for indices, _ in self.batches:
-            indices = indices.to(self.labels.device)
+            indices = moved(indices, self.labels.device)
             yield self.features[indices], self.labels[indices]
 
 

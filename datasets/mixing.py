@@ -8,6 +8,8 @@ import math
 
 import torch
 
+from util import moved
+
 
 def mix(images, labels, kind, alpha, rng):
     """Mix a batch: images [n, 3, h, w] and label distributions [n, C] -> the same, mixed.
@@ -18,7 +20,7 @@ def mix(images, labels, kind, alpha, rng):
     if kind == 'mixup_cutmix':
         kind = rng.choice(['mixup', 'cutmix'])
     lam = rng.beta(alpha, alpha)
-    others = torch.from_numpy(rng.permutation(len(images))).to(images.device)
+    others = moved(torch.from_numpy(rng.permutation(len(images))), images.device)
     if kind == 'mixup':
         images = torch.lerp(images[others], images, lam)
     else:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision import transforms
 
-from util import log
+from util import log, moved
 
 RATIO = (3 / 4, 4 / 3)                      # aspect ratio (width / height) of random crops, torchvision's default
 BLUR = (0.1, 2.)                            # standard deviations, as SimCLR
@@ -265,13 +265,13 @@ def apply(view, pictures, drawn, operations=None):
     n, device, operations = len(drawn.boxes), pictures.device, operations or OPERATIONS
     result = torch.empty(n, 3, view.size, view.size, device=device)
     pictures_of_views = torch.arange(n, device=device) % len(pictures)
-    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (view.mean, view.std))
-    angles, factors, sigmas, holes = (None if x is None else _moved(x.float(), device) for x in (
+    mean, std = (moved(torch.tensor(values), device)[:, None, None] for values in (view.mean, view.std))
+    angles, factors, sigmas, holes = (None if x is None else moved(x.float(), device) for x in (
         drawn.angles, drawn.factors, drawn.sigmas, drawn.holes))
-    shifts = None if drawn.shifts is None else _moved(drawn.shifts, device)
+    shifts = None if drawn.shifts is None else moved(drawn.shifts, device)
     taps = None
     if view.crop or view.flip or pictures.shape[2:] != (view.size, view.size):
-        taps = operations['taps'](*(_moved(x.float(), device) for x in (drawn.boxes, drawn.limits, drawn.flips)),
+        taps = operations['taps'](*(moved(x.float(), device) for x in (drawn.boxes, drawn.limits, drawn.flips)),
                                   *pictures.shape[2:], view.size, view.group)
     for i, order in enumerate(drawn.orders):
         part = slice(i * view.group, (i + 1) * view.group)
@@ -289,20 +289,15 @@ def apply(view, pictures, drawn, operations=None):
         for number in order or ():
             x = operations[COLOURS[number]](x, factors[number, part])
         if drawn.gray is not None:
-            grayed = _moved(drawn.gray[part].nonzero()[:, 0], device)
+            grayed = moved(drawn.gray[part].nonzero()[:, 0], device)
             x[grayed] = luma(x[grayed])[:, None]
         if sigmas is not None:
-            blurred = _moved(drawn.sigmas[part].nonzero()[:, 0], device)
+            blurred = moved(drawn.sigmas[part].nonzero()[:, 0], device)
             x[blurred] = blur(x[blurred], sigmas[part][blurred], view.blur_radius)
         torch.sub(x, mean, out=result[part]).div_(std)
         if holes is not None:
             erase(result[part], holes[part])
     return result
-
-
-def _moved(x, device):
-    """A CPU tensor on the device, without waiting for that."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x
 
 
 def resize_taps(boxes, limits, flips, w, h, size, group):

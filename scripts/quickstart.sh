@@ -15,7 +15,7 @@ run main_supcon.py "${common[@]}" "${network[@]}" --learning_rate 0.1 --temp 0.1
 run main_linear.py "${common[@]}" --ckpt output/quickstart-supcon/trial=0/last.ckpt --learning_rate 1 --epochs 20 \
     --output_name quickstart-supcon-linear "$@"
 
-run main_supcon.py "${common[@]}" "${network[@]}" --method SimCLR --learning_rate 0.1 --temp 0.5 --epochs 60 \
+run main_supcon.py "${common[@]}" "${network[@]}" --method SimCLR --learning_rate 0.1 --temp 0.5 --epochs 60 --warm \
     --output_name quickstart-simclr "$@"
 run main_linear.py "${common[@]}" --ckpt output/quickstart-simclr/trial=0/last.ckpt --learning_rate 1 --epochs 20 \
     --output_name quickstart-simclr-linear "$@"

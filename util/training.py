@@ -46,6 +46,11 @@ def keep_freed_memory():
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def moved(x, device):
+    """A tensor on a device; a GPU is not waited for."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' != x.device.type else x.to(device)
+
+
 def prepare(model, opt):
     """Move a network with an `encoder` to the device; compile the encoder and spread it over the GPUs as asked.
 
