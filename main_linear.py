@@ -16,7 +16,7 @@ import time
 from torch import nn
 
 import util
-from datasets.loader import TensorLoader
+from datasets.loader import FeatureLoader
 from main_ce import fit, set_loader
 from networks.resnet_big import LinearProbe
 from util import UserError, log
@@ -61,13 +61,13 @@ def cached_features(train_loader, loaders, model, opt):
 
     Another protocol than the usual one: the classifier sees each picture in one view only.
     """
-    def cached(loader, train=False):
-        return TensorLoader(*util.forward_all(model.encoder, loader, opt), opt, train)
-
-    start = time.time()
-    train_loader, loaders = cached(train_loader, train=True), {name: cached(part) for name, part in loaders.items()}
-    log(f'--cache_features: features of all pictures, without augmentation, in {time.time() - start:.2f} s')
-    return train_loader, loaders
+    def compute(loader):
+        start = time.time()
+        features, labels = util.forward_all(model.encoder, loader, opt)
+        log(f'--cache_features: {len(labels)} pictures without augmentation in {time.time() - start:.2f} s')
+        return features, labels
+    return (FeatureLoader(train_loader, compute, opt, train=True),
+            {name: FeatureLoader(loader, compute, opt, train=False) for name, loader in loaders.items()})
 
 
 def main(argv=None):
@@ -77,7 +77,7 @@ def main(argv=None):
     util.set_warmup(opt)
     train_loader, loaders, classes = set_loader(opt, augment=not opt.cache_features)
     model, criterion = set_model(opt, checkpoint, classes)
-    if opt.cache_features and not opt.evaluate:
+    if opt.cache_features:
         train_loader, loaders = cached_features(train_loader, loaders, model, opt)
     optimizer = util.set_optimizer(opt, model)
     fit(run, train_loader, loaders, model, criterion, optimizer, classes, opt)

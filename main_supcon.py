@@ -202,9 +202,9 @@ def main(argv=None):
         averages = train(train_loader, model, criterion, optimizer, epoch, opt, teacher)
         if averages.pop('collapsed') and not warned:
             warned = True
-            log(f"Warning: all through epoch {epoch} the loss was {averages['loss']:.3f}, its value when all features "
-                'are the same: the network has collapsed and learns nothing. Start again with --warm or a lower '
-                '--learning_rate.')
+            log(f"Warning: in all printed steps of epoch {epoch} the loss was {averages['loss']:.3f}, its "
+                'value when all features are the same: the network has collapsed and learns nothing. Start again with '
+                '--warm or a lower --learning_rate.')
         if epoch == opt.epochs or opt.eval_freq and epoch % opt.eval_freq == 0:
             averages['knn_acc'] = validate(memory_loader, val_loader, model, opt)
             log(f" * contrastive accuracy {averages['contrastive_acc']:.2f}\tkNN accuracy {averages['knn_acc']:.2f}")

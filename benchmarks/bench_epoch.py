@@ -4,14 +4,16 @@
 
 `ours` is main_supcon.py --amp, views drawn in batches; `steps` the same on one batch that is there already, so that the
 rest is the loader's share; `original` is float32, channels first, torchvision's transforms in worker processes. Each
-is a process of its own; the second epoch is measured. On a GPU also the largest memory, and the share that the steps
-reach of the chip's bfloat16 peak. On a CPU the defaults are smaller. The last line is the ratio of original to ours.
+is a process of its own; medians of the epochs after the first. On a GPU also the largest memory, and the share that the
+steps reach of the chip's bfloat16 peak. On a CPU the defaults are smaller. The last line is the ratio of original to
+ours.
 """
 import argparse
 import contextlib
 import io
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -52,7 +54,7 @@ def original_epoch(loader, model, criterion, optimizer):
 
 
 def measure(form, args):
-    """Print seconds of the second epoch, operations of a step, steps, GPU memory in bytes and the GPU's name."""
+    """Seconds of an epoch, its operations, GPU memory in bytes and the GPU's name."""
     import torch
     from bench_views import photographs
     from torch.utils.flop_counter import FlopCounterMode
@@ -67,7 +69,10 @@ def measure(form, args):
                                     '--loader', 'per_sample' if original else 'batched', '--num_workers',
                                     str(args.num_workers)] + ['--amp'] * (not original))
     opt.size, opt.mean, opt.std = 32, (0.5,) * 3, (0.25,) * 3
-    util.set_device(opt)
+    if original:                                        # set_device would keep freed memory
+        opt.device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    else:
+        util.set_device(opt)
     util.set_warmup(opt)
     pictures = photographs(min(args.pictures, 2000), 32)
     pictures = pictures.select([i % len(pictures) for i in range(args.pictures)])
@@ -83,8 +88,8 @@ def measure(form, args):
     images, _ = next(iter(loader))
     with FlopCounterMode(display=False) as counter:
         util.forward(model, images[:8], opt)[0].sum().backward()
-    flops = counter.get_total_flops() / 8 * 2 * args.batch_size
-    for epoch in (1, 2):
+    flops, seconds = counter.get_total_flops() / len(images[:8]) * 2 * args.pictures, []
+    for epoch in range(1, args.epochs + 2):
         loader.set_epoch(epoch)
         start = time.perf_counter()
         if original:
@@ -93,9 +98,9 @@ def measure(form, args):
             main_supcon.train(loader, model, criterion, optimizer, epoch, opt)
         if opt.device == 'cuda':
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
+        seconds.append(time.perf_counter() - start)
     gpu = opt.device == 'cuda'
-    return {'seconds': seconds, 'flops': flops, 'steps': len(loader), 'device': opt.device,
+    return {'seconds': statistics.median(seconds[1:]), 'flops': flops,
             'memory': torch.cuda.max_memory_allocated() if gpu else 0,
             'name': torch.cuda.get_device_name() if gpu else 'CPU'}
 
@@ -106,6 +111,7 @@ def main():
     parser.add_argument('--pictures', type=int, help='default: 50000, on a CPU 512')
     parser.add_argument('--batch_size', type=int, help='default: 1024, on a CPU 128')
     parser.add_argument('--num_workers', type=int, default=os.cpu_count())
+    parser.add_argument('--epochs', type=int, default=2, help='measured epochs')
     parser.add_argument('--form', choices=FORMS, help='measure this form once, in this process')
     args = parser.parse_args()
     import torch
@@ -119,13 +125,13 @@ def main():
     results = {}
     for form in FORMS:
         output = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--form', form], check=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+                                stdout=subprocess.PIPE, text=True).stdout
         results[form] = json.loads(output.splitlines()[-1])
     ours, steps, original = (results[form] for form in FORMS)
     print(f'{args.model}, {args.pictures} pictures, batches of {args.batch_size}, on {ours["name"]}; seconds per epoch')
     print(f'ours {ours["seconds"]:.2f} (the steps alone {steps["seconds"]:.2f}: views take '
           f'{100 * (1 - steps["seconds"] / ours["seconds"]):.1f} %), original {original["seconds"]:.2f}')
-    rate = ours['flops'] * ours['steps'] / ours['seconds']
+    rate = steps['flops'] / steps['seconds']
     peak = next((value for name, value in PEAK.items() if name in ours['name']), None)
     print(f'{rate / 1e12:.2f} TFLOP/s' + (f', {100 * rate / peak:.1f} % of the bfloat16 peak' if peak else '')
           + (f'; memory {ours["memory"] / 2**30:.1f} GB, original {original["memory"] / 2**30:.1f} GB' if gpu else ''))

@@ -3,7 +3,7 @@
     python benchmarks/bench_start.py [--pictures 60000] [--size 32] [--repeat 3]
 
 The folder holds JPEG files, made in a temporary folder. Reading it is finding the files, measuring mean and standard
-deviation, and decoding all. The last line is the ratio of the first start with an empty cache to the second.
+deviation, and decoding all. The last line is the ratio of a start without cache to the second with one.
 """
 import argparse
 import contextlib
@@ -71,7 +71,7 @@ def main():
     print(f'{args.pictures} JPEG files of {args.size} pixels; medians of {args.repeat}, seconds')
     print(f'without --cache_dir {medians["without"]:.2f}; with it, first start {medians["first"]:.2f}, second '
           f'{medians["second"]:.2f}')
-    print(f'ratio {medians["first"] / medians["second"]:.1f}')
+    print(f'ratio {medians["without"] / medians["second"]:.1f}')
 
 
 if __name__ == '__main__':

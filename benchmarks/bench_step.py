@@ -85,7 +85,7 @@ def main():
     for _ in range(args.repeat):
         for form, values in speeds.items():
             output = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--form', form], check=True,
-                                    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+                                    stdout=subprocess.PIPE, text=True).stdout
             values.append(float(output.split()[-1]))
     medians = {form: statistics.median(values) for form, values in speeds.items()}
     print(f'{args.model}, batches of {args.batch_size} pictures with two views of {args.size} pixels; medians of '

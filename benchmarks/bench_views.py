@@ -11,6 +11,7 @@ import argparse
 import os
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -43,8 +44,10 @@ def loader_of(form, pictures, args):
                         batch_size=args.batch_size, num_workers=args.num_workers, device=args.device,
                         loader='per_sample' if form == 'per_sample' else 'batched',
                         epochs=COMPILE_PAYS if form == 'compiled' else 1)
-    count = min(len(pictures), 4096) if form == 'per_sample' else len(pictures)     # or its turns take minutes
-    return make_loader(pictures.select(np.arange(count)), pretraining_view(opt), opt, 2)
+    if form == 'per_sample':                            # fewer pictures, or its turns take minutes; all workers busy
+        opt.batch_size = min(256, args.batch_size)
+        pictures = pictures.select(np.arange(min(len(pictures), max(4096, 8 * opt.batch_size * args.num_workers))))
+    return make_loader(pictures, pretraining_view(opt), opt, 2)
 
 
 def epoch(loader, number):
@@ -69,6 +72,8 @@ def main():
     args = parser.parse_args()
     args.device = 'cuda' if torch.cuda.is_available() else 'cpu'
     util.keep_freed_memory()
+    cache = tempfile.TemporaryDirectory()
+    os.environ['TORCHINDUCTOR_CACHE_DIR'] = cache.name  # as on a machine that has compiled nothing yet
     pictures = photographs(args.pictures, args.size)
     loaders = {form: loader_of(form, pictures, args) for form in ('per_sample', 'batched', 'compiled')}
     first = {form: epoch(loader, 0)[0] for form, loader in loaders.items()}         # workers start, compilers compile

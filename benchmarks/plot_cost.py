@@ -23,7 +23,7 @@ DENSE_BYTES = 26                        # that bench_loss.dense takes for each p
 
 def output_of(script, *arguments):
     command = [sys.executable, str(HERE / script), *map(str, arguments)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def main():
@@ -32,10 +32,12 @@ def main():
     parser.add_argument('--largest', type=int, default=17, help='power of 2 of the most views, at least 11')
     parser.add_argument('--pictures', type=int, nargs='+', default=[256, 512, 1024, 2048])
     args = parser.parse_args()
+    import torch
+    memory = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else available_memory()
     costs = {'linear': {}, 'dense': {}}
     for power in range(10, args.largest + 1):
         for form, rows in costs.items():
-            if form == 'linear' or DENSE_BYTES * 4**power < available_memory() / 2:
+            if form == 'linear' or DENSE_BYTES * 4**power < memory / 2:
                 output = output_of('bench_loss.py', '--views', 2**power, '--form', form)
                 seconds, megabytes = rows[2**power] = [float(text) for text in output.split()[:2]]
                 print(f'loss, {form}: {2**power} views {seconds:.3f} s, {megabytes:.0f} MB', flush=True)

@@ -20,11 +20,11 @@ HERE = Path(__file__).resolve().parent
 # Name: (what the ratio is of, the goal, the command and its arguments)
 BENCHMARKS = {
     'views': ('compiled batched views / transforms in workers', 24, ['bench_views.py', '--pictures', '50000']),
-    'step': ('--amp step / original step', 2.5, ['bench_step.py', '--batch_size', '256', '--steps', '3']),
+    'step': ('--amp step / original step', 2.5, ['bench_step.py', '--batch_size', '128', '--steps', '3']),
     'linear': ('epoch of pictures / of --cache_features', 50, ['bench_linear.py']),
     'loss': ('dense / linear, 16,384 views', 4, ['bench_loss.py']),
     'soft loss': ('dense / linear, 100 soft classes', None, ['bench_loss.py', '--soft', '--classes', '100']),
-    'start': ('first start / second with --cache_dir', 10, ['bench_start.py']),
+    'start': ('start without cache / second with --cache_dir', 10, ['bench_start.py']),
     'mvip': ('epoch with workers / batched, evaluation view', 20, ['bench_mvip.py']),
     'folder': ('ImageFolder / our workers, blur', None, ['bench_folder.py']),
     'epoch': ('original epoch / ours', None, ['bench_epoch.py']),
@@ -78,6 +78,7 @@ def main():
             print(table[-1], *details[-4:], sep='\n', flush=True)
         file.write_text('\n'.join([f'# {machine()[0]}', '', machine()[1], '', *table, '', *details]))
     print(f'{file}:', *table, sep='\n')
+    sys.exit(any('| failed |' in row for row in table))
 
 
 if __name__ == '__main__':

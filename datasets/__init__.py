@@ -105,12 +105,9 @@ def load_pictures(opt):
 
 
 def _cache_dir(opt):
-    """The folder of --cache_dir, made, or None."""
-    try:
-        if opt.cache_dir:
-            Path(opt.cache_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'--cache_dir {opt.cache_dir}: not a folder that can be made ({error})') from error
+    """The folder of --cache_dir, which need not be there yet, or None."""
+    if opt.cache_dir and Path(opt.cache_dir).exists() and not Path(opt.cache_dir).is_dir():
+        raise UserError(f'--cache_dir {opt.cache_dir}: expected a folder')
     return opt.cache_dir and Path(opt.cache_dir)
 
 

@@ -1,6 +1,8 @@
 """Arrays on disk that are slow to compute from files: --cache_dir."""
 import hashlib
 import os
+import uuid
+import zipfile
 
 import numpy as np
 import PIL
@@ -22,6 +24,18 @@ def key_of(files):
     return hashlib.sha256(os.fsencode('\0'.join(stamps))).hexdigest()[:32]
 
 
+def stored_bytes(file):
+    """Size of the arrays that `cached` wrote to a file, without reading them; None where it is no such file."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return None
+    plain = all(member.compress_type == zipfile.ZIP_STORED and member.compress_size == member.file_size
+                for member in members)
+    return sum(member.file_size for member in members) if plain else None       # nothing that inflates
+
+
 def cached(file, make, check):
     """The dict of arrays that `make()` gives, from `file` where that holds it whole; otherwise it is written there.
 
@@ -30,20 +44,23 @@ def cached(file, make, check):
     """
     if file.exists():
         try:
+            if stored_bytes(file) is None:
+                raise ValueError
             with np.load(file, allow_pickle=False) as arrays:
                 arrays = dict(arrays)
             if check(arrays):
                 return arrays
-            reason = 'it holds something else'
-        except Exception as error:      # a damaged archive can raise anything
-            reason = type(error).__name__
-        log(f'{file}: not a whole cache ({reason}), made again')
-    arrays, partial = make(), file.with_name(f'{file.name}.{os.getpid()}.partial')
+        except Exception:               # a damaged archive can raise anything
+            pass
+        log(f'{file}: not a whole cache, made again')
+    arrays, partial = make(), file.with_name(f'{file.name}.{uuid.uuid4().hex}.partial')
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, 'wb') as stream:
             np.savez(stream, **arrays)
         os.replace(partial, file)                       # at any moment the file is whole
     except OSError as error:
-        partial.unlink(missing_ok=True)
         log(f'{file}: cannot be written ({error}), going on without')
+    finally:
+        partial.unlink(missing_ok=True)
     return arrays

@@ -68,7 +68,7 @@ class BatchedLoader:
         self.batches, self.device = Batches(len(pictures), opt, train), torch.device(opt.device)
         self.data, self.heights, self.widths = pictures.decode(view.short_side)
         compiled = train and opt.epochs * len(pictures) * n_views * view.size**2 >= COMPILE_PAYS
-        self.operations = views.compiled_operations() if compiled else views.OPERATIONS
+        self.operations = views.compiled_operations(self.device) if compiled else views.OPERATIONS
         if self.device.type == 'cuda' and self.data.nbytes < torch.cuda.mem_get_info()[0] / 4:
             self.data = self.data.to(self.device)
 
@@ -88,11 +88,13 @@ class BatchedLoader:
             yield images, moved(self.labels[indices], self.device)
 
 
-class TensorLoader:
-    """Batches of what is computed already, features [n, dim] and labels [n]; without views."""
+class FeatureLoader:
+    """Batches of features [bsz, dim] instead of a loader's pictures, and labels: `compute(loader)` gives those of all
+    pictures, [n, dim] and [n], once, when the first batch is asked for."""
 
-    def __init__(self, features, labels, opt, train):
-        self.features, self.labels, self.batches = features, labels, Batches(len(labels), opt, train)
+    def __init__(self, loader, compute, opt, train):
+        self.loader, self.compute, self.batches = loader, compute, Batches(loader.batches.n, opt, train)
+        self.features = self.labels = None
 
     def __len__(self):
         return len(self.batches)
@@ -101,6 +103,9 @@ class TensorLoader:
         self.batches.epoch = epoch
 
     def __iter__(self):
+        if self.features is None:
+            self.features, self.labels = self.compute(self.loader)
+            self.loader = None                          # its pictures are not needed any more
         for indices, _ in self.batches:
             indices = moved(indices, self.labels.device)
             yield self.features[indices], self.labels[indices]

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torchvision import datasets as tv
 
-from datasets.cache import cached, key_of
-from util import UserError, log
+from datasets.cache import cached, key_of, stored_bytes
+from util import UserError, log, release_freed_memory
 
 EXTENSIONS = (*tv.folder.IMG_EXTENSIONS, '.gif')
 
@@ -89,6 +89,9 @@ class Pictures:
 
     def _decode(self, short_side):
         """What `decode` gives for files: [n, 3, w, h] uint8 and [n, 2] heights and widths."""
+        if self.decoded_bytes(short_side) > available_memory():
+            raise UserError(f'{len(self)} pictures of {short_side} pixels do not fit into memory, expected --loader '
+                            'workers')
         file = self._cache_file(f'decoded-{short_side}')
         if not file:
             return self._decode_files(short_side)
@@ -135,7 +138,8 @@ class Pictures:
         data = torch.zeros(len(self), 3, width, height, dtype=torch.uint8)
         for i, array in enumerate(arrays):
             data[i, :, :array.shape[1], :array.shape[0]] = torch.from_numpy(array).permute(2, 1, 0)
-            arrays[i] = None                                            # freed as we go: memory is not needed twice
+            arrays[i] = None
+        release_freed_memory()                                          # what was decoded is not needed twice
         return data, sizes
 
     def sizes(self, limit=100_000):
@@ -148,8 +152,8 @@ class Pictures:
         if isinstance(self.source, np.ndarray):
             return self.source.nbytes
         file = self._cache_file(f'decoded-{short_side}')
-        if file and file.exists():
-            return file.stat().st_size
+        if file and (size := stored_bytes(file)):
+            return size
         sizes = np.array([scaled(size, short_side) for size in self.sizes(limit=5000)])
         return 3 * int(sizes.max(0).prod()) * len(self)
 
@@ -163,7 +167,9 @@ class Pictures:
             return {'statistics': np.array(self._statistics(probes))}
 
         def check(arrays):
-            return arrays['statistics'].shape == (2, 3) and arrays['statistics'].dtype == np.float64
+            values = arrays['statistics']
+            return (values.shape == (2, 3) and values.dtype == np.float64 and np.isfinite(values).all()
+                    and (values[1] > 0).all())
         return tuple(map(tuple, cached(file, make, check)['statistics'].tolist()))
 
     def _statistics(self, probes):

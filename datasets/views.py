@@ -260,7 +260,7 @@ def apply(view, pictures, drawn, operations=None):
 
     View i is of picture i % bsz. The order of the colour operations is drawn for each group of views, not for each
     picture; every single view still has the distribution that torchvision gives it. `operations` may be
-    `compiled_operations()`.
+    `compiled_operations(device)`.
     """
     n, device, operations = len(drawn.boxes), pictures.device, operations or OPERATIONS
     result = torch.empty(n, 3, view.size, view.size, device=device)
@@ -270,14 +270,15 @@ def apply(view, pictures, drawn, operations=None):
         drawn.angles, drawn.factors, drawn.sigmas, drawn.holes))
     shifts = None if drawn.shifts is None else moved(drawn.shifts, device)
     taps = None
-    if view.crop or view.flip or pictures.shape[2:] != (view.size, view.size):
+    if view.flip or (drawn.boxes != torch.tensor([0, 0, view.size, view.size])).any():
+        number = math.ceil(2 * max(1, drawn.boxes[:, 2:].max().item() / view.size))
         taps = operations['taps'](*(moved(x.float(), device) for x in (drawn.boxes, drawn.limits, drawn.flips)),
-                                  *pictures.shape[2:], view.size, view.group)
+                                  *pictures.shape[2:], view.size, number, view.group)
     for i, order in enumerate(drawn.orders):
         part = slice(i * view.group, (i + 1) * view.group)
         x = pictures.index_select(0, pictures_of_views[part])
         if taps is None:
-            x = x.transpose(2, 3).mul(1 / 255)
+            x = transposed(x[:, :, :view.size, :view.size]).mul(1 / 255)
         else:
             columns, column_weights, rows, row_weights = (side[part] for side in taps)
             x = operations['transposed'](weighted_rows(x.float(), columns, column_weights))     # [n, 3, h, size]
@@ -293,24 +294,24 @@ def apply(view, pictures, drawn, operations=None):
             x[grayed] = luma(x[grayed])[:, None]
         if sigmas is not None:
             blurred = moved(drawn.sigmas[part].nonzero()[:, 0], device)
-            x[blurred] = blur(x[blurred], sigmas[part][blurred], view.blur_radius)
+            if len(blurred):
+                x[blurred] = blur(x[blurred], sigmas[part][blurred], view.blur_radius)
         torch.sub(x, mean, out=result[part]).div_(std)
         if holes is not None:
             erase(result[part], holes[part])
     return result
 
 
-def resize_taps(boxes, limits, flips, w, h, size, group):
+def resize_taps(boxes, limits, flips, w, h, size, number, group):
     """Which columns and rows of pictures [n, 3, w, h] make up those of n views, and how much of each.
 
     boxes [n, 4], limits [n, 4] and flips [n] as in Draw, in float32. The weights are those of torchvision's antialiased
     bilinear resize of the boxes: a triangle of which half the width is one pixel of the view, or one of the picture
-    where that is enlarged, cut off and normalized at the ends of the limits.
+    where that is enlarged, cut off and normalized at the ends of the limits. `number` taps must span its width.
     -> columns [n, 3, size, taps], numbered through all columns of a group of pictures, and their weights; the same for
     rows. Flips are in the columns, and the scale from 0..255 to 0..1 in the rows.
     """
     n, device = len(boxes), boxes.device
-    number = math.ceil(2 * max(1, w / size, h / size))
     in_group = torch.arange(n, dtype=torch.int32, device=device) % group
     planes = 3 * in_group[:, None] + torch.arange(3, dtype=torch.int32, device=device)     # [n, 3]
     taps = []
@@ -343,9 +344,9 @@ def weighted_rows(x, rows, weights):
     embedding_bag reads only the rows it needs; a matrix product takes 20 times as long at 224 pixels.
     """
     n, channels, size, taps = rows.shape
-    sums = F.embedding_bag(rows.view(-1, taps), x.view(-1, x.shape[3]), mode='sum',
+    sums = F.embedding_bag(rows.view(-1, taps), x.reshape(-1, x.shape[3]), mode='sum',
                            per_sample_weights=weights.view(-1, taps))
-    return sums.view(n, channels, size, -1)
+    return sums.view(n, channels, size, x.shape[3])
 
 
 def shift(x, shifts, padding):
@@ -438,15 +439,15 @@ OPERATIONS = {'brightness': adjust_brightness, 'contrast': adjust_contrast, 'sat
 
 
 @functools.cache
-def compiled_operations():
-    """OPERATIONS by torch.compile, each compiled at its first use; without a working compiler, OPERATIONS.
+def compiled_operations(device):
+    """OPERATIONS by torch.compile, each compiled at its first use; without a compiler for the device, OPERATIONS.
 
     One by one: the order in which the colours follow each other changes from group to group, and one function for each
     of the 24 orders was no faster.
     """
     compiled = {name: torch.compile(operation, dynamic=False) for name, operation in OPERATIONS.items()}
     try:
-        compiled['brightness'](torch.zeros(2, 3, 8, 8), torch.ones(2))
+        compiled['brightness'](torch.zeros(2, 3, 8, 8, device=device), torch.ones(2, device=device))
     except Exception as error:          # of the compiler, of its search for a C++ compiler, of its cache folder
         log(f'Views are drawn without torch.compile, which does not work here ({type(error).__name__})')
         return OPERATIONS

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import main_ce
 import util
 from datasets import load_pictures, make_loader, pictures, pretraining_view
 from datasets import loader as loaders
@@ -330,7 +331,8 @@ def other_arrays(file, **changes):
     lambda file: file.write_bytes(bytes(byte ^ (i == 3000) for i, byte in enumerate(file.read_bytes()))),
     lambda file: other_arrays(file, data=np.zeros((3, 3, 8, 8), np.uint8)),
     lambda file: other_arrays(file, data=np.zeros((18, 3, 10, 8))), lambda file: other_arrays(file, sizes=np.zeros(1)),
-    lambda file: np.savez(file, other=np.zeros(1))])
+    lambda file: np.savez(file, other=np.zeros(1)),
+    lambda file: np.savez_compressed(file, data=np.zeros((18, 3, 4000, 4000), np.uint8), sizes=np.full((18, 2), 4000))])
 def test_a_damaged_cache_is_made_again(cache, tmp_path, capsys, damage):
     data, *_ = cache()
     file = next((tmp_path / 'cache').glob('*-decoded-8.npz'))
@@ -357,6 +359,26 @@ def test_a_cache_that_cannot_be_written_is_said(cache, tmp_path, monkeypatch, ca
     monkeypatch.setattr(np, 'savez', full)
     assert cache()[2] and 'No space left on device' in capsys.readouterr().out
     assert not list((tmp_path / 'cache').iterdir())
+
+
+def test_wrong_cache_folders_are_refused(refused, tmp_path, picture_folder):
     (tmp_path / 'file').touch()
-    with pytest.raises(UserError, match='--cache_dir .*file'):
-        load(options(cache_dir=str(tmp_path / 'file')))
+    data = ['--dataset', 'path', '--data_folder', picture_folder()]
+    refused(main_ce.main, *data, '--cache_dir', 'file', words=['--cache_dir file'])
+    refused(main_ce.main, *data[:3], 'nowhere', '--cache_dir', 'cache', words=['nowhere'])      # and made no folder
+    refused(main_ce.main, '--dataset', 'digits', '--cache_dir', 'cache', words=['--cache_dir', 'digits'])
+
+
+def test_wrong_statistics_in_a_cache_are_measured_again(cache, tmp_path):
+    mean = cache()[1]
+    file = next((tmp_path / 'cache').glob('*-statistics-*.npz'))
+    for wrong in ([[0.5] * 3, [0., 1, 1]], [[float('nan')] * 3, [1.] * 3], [[0.5] * 3] * 3):
+        np.savez(file, statistics=np.array(wrong))
+        assert cache()[1] == mean
+
+
+def test_what_does_not_fit_is_refused_before_it_is_decoded(cache, monkeypatch):
+    cache()
+    monkeypatch.setattr(pictures, 'available_memory', lambda: 1000)
+    with pytest.raises(UserError, match='do not fit into memory, expected --loader workers'):
+        cache()

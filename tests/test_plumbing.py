@@ -250,7 +250,10 @@ def test_training_waits_for_the_device_only_to_print(monkeypatch, program, argum
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.overloadpacket._qualified_op_name.split('::')[1] in ('_local_scalar_dense', 'nonzero', 'equal'):
+            name = func.overloadpacket._qualified_op_name.split('::')[1]
+            masks = name.startswith('index') and any(torch.is_tensor(index) and index.dtype == torch.bool for index in (
+                args[1] if isinstance(args[1], (list, tuple)) else [args[1]]))
+            if masks or name in ('_local_scalar_dense', 'nonzero', 'equal', 'masked_select', 'item'):
                 waited.append(step)
             return func(*args, **(kwargs or {}))
 
@@ -271,7 +274,7 @@ def test_training_waits_for_the_device_only_to_print(monkeypatch, program, argum
 
 
 def test_a_long_run_draws_compiled_views(monkeypatch, spy):
-    monkeypatch.setattr(views, 'compiled_operations', lambda: 'compiled')
+    monkeypatch.setattr(views, 'compiled_operations', lambda device: 'compiled')
     pictures = Pictures(torch.zeros(2**10, 32, 32, 3, dtype=torch.uint8).numpy(), torch.zeros(2**10).long(), ['a'])
     for epochs, train, expected in ((2**12, True, 'compiled'), (2**12, False, views.OPERATIONS),
                                     (2**12 - 1, True, views.OPERATIONS)):

@@ -101,7 +101,7 @@ def test_linear_evaluation_of_cached_features(call, pretrained, spy, refused, mo
     arguments = [*LINEAR, '--ckpt', PRETRAINED, '--epochs', 3, '--learning_rate', 1, '--batch_size', 32]
     status, out, err = call(main_linear.main, *arguments, '--cache_features', '--output_name', 'cached')
     assert status == 0, err
-    assert '--cache_features: features of all pictures' in out
+    assert out.count('--cache_features: 96 pictures') == 2          # of training, of validation
     assert all(args[1].dim() == 2 for args, _ in encoded)
     cached = parameters(tmp_path / 'output/cached/trial=0/last.ckpt')
 

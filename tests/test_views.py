@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision import transforms
 from torchvision.transforms.v2 import functional as tv
 
@@ -100,6 +101,31 @@ def test_whole_view_with_the_same_parameters(order):
     torch.testing.assert_close(views.apply(view, ours, drawn), torch.stack(expected), rtol=0, atol=3e-5)
 
 
+def test_every_group_may_lack_what_is_drawn_for_some(monkeypatch):
+    """Groups of one view: some without blur, without grayscale, with neither."""
+    ours, _ = random_pictures(40, 40, 40)
+    view = View(40, MEAN, STD, crop=(0.2, 1.), jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.5, blur=0.5)
+    drawn = views.draw(view, *torch.full((2, 40), 40), torch.Generator().manual_seed(0))
+    drawn.orders = [[0, 1, 2, 3]] * 40
+    monkeypatch.setattr(View, 'group', 1)
+    one_by_one = views.apply(view, ours, drawn)
+    monkeypatch.setattr(View, 'group', 40)
+    together = views.apply(view, ours, drawn)
+    torch.testing.assert_close(one_by_one, together)
+
+
+@pytest.mark.parametrize('sizes', [[(32, 32), (20, 20), (26, 32)], [(28, 28), (28, 28)]])
+@pytest.mark.parametrize('resize', [32, 36])
+def test_small_pictures_are_evaluated_as_torchvision_does(tmp_path, sizes, resize):
+    """Pictures of unlike sizes, or of the view's size that are to be resized first."""
+    for i, (w, h) in enumerate(sizes):
+        smooth = np.random.default_rng(i).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(smooth).resize((w, h), Image.Resampling.BICUBIC).save(tmp_path / f'{i}.png')
+    pictures = Pictures([str(tmp_path / f'{i}.png') for i in range(len(sizes))], torch.zeros(len(sizes)).long(), ['a'])
+    batched, per_sample = executors(View(32 if resize == 32 else 28, (0.,) * 3, (1.,) * 3, resize=resize), pictures)
+    torch.testing.assert_close(batched, per_sample, rtol=0, atol=2.5 / 255)         # Pillow rounds
+
+
 def test_views_are_of_the_pictures_in_turn(monkeypatch):
     """Two views of each picture, in groups that begin and end anywhere in the batch."""
     ours, _ = random_pictures(7, 16, 16)
@@ -112,7 +138,7 @@ def test_views_are_of_the_pictures_in_turn(monkeypatch):
 @pytest.mark.skipif(not shutil.which('g++'), reason='needs a C++ compiler')
 def test_compiled_views_are_the_same(real_pictures):
     pictures = real_pictures.sample(300, 0)
-    operations = views.compiled_operations()
+    operations = views.compiled_operations(torch.device('cpu'))
     assert operations is not views.OPERATIONS and operations.keys() == views.OPERATIONS.keys()
     for view in (PRETRAINING, View(20, MEAN, STD, crop=(0.2, 1.), flip=0.5, jitter=(0.8, 0.8, 0.8, 0.2), blur=0.5)):
         data, heights, widths = pictures.decode(view.short_side)
@@ -127,7 +153,7 @@ def test_without_a_working_compiler_views_are_drawn_eagerly(monkeypatch, capsys)
             raise RuntimeError('no C++ compiler')
         return fail
     monkeypatch.setattr(torch, 'compile', compiler)
-    assert views.compiled_operations.__wrapped__() is views.OPERATIONS
+    assert views.compiled_operations.__wrapped__(torch.device('cpu')) is views.OPERATIONS
     assert 'without torch.compile' in capsys.readouterr().out
 
 

@@ -13,7 +13,8 @@ MODULES = {
     'teachers': ('load_teacher', 'read_teacher'),
     'training': ('AverageMeter', 'accuracy', 'autocast', 'check_finite', 'forward', 'forward_all', 'keep_freed_memory',
                  'knn_accuracy', 'learning_rate', 'moved', 'ood_metrics', 'ood_report', 'pieces_of', 'prepare',
-                 'seed_step', 'set_device', 'set_learning_rate', 'set_optimizer', 'set_warmup', 'update'),
+                 'release_freed_memory', 'seed_step', 'set_device', 'set_learning_rate', 'set_optimizer', 'set_warmup',
+                 'update'),
 }
 
 

@@ -484,7 +484,9 @@ def _complete(opt, program, given):
     for one, other in (('resume', 'overwrite'), ('exp_decay', 'cosine'), ('base_lr', 'learning_rate')):
         if one in given and other in given and getattr(opt, one) and getattr(opt, other):
             raise UserError(f'--{one} and --{other} are both given, expected at most one')
-    for name in ('augment_policy', 'crop_min', 'cutout', 'erasing', 'mix'):
+    if 'cache_dir' in given and opt.dataset in ('digits', 'cifar10', 'cifar100'):
+        raise UserError(f'--cache_dir has no effect: --dataset {opt.dataset} is no folder of pictures')
+    for name in ('augment_policy', 'crop_min', 'jitter_strength', 'blur_p', 'cutout', 'erasing', 'mix'):
         if getattr(opt, 'cache_features', False) and name in given and getattr(opt, name) not in ('no', False):
             raise UserError(f'--{name} has no effect: --cache_features shows each picture as evaluation does')
     if opt.exp_decay:                                   # a method may have --cosine as its default

@@ -97,7 +97,11 @@ class Run:
         try:
             epoch, best_acc = int(self.checkpoint['epoch']), float(self.checkpoint['best_acc'])
             load_parameters(model, self.checkpoint['model'], f'--resume: {self.last}')
+            fused = [group.get('fused') for group in optimizer.param_groups]        # depends on the device
             optimizer.load_state_dict(self.checkpoint['optimizer'])
+            for group, value in zip(optimizer.param_groups, fused):
+                if value is not None:
+                    group['fused'] = value
             if self.checkpoint.get('scaler'):
                 optimizer.scaler.load_state_dict(self.checkpoint['scaler'])
         except (KeyError, TypeError, ValueError) as error:
@@ -115,8 +119,8 @@ class Run:
 
     def _check_options(self, why):
         before = plain(self.checkpoint['opt'])
-        changed = [f'--{name} {value}, was {before[name]}' for name, value in plain(vars(self.opt)).items()
-                   if name not in MAY_CHANGE and name in before and before[name] != value]
+        changed = [f'--{name} {value}, was {before.get(name, False)}' for name, value in plain(vars(self.opt)).items()
+                   if name not in MAY_CHANGE and before.get(name, False if value is True else value) != value]
         if changed:
             raise UserError(f"{why}: {self.last} was begun with other options: {'; '.join(changed)}")
 

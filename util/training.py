@@ -40,10 +40,16 @@ def keep_freed_memory():
     time of a training step on a CPU, and most of that of drawing views (benchmarks/README.md). Where there is another C
     library nothing happens.
     """
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def release_freed_memory():
+    """Give back what `keep_freed_memory` kept, where much was freed that is not needed again."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def moved(x, device):
@@ -54,7 +60,7 @@ def moved(x, device):
 def prepare(model, opt):
     """Move a network with an `encoder` to the device; compile the encoder and spread it over the GPUs as asked.
 
-    Convolutions are fastest with the channels of a pixel side by side, on CPUs and with --amp on GPUs.
+    Convolutions are fastest with the channels of a pixel side by side: measured on CPUs, NVIDIA's advice for --amp.
     """
     model.to(opt.device, memory_format=torch.channels_last)
     for network in [model] + ([model.moco.network] if getattr(model, 'moco', None) else []):
