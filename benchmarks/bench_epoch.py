@@ -1,14 +1,14 @@
-"""Seconds of an epoch of SupCon: this project's way against the original's, and how much of it is waiting for views.
+"""Seconds of an epoch of SupCon: this project's way against the original's, and how much of it are the views.
 
     python benchmarks/bench_epoch.py [--model resnet18] [--pictures 50000] [--batch_size 1024] [--num_workers N]
 
-`ours` is main_supcon.py --amp, views drawn in batches; `steps` the same on one batch that is there already, so that the
-rest is the loader's share; `original` is float32, channels first, torchvision's transforms in worker processes. Each
-is a process of its own; medians of the epochs after the first. On a GPU also the largest memory, and the share that the
-steps reach of the chip's bfloat16 peak. On a CPU the defaults are smaller. The last line is the ratio of original to
-ours.
+`ours` is main_supcon.py --amp, views drawn in batches; `original` is float32, channels first, torchvision's transforms
+in worker processes. Each is a process of its own; medians of the epochs after the first. `views` is what drawing all
+views takes without training. On a GPU also the largest memory, and the share of the chip's bfloat16 peak that an epoch
+reaches. On a CPU the defaults are smaller. The last line is the ratio of original to ours.
 """
 import argparse
+import collections
 import contextlib
 import io
 import json
@@ -22,24 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-FORMS = ('ours', 'steps', 'original')
+FORMS = ('ours', 'original')
 PEAK = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12}        # dense bfloat16 operations per second, NVIDIA's figures
-
-
-class Repeated:
-    """The first batch of a loader, as often as the loader has batches."""
-
-    def __init__(self, loader):
-        self.batch, self.count = next(iter(loader)), len(loader)
-
-    def __len__(self):
-        return self.count
-
-    def __iter__(self):
-        return iter([self.batch] * self.count)
-
-    def set_epoch(self, epoch):
-        pass
 
 
 def original_epoch(loader, model, criterion, optimizer):
@@ -54,7 +38,7 @@ def original_epoch(loader, model, criterion, optimizer):
 
 
 def measure(form, args):
-    """Seconds of an epoch, its operations, GPU memory in bytes and the GPU's name."""
+    """Seconds of an epoch and of drawing its views, operations, GPU memory in bytes and the GPU's name."""
     import torch
     from bench_views import photographs
     from torch.utils.flop_counter import FlopCounterMode
@@ -83,24 +67,25 @@ def measure(form, args):
         optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
     else:
         optimizer = util.set_optimizer(opt, model)
-    if form == 'steps':
-        loader = Repeated(loader)
     images, _ = next(iter(loader))
     with FlopCounterMode(display=False) as counter:
         util.forward(model, images[:8], opt)[0].sum().backward()
-    flops, seconds = counter.get_total_flops() / len(images[:8]) * 2 * args.pictures, []
+    flops, gpu = counter.get_total_flops() / len(images[:8]) * 2 * args.pictures, opt.device == 'cuda'
+
+    def seconds_of(function, *arguments):
+        start = time.perf_counter()
+        function(*arguments)
+        if gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    seconds, views = [], []
     for epoch in range(1, args.epochs + 2):
         loader.set_epoch(epoch)
-        start = time.perf_counter()
-        if original:
-            original_epoch(loader, model, criterion, optimizer)
-        else:
-            main_supcon.train(loader, model, criterion, optimizer, epoch, opt)
-        if opt.device == 'cuda':
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    gpu = opt.device == 'cuda'
-    return {'seconds': statistics.median(seconds[1:]), 'flops': flops,
+        views.append(seconds_of(collections.deque, loader, 0))
+        seconds.append(seconds_of(original_epoch, loader, model, criterion, optimizer) if original else
+                       seconds_of(main_supcon.train, loader, model, criterion, optimizer, epoch, opt))
+    return {'seconds': statistics.median(seconds[1:]), 'views': statistics.median(views[1:]), 'flops': flops,
             'memory': torch.cuda.max_memory_allocated() if gpu else 0,
             'name': torch.cuda.get_device_name() if gpu else 'CPU'}
 
@@ -127,11 +112,12 @@ def main():
         output = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--form', form], check=True,
                                 stdout=subprocess.PIPE, text=True).stdout
         results[form] = json.loads(output.splitlines()[-1])
-    ours, steps, original = (results[form] for form in FORMS)
+    ours, original = (results[form] for form in FORMS)
     print(f'{args.model}, {args.pictures} pictures, batches of {args.batch_size}, on {ours["name"]}; seconds per epoch')
-    print(f'ours {ours["seconds"]:.2f} (the steps alone {steps["seconds"]:.2f}: views take '
-          f'{100 * (1 - steps["seconds"] / ours["seconds"]):.1f} %), original {original["seconds"]:.2f}')
-    rate = steps['flops'] / steps['seconds']
+    for form, result in results.items():
+        print(f'{form:10}{result["seconds"]:8.2f}, its views alone {result["views"]:.3f} '
+              f'({100 * result["views"] / result["seconds"]:.1f} %)')
+    rate = ours['flops'] / ours['seconds']
     peak = next((value for name, value in PEAK.items() if name in ours['name']), None)
     print(f'{rate / 1e12:.2f} TFLOP/s' + (f', {100 * rate / peak:.1f} % of the bfloat16 peak' if peak else '')
           + (f'; memory {ours["memory"] / 2**30:.1f} GB, original {original["memory"] / 2**30:.1f} GB' if gpu else ''))

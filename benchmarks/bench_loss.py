@@ -10,6 +10,7 @@ last line is the ratio of the times.
 """
 import argparse
 import math
+import re
 import resource
 import statistics
 import subprocess
@@ -88,6 +89,7 @@ def measure(form, views, dim, classes, soft):
         if form == 'products':
             return products(features), math.nan, math.nan
         synchronize()
+        reset_peak_memory()
         start_memory, start = peak_memory(), time.perf_counter()
         loss = criterion(features, labels)
         loss.backward()
@@ -97,16 +99,26 @@ def measure(form, views, dim, classes, soft):
     step(64)                                # threads and libraries start here, not in the measurement
     if device == 'cuda':
         step(views)
-        torch.cuda.reset_peak_memory_stats()
     print(*step(views))
 
 
+def reset_peak_memory():
+    """Forget the largest memory so far: what the imports took for a moment."""
+    import torch
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif Path('/proc/self/clear_refs').exists():
+        Path('/proc/self/clear_refs').write_text('5')
+
+
 def peak_memory():
-    """Largest memory so far in MB, of the GPU or of this process (ru_maxrss is in KB on Linux, in bytes on macOS)."""
+    """Largest memory since then in MB, of the GPU or of this process (elsewhere than on Linux, since it started)."""
     import torch
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform == 'linux' else 2**20)
+    if Path('/proc/self/status').exists():
+        return int(re.search(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20           # bytes on macOS
 
 
 def main():

@@ -59,7 +59,7 @@ def plot(costs, epochs, file):
     for form, colour in (('linear', 'tab:blue'), ('dense', 'tab:red')):
         sizes = list(costs[form])
         for axis, column in ((time_axis, 0), (memory_axis, 1)):
-            axis.plot(sizes, [max(1e-3, costs[form][size][column]) for size in sizes], 'o-', color=colour,
+            axis.plot(sizes, [costs[form][size][column] for size in sizes], 'o-', color=colour,
                       label={'linear': 'losses.py', 'dense': 'dense form'}[form])
     sizes = list(costs['linear'])
     last = costs['linear'][sizes[-1]]

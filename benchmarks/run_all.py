@@ -2,11 +2,13 @@
 
     python benchmarks/run_all.py [--only views loss ...] [--output benchmarks/results]
 
-Writes <output>/<date>_<device>.md and, with `cost`, a plot beside it. About 25 minutes on two CPU cores; the part `gpu`
-is measured where there is a GPU and stays empty elsewhere.
+Writes <output>/<date>_<device>.json, a table of it as .md and, with `cost`, a plot beside them. With --only the other
+rows of the same day stay. About 25 minutes on two CPU cores; the part `gpu` is measured where there is a GPU and stays
+empty elsewhere.
 """
 import argparse
 import datetime
+import json
 import os
 import platform
 import re
@@ -47,10 +49,27 @@ def machine():
 
 
 def measured(script, arguments):
-    """The ratio on the last line of a benchmark, and all that it prints."""
+    """A row: the ratio on the last line of a benchmark, all that it prints, the minutes it took."""
+    start = time.time()
     done = subprocess.run([sys.executable, str(HERE / script), *arguments], stdout=subprocess.PIPE, text=True)
     ratio = re.findall(r'^ratio (\S+)$', done.stdout, re.MULTILINE)
-    return ratio[-1] if ratio and not done.returncode else 'failed', done.stdout.strip()
+    command = ' '.join(['python benchmarks/' + script, *arguments]).replace(f'{HERE.parent}/', '')
+    return {'ratio': ratio[-1] if ratio and not done.returncode else 'failed', 'command': command,
+            'minutes': round((time.time() - start) / 60, 1), 'output': done.stdout.strip()}
+
+
+def table_of(rows, gpu):
+    """The rows as lines of Markdown, then what each command printed."""
+    lines, details = ['| benchmark | ratio of | ratio | goal | minutes |', '|---|---|---|---|---|'], []
+    for name, (what, goal, _) in BENCHMARKS.items():
+        goal = goal or ''
+        if name in rows:
+            lines.append(f"| {name} | {what} | {rows[name]['ratio']} | {goal} | {rows[name]['minutes']} |")
+            details += ['', f"`{rows[name]['command']}`", '```', rows[name]['output'], '```']
+        else:
+            reason = 'no GPU' if name.startswith('gpu') and not gpu else 'not yet'
+            lines.append(f'| {name} | {what} | not measured: {reason} | {goal} | |')
+    return lines, details
 
 
 def main():
@@ -61,24 +80,20 @@ def main():
     import torch
     gpu = torch.cuda.is_available()
     args.output.mkdir(parents=True, exist_ok=True)
-    file = args.output / f"{datetime.date.today()}_{'gpu' if gpu else 'cpu'}.md"
-    table, details = ['| benchmark | ratio of | ratio | goal | minutes |', '|---|---|---|---|---|'], []
+    file = args.output / f"{datetime.date.today()}_{'gpu' if gpu else 'cpu'}.json"
+    rows = json.loads(file.read_text()) if file.exists() else {}
     for name in args.only:
-        what, goal, (script, *arguments) = BENCHMARKS[name]
-        if name == 'cost':
-            arguments = ['--output', str(file.with_suffix('.png'))]
-        if name.startswith('gpu') and not gpu:
-            table.append(f'| {name} | {what} | not measured: no GPU | {goal} | |')
-        else:
-            start = time.time()
-            ratio, output = measured(script, arguments)
-            table.append(f"| {name} | {what} | {ratio} | {goal or ''} | {(time.time() - start) / 60:.1f} |")
-            command = ' '.join(['python benchmarks/' + script, *arguments]).replace(f'{HERE.parent}/', '')
-            details += [f'`{command}`', '```', output, '```', '']
-            print(table[-1], *details[-4:], sep='\n', flush=True)
-        file.write_text('\n'.join([f'# {machine()[0]}', '', machine()[1], '', *table, '', *details]))
-    print(f'{file}:', *table, sep='\n')
-    sys.exit(any('| failed |' in row for row in table))
+        if gpu or not name.startswith('gpu'):
+            script, *arguments = BENCHMARKS[name][2]
+            plot = ['--output', str(file.with_suffix('.png'))] if name == 'cost' else []
+            rows[name] = measured(script, arguments + plot)
+            print(f"{rows[name]['command']}\n{rows[name]['output']}\n", flush=True)
+            file.write_text(json.dumps(rows, indent=2) + '\n')
+        lines, details = table_of(rows, gpu)
+        text = [f'# {machine()[0]}', '', machine()[1], '', *lines, *details, '']
+        file.with_suffix('.md').write_text('\n'.join(text))
+    print(*lines, sep='\n')
+    sys.exit(any(rows[name]['ratio'] == 'failed' for name in args.only if name in rows))
 
 
 if __name__ == '__main__':

@@ -265,7 +265,8 @@ def apply(view, pictures, drawn, operations=None):
     n, device, operations = len(drawn.boxes), pictures.device, operations or OPERATIONS
     result = torch.empty(n, 3, view.size, view.size, device=device)
     pictures_of_views = torch.arange(n, device=device) % len(pictures)
-    mean, std = (moved(torch.tensor(values), device)[:, None, None] for values in (view.mean, view.std))
+    scale = 1 / torch.tensor(view.std)[:, None, None]
+    scale, shift_by = moved(scale, device), moved(-torch.tensor(view.mean)[:, None, None] * scale, device)
     angles, factors, sigmas, holes = (None if x is None else moved(x.float(), device) for x in (
         drawn.angles, drawn.factors, drawn.sigmas, drawn.holes))
     shifts = None if drawn.shifts is None else moved(drawn.shifts, device)
@@ -296,7 +297,7 @@ def apply(view, pictures, drawn, operations=None):
             blurred = moved(drawn.sigmas[part].nonzero()[:, 0], device)
             if len(blurred):
                 x[blurred] = blur(x[blurred], sigmas[part][blurred], view.blur_radius)
-        torch.sub(x, mean, out=result[part]).div_(std)
+        torch.addcmul(shift_by, x, scale, out=result[part])             # (x - mean) / std
         if holes is not None:
             erase(result[part], holes[part])
     return result
@@ -420,10 +421,11 @@ def adjust_hue(x, factor):
     chroma = value - low
     # Which channel is the largest, as 0 or 1: on a CPU comparisons and torch.where are many times slower.
     is_red, is_green = ((channel - value).sign_().add_(1) for channel in (red, green))
-    hue = torch.lerp((red - green).add_(chroma, alpha=4), (blue - red).add_(chroma, alpha=2), is_green)
-    hue = torch.lerp(hue, green - blue, is_red).div_(chroma.clamp(min=1e-12))               # in sixths of the circle
+    of_red, of_green, of_blue = green - blue, (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4)
+    hue = of_green.sub_(of_blue).mul_(is_green).add_(of_blue)
+    hue = of_red.sub_(hue).mul_(is_red).add_(hue).div_(chroma.clamp(min=1e-12))             # in sixths of the circle
     hue.add_(6 * factor[:, None, None])                                 # a gray pixel keeps chroma 0
-    hue.sub_((hue / 6).floor_().mul_(6))
+    hue.sub_((hue * (1 / 6)).floor_().mul_(6))
     weights = (hue - 3).abs_().sub_(1), 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()         # HSV to RGB
     return torch.stack([torch.addcmul(low, chroma, weight.clamp_(0, 1)) for weight in weights], 1)
 
