@@ -31,9 +31,9 @@ def stored_bytes(file):
             members = archive.infolist()
     except (OSError, ValueError, zipfile.BadZipFile):
         return None
-    plain = all(member.compress_type == zipfile.ZIP_STORED and member.compress_size == member.file_size
-                for member in members)
-    return sum(member.file_size for member in members) if plain else None       # nothing that inflates
+    size = sum(member.file_size for member in members)
+    stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+    return size if stored and size <= os.path.getsize(file) else None       # nothing that inflates
 
 
 def cached(file, make, check):
