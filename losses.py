@@ -14,6 +14,8 @@ allowed contrasts A(i) (never z_i itself):
   (Kim et al., 2022, https://arxiv.org/abs/2206.00384).
 - Near-out-of-distribution pictures made from class c carry the label -(c + 1). They are hard negatives:
   no anchors, nobody's positives, and in A(i) only for anchors of class c.
+- Several processes (torch.distributed): each has a part of the batch. Its views are anchors, the views of all processes
+  are contrasts, and each gets the loss of the whole batch.
 
 The second term needs no N x N matrix: mean_{j in P(i)} s_ij = z_i . (class sum - z_i) / (count - 1), and with unit
 vectors u_i = y_i / |y_i| the weighted sum is z_i . M u_i / temperature, M = sum_j z_j u_j^T [dim, C]. The first is
@@ -24,6 +26,8 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from util.distributed import gather, mean, rank, sizes_of, total
 
 # Similarities held at a time by the blocked log-sum-exp. 2**21 floats are 8 MB, which stay in the cache of a CPU; a
 # batch of 1,024 pictures takes two blocks.
@@ -87,15 +91,21 @@ class SupConLoss(_ContrastiveLoss):
     def forward(self, features, labels=None, mask=None, positives='class', keys=None, key_labels=None):
         """Compute the loss of one batch; float16 and bfloat16 features are computed in float32.
 
+        Where torch.distributed has several processes, all of them call this, each with its part of the batch, which may
+        be empty. Each gets the loss of the whole; averaged over them, as DistributedDataParallel does, the gradients
+        are those of one process with the whole batch.
+
         Args:
             features: [bsz, n_views, ...], normally of unit length; dimensions after the second are flattened.
             labels: [bsz] class of each picture; -(c + 1) marks a near-ood picture made from class c (see above).
             mask: [bsz, bsz] weights >= 0 instead of labels: mask[i, j] is how much picture j is a positive of
-                picture i. May be asymmetric. Needs the whole similarity matrix in memory.
+                picture i. May be asymmetric. Needs the whole similarity matrix in memory. With several processes
+                [bsz, pictures of all].
             positives: what the positives of an anchor share with it: 'class', or only the 'picture', as without labels;
                 labels then only tell which near-ood pictures an anchor sees.
             keys: [n_keys, dim] contrasts instead of the features, as of a momentum encoder: the first bsz belong to the
                 pictures of the batch, the others to earlier ones (He et al., 2020, https://arxiv.org/abs/1911.05722).
+                All processes have the same, of the whole batch.
             key_labels: [n_keys] their labels, needed with labels.
 
         Returns:
@@ -105,40 +115,42 @@ class SupConLoss(_ContrastiveLoss):
         Raises:
             ValueError: wrong shapes (both are named), labels and mask together, or unknown positives.
         """
-        self._check_shapes(features, labels, mask, positives, keys, key_labels)
-        bsz, n_views = features.shape[:2]
+        if features.dim() < 3:
+            raise ValueError(f'features are {list(features.shape)}, expected [bsz, n_views, ...]')
+        sizes = sizes_of(len(features))
+        bsz = sum(sizes)                                                # of the whole batch
+        self._check_shapes(features, labels, mask, positives, keys, key_labels, bsz)
         if features.dtype in (torch.float16, torch.bfloat16):
             features = features.float()
-        views = features.flatten(2).transpose(0, 1).flatten(0, 1)       # [n_views * bsz, dim], view after view
-        anchors = views if self.contrast_mode == 'all' else views[:bsz]
-        contrasts = views if keys is None else keys.to(views.dtype)
+        anchors, contrasts, rows = _views(features.flatten(2), sizes, self.contrast_mode)
         labelled = labels is not None
-        ids, labels = _ids_and_labels(features, labels, positives)
-        contrast_ids, contrast_labels = ids, labels
+        ids, labels = _ids_and_labels(features, labels, positives, sizes)
+        of_contrasts, itself = (ids, labels), rows
         if keys is not None:
-            contrast_ids, contrast_labels = _ids_and_labels_of_keys(bsz, keys, key_labels, positives)
-        args = (anchors, contrasts, ids[:len(anchors)], contrast_ids, labels[:len(anchors)], contrast_labels)
+            contrasts, itself = keys.to(anchors.dtype), None
+            of_contrasts = _ids_and_labels_of_keys(bsz, keys, key_labels, positives)
+        ids, labels = ids[rows], labels[rows]
+        args = (anchors, contrasts, ids, labels, *of_contrasts, itself)
         dense = (self.summation_location, self.denominator_mode, self.positives_cap) != ('out', 'all', -1)
         with torch.autocast(features.device.type, enabled=False):       # similarities / temperature need float32
             if dense or mask is not None:
-                loss = self._dense(*args, keys is None, bsz, mask)
+                losses = self._dense(*args, rows % max(1, bsz), bsz if keys is None else len(keys), mask)
             else:
-                loss = self._blocked(*args, keys is None, labelled)
-        return loss * (self.temperature / self.base_temperature)
+                losses = self._blocked(*args, labelled)
+            return mean(losses, labels >= 0) * (self.temperature / self.base_temperature)
 
-    def _check_shapes(self, features, labels, mask, positives, keys, key_labels):
-        if features.dim() < 3:
-            raise ValueError(f'features are {list(features.shape)}, expected [bsz, n_views, ...]')
+    def _check_shapes(self, features, labels, mask, positives, keys, key_labels, everything):
         _check('positives', positives, ('class', 'picture'))
         bsz, n_views, dim = features.flatten(2).shape
         if mask is not None and (labels is not None or keys is not None):
             raise ValueError(f"{'labels' if keys is None else 'keys'} and mask are both given, expected at most one")
         if labels is not None and labels.shape not in ((bsz,), (bsz, 1)):
             raise ValueError(f'labels are {list(labels.shape)}, expected [{bsz}] for features {list(features.shape)}')
-        if mask is not None and mask.shape != (bsz, bsz):
-            raise ValueError(f'mask is {list(mask.shape)}, expected [{bsz}, {bsz}] for features {list(features.shape)}')
-        if keys is not None and (keys.dim() != 2 or len(keys) < bsz or keys.shape[1] != dim):
-            raise ValueError(f'keys are {list(keys.shape)}, expected [{bsz} or more, {dim}] for features '
+        if mask is not None and mask.shape != (bsz, everything):
+            raise ValueError(f'mask is {list(mask.shape)}, expected [{bsz}, {everything}] for features '
+                             f'{list(features.shape)}')
+        if keys is not None and (keys.dim() != 2 or len(keys) < everything or keys.shape[1] != dim):
+            raise ValueError(f'keys are {list(keys.shape)}, expected [{everything} or more, {dim}] for features '
                              f'{list(features.shape)}')
         if keys is not None and (labels is None) != (key_labels is None) or (
                 key_labels is not None and key_labels.shape != keys.shape[:1]):
@@ -146,44 +158,43 @@ class SupConLoss(_ContrastiveLoss):
         if self.positives_cap > 0 and self.positives_cap % n_views:
             raise ValueError(f'positives_cap is {self.positives_cap}, expected a multiple of {n_views}, the views')
 
-    def _blocked(self, anchors, contrasts, ids, contrast_ids, labels, contrast_labels, same, labelled):
+    def _blocked(self, anchors, contrasts, ids, labels, contrast_ids, contrast_labels, itself, labelled):
+        """The losses of the anchors, [n]; itself [n]: which contrasts they are, or None."""
         normal = contrast_labels >= 0
         # Without labels there is no hard negative; a GPU is not asked, since the answer would have to be waited for.
         all_normal = not labelled or normal.device.type == 'cpu' and bool(normal.all())
         owners = None if all_normal else torch.where(normal, -1, -contrast_labels - 1)
-        log_denominator = _log_sum_exp(anchors, contrasts, self.temperature, same, labels, owners)
+        log_denominator = _log_sum_exp(anchors, contrasts, self.temperature, itself, labels, owners)
 
-        if same:                                                        # anchor i is contrast i
+        if itself is not None:
             contrast_ids = _dense_ids(contrast_ids)
-            ids = contrast_ids[:len(anchors)]
+            ids = contrast_ids[itself]
         else:
             ids, contrast_ids = _dense_ids(torch.cat([ids, contrast_ids])).split([len(ids), len(contrast_ids)])
         weight = normal.to(contrasts.dtype)
-        rows = len(contrasts) if same else len(anchors) + len(contrasts)
+        rows = len(contrasts) + (len(anchors) if itself is None else 0)                 # at most so many ids
         counts = contrasts.new_zeros(rows).index_add(0, contrast_ids, weight)
         sums = contrasts.new_zeros(rows, contrasts.shape[1]).index_add(0, contrast_ids, contrasts * weight[:, None])
         # index_select, since the backward pass of sums[ids] adds in an order that changes from run to run on a CPU.
         positives, sums = counts[ids], sums.index_select(0, ids)
-        if same:
+        if itself is not None:
             positives, sums = positives - 1, sums - anchors
         log_positive = (anchors * sums).sum(1) / positives.clamp(min=1) / self.temperature
+        return torch.where((labels >= 0) & (positives > 0), log_denominator - log_positive, 0)
 
-        is_anchor = labels >= 0
-        losses = torch.where(is_anchor & (positives > 0), log_denominator - log_positive, 0)
-        return losses.sum() / is_anchor.sum().clamp(min=1)
-
-    def _dense(self, anchors, contrasts, ids, contrast_ids, labels, contrast_labels, same, bsz, mask):
-        n, m = len(anchors), len(contrasts)
-        itself = torch.eye(n, m, dtype=torch.bool, device=anchors.device) & same
+    def _dense(self, anchors, contrasts, ids, labels, contrast_ids, contrast_labels, itself, pictures, bsz, mask):
+        """As `_blocked`; the anchors are views of `pictures` [n] of bsz, and so are the contrasts, view after view."""
+        weight = (ids[:, None] == contrast_ids) & (contrast_labels >= 0)                # [n, m]
+        is_itself = torch.zeros_like(weight)
+        if itself is not None:
+            is_itself.scatter_(1, itself[:, None], True)
         owners = torch.where(contrast_labels >= 0, -1, -contrast_labels - 1)
-        allowed = ~itself & ((owners < 0) | (owners == labels[:, None]))
-        if mask is None:
-            weight = (ids[:, None] == contrast_ids) & (contrast_labels >= 0)
-        else:
-            weight = mask.repeat(n // bsz, m // bsz)
-        weight = weight.to(anchors.dtype).masked_fill(itself, 0)
+        allowed = ~is_itself & ((owners < 0) | (owners == labels[:, None]))
+        if mask is not None:
+            weight = mask.repeat(len(anchors) // max(1, len(mask)), len(contrasts) // max(1, bsz))
+        weight = weight.to(anchors.dtype).masked_fill(is_itself, 0)
         if self.positives_cap >= 0:
-            over = self._over_cap(weight > 0, bsz, m // bsz if same else 1)
+            over = self._over_cap(weight > 0, pictures, bsz)
             weight, allowed = weight.masked_fill(over, 0), allowed & ~over
         total = weight.sum(1)
         counts = (labels >= 0) & (total > 0)
@@ -204,17 +215,28 @@ class SupConLoss(_ContrastiveLoss):
             losses = -(weight * log_prob).sum(1) / total
         else:
             losses = -_masked_logsumexp(log_prob + weight.clamp(min=1e-30).log(), weight > 0)[:, 0] + total.log()
-        return torch.where(counts, losses, 0).sum() / (labels >= 0).sum().clamp(min=1)
+        return torch.where(counts, losses, 0)
 
-    def _over_cap(self, positive, bsz, n_views):
-        """Which positives [n, m] are of other pictures than the first positives_cap // n_views."""
-        n, m = positive.shape
-        pictures = torch.arange(m, device=positive.device)
-        pictures = pictures % bsz if n_views > 1 else pictures
-        anchors = torch.arange(n, device=positive.device) % bsz
-        other = positive & (pictures != anchors[:, None])
-        rank = other[:, :m // n_views].cumsum(1)                        # alike in each view
-        return other & (rank > self.positives_cap // n_views).repeat(1, n_views)
+    def _over_cap(self, positive, pictures, bsz):
+        """Which positives [n, m] are of other pictures than the first that positives_cap allows."""
+        m = positive.shape[1]
+        other = positive & (torch.arange(m, device=positive.device) % bsz != pictures[:, None])
+        rank = other[:, :bsz].cumsum(1)                                 # alike in each view
+        return other & (rank > self.positives_cap // (m // bsz)).repeat(1, m // bsz)
+
+
+def _views(features, sizes, contrast_mode='all'):
+    """Anchors and contrasts among features [bsz, n_views, dim] of this process, of `sizes` in all of them.
+
+    -> anchors [n, dim] of this process, view after view; the views [n_views * sum(sizes), dim] of all processes, view
+    after view; and where the anchors are among these, [n].
+    """
+    bsz, n_views = features.shape[:2]
+    views = gather(features, sizes).transpose(0, 1).flatten(0, 1)
+    shown = n_views if contrast_mode == 'all' else 1
+    rows = torch.arange(bsz, device=features.device) + sum(sizes[:rank()])
+    rows = (sum(sizes) * torch.arange(shown, device=features.device)[:, None] + rows).flatten()
+    return features[:, :shown].transpose(0, 1).flatten(0, 1), views, rows
 
 
 def _masked_logsumexp(logits, mask):
@@ -260,13 +282,18 @@ class GenSupConLoss(_ContrastiveLoss):
                              'of the same [N, dim] and two of the same [N, C]')
         features = [part.float() if part.dtype in (torch.float16, torch.bfloat16) else part for part in features]
         labels = [F.normalize(part.double(), dim=1) for part in labels]
-        all_views = self.contrast_mode == 'all'
-        anchors, contrasts = [torch.cat(features)] * 2 if all_views else features
-        u, v = [torch.cat(labels)] * 2 if all_views else labels                     # [n_anchors, C], [n_contrasts, C]
+        sizes = sizes_of(n)
+        if self.contrast_mode == 'all':
+            anchors, contrasts, itself = _views(torch.stack(features, 1), sizes)
+            u, v, _ = _views(torch.stack(labels, 1), sizes)                         # [n_anchors, C], [n_contrasts, C]
+        else:
+            (anchors, contrasts), (u, v) = ((part[0], gather(part[1], sizes)) for part in (features, labels))
+            itself = None
         with torch.autocast(anchors.device.type, enabled=False):
-            log_denominator = _log_sum_exp(anchors, contrasts, self.temperature, all_views)
+            log_denominator = _log_sum_exp(anchors, contrasts, self.temperature, itself)
             log_positive, has_positives = self._positives(anchors.double(), contrasts.double(), u, v)
-            loss = (torch.where(has_positives, log_denominator, 0).sum() - log_positive) / len(anchors)
+            loss = torch.where(has_positives, log_denominator, 0).sum() - log_positive
+            loss = total(loss) / max(1, len(contrasts))                             # as many as all anchors
         return loss.to(anchors.dtype) * (self.temperature / self.base_temperature)
 
     def _positives(self, anchors, contrasts, u, v):
@@ -274,22 +301,24 @@ class GenSupConLoss(_ContrastiveLoss):
 
         In float64, since what an anchor adds to its own sums is subtracted again: the rest may be small.
         """
-        itself = (u * v).sum(1) if self.contrast_mode == 'all' else torch.zeros_like(u[:, 0])   # w_ii, left out
+        # w_ii, which is left out.
+        itself = u.square().sum(1) if self.contrast_mode == 'all' else torch.zeros_like(u[:, 0])
         weight = u @ v.sum(0) - itself
         has_positives = weight > 1e-9
         scale = torch.where(has_positives, 1 / weight, 0)
         m, m_anchors = contrasts.T @ v, anchors.T @ (scale[:, None] * u)                        # [dim, C] each
-        similar = (m * m_anchors).sum() - (scale * itself) @ (anchors * contrasts).sum(1)
+        similar = (m * m_anchors).sum() - (scale * itself) @ anchors.square().sum(1)
         return similar / self.temperature, has_positives
 
 
-def _log_sum_exp(anchors, contrasts, temperature, same, labels=None, owners=None):
+def _log_sum_exp(anchors, contrasts, temperature, itself, labels=None, owners=None):
     """The results of _LogSumExp, by half of the matrix where that is possible and no device has to be waited for."""
-    if same and owners is None and len(anchors) == len(contrasts) and anchors.device.type == 'cpu':
+    everything = itself is not None and len(anchors) == len(contrasts) > 0              # in the same order
+    if everything and owners is None and anchors.device.type == 'cpu':
         bound = (anchors.detach().square().sum(1).amax() / temperature).item()      # of all |s_ij|
         if 2 * bound < -math.log(torch.finfo(anchors.dtype).tiny) - 10:             # exp(-2 bound) is a normal number
             return _SymmetricLogSumExp.apply(anchors, temperature, bound)
-    return _LogSumExp.apply(anchors, contrasts, temperature, same, labels, owners)
+    return _LogSumExp.apply(anchors, contrasts, temperature, itself, labels, owners)
 
 
 class _SymmetricLogSumExp(torch.autograd.Function):
@@ -343,31 +372,31 @@ class _SymmetricLogSumExp(torch.autograd.Function):
 class _LogSumExp(torch.autograd.Function):
     """log sum_{j in A(i)} exp(anchors_i . contrasts_j / temperature) for each anchor i: [n].
 
-    With `same`, anchor i is contrast i, which A(i) leaves out. With `owners` (-1, or the class whose anchors alone see
-    the contrast) and `labels`, both [n_contrasts], A(i) also leaves out contrasts that belong to another class.
-    Keeps only the n results and recomputes the similarities in the backward pass.
+    With `itself` [n], A(i) leaves out the contrast itself[i], which is anchor i. With `owners` [n_contrasts] (-1, or
+    the class whose anchors alone see the contrast) and `labels` [n], it also leaves out contrasts that belong to
+    another class. Keeps only the n results and recomputes the similarities in the backward pass.
     """
 
     @staticmethod
-    def forward(ctx, anchors, contrasts, temperature, same, labels, owners):
+    def forward(ctx, anchors, contrasts, temperature, itself, labels, owners):
         result = anchors.new_empty(len(anchors))
         for rows in _blocks(anchors, contrasts):
-            torch.logsumexp(_logits(anchors, contrasts, rows, temperature, same, labels, owners), 1, out=result[rows])
+            torch.logsumexp(_logits(anchors, contrasts, rows, temperature, itself, labels, owners), 1, out=result[rows])
         # An anchor without contrasts has log 0 = -inf; any finite value in its place gives the gradient 0.
-        ctx.save_for_backward(anchors, contrasts, labels, owners, result.masked_fill(result == -torch.inf, 0))
-        ctx.temperature, ctx.same = temperature, same
+        ctx.save_for_backward(anchors, contrasts, itself, labels, owners, result.masked_fill(result == -torch.inf, 0))
+        ctx.temperature = temperature
         return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        anchors, contrasts, labels, owners, result = ctx.saved_tensors
+        anchors, contrasts, itself, labels, owners, result = ctx.saved_tensors
         grad = grad / ctx.temperature
         grad_anchors = torch.empty_like(anchors)
         grad_contrasts = torch.zeros_like(contrasts) if ctx.needs_input_grad[1] else None       # keys need none
         with torch.autocast(anchors.device.type, enabled=False):
             for rows in _blocks(anchors, contrasts):
-                prob = _logits(anchors, contrasts, rows, ctx.temperature, ctx.same, labels, owners)
+                prob = _logits(anchors, contrasts, rows, ctx.temperature, itself, labels, owners)
                 prob.sub_(result[rows, None]).exp_().mul_(grad[rows, None])
                 torch.mm(prob, contrasts, out=grad_anchors[rows])
                 if grad_contrasts is not None:
@@ -376,24 +405,24 @@ class _LogSumExp(torch.autograd.Function):
 
 
 def _blocks(anchors, contrasts):
-    step = max(1, BLOCK // len(contrasts))
+    step = max(1, BLOCK // max(1, len(contrasts)))
     return [slice(i, min(i + step, len(anchors))) for i in range(0, len(anchors), step)]
 
 
-def _logits(anchors, contrasts, rows, temperature=1., same=True, labels=None, owners=None):
+def _logits(anchors, contrasts, rows, temperature=1., itself=None, labels=None, owners=None):
     logits = (anchors[rows] / temperature) @ contrasts.T                # [rows, n_contrasts]
-    if same:
-        logits.diagonal(rows.start).fill_(-torch.inf)
+    if itself is not None:
+        logits.scatter_(1, itself[rows, None], -torch.inf)
     if owners is not None:
         logits.masked_fill_((owners >= 0) & (owners != labels[rows, None]), -torch.inf)
     return logits
 
 
-def _ids_and_labels(features, labels, positives):
-    """For all views, view after view: an id that positives share, and the label: [n_views * bsz] each."""
-    bsz, n_views = features.shape[:2]
-    pictures = torch.arange(bsz, device=features.device)
-    labels = pictures if labels is None else labels.flatten()
+def _ids_and_labels(features, labels, positives, sizes):
+    """For all views of all processes, view after view: an id that positives share, and the label: [n_views * bsz]."""
+    n_views = features.shape[1]
+    pictures = torch.arange(sum(sizes), device=features.device)
+    labels = pictures if labels is None else gather(labels.flatten(), sizes)
     return (labels if positives == 'class' else pictures).repeat(n_views), labels.repeat(n_views)
 
 
@@ -418,17 +447,19 @@ def contrastive_accuracy(features, labels=None, positives='class'):
 
     features [bsz, n_views, dim], labels [bsz] and positives as for SupConLoss; or label distributions
     [bsz, n_views, C], then the mean weight (%) of the most similar view. It rises from chance as pretraining learns.
+    With several processes as SupConLoss: of the whole batch.
     """
-    contrasts = features.detach().float().transpose(0, 1).flatten(0, 1)
+    sizes = sizes_of(len(features))
+    anchors, contrasts, rows = _views(features.detach().float(), sizes)
     if labels is not None and labels.dim() == 3:
-        u = F.normalize(labels.transpose(0, 1).flatten(0, 1), dim=1)
-        return 100 * (u * u[_nearest(contrasts)]).sum(1).mean()
-    ids, labels = _ids_and_labels(features, labels, positives)
-    nearest = _nearest(contrasts, labels, torch.where(labels >= 0, -1, -labels - 1))
-    is_anchor = labels >= 0
-    return 100 * ((ids == ids[nearest]) & is_anchor).sum() / is_anchor.sum().clamp(min=1)
+        u, v, _ = _views(F.normalize(labels, dim=2), sizes)
+        return 100 * mean((u * v[_nearest(anchors, contrasts, rows)]).sum(1))
+    ids, labels = _ids_and_labels(features, labels, positives, sizes)
+    nearest = _nearest(anchors, contrasts, rows, labels[rows], torch.where(labels >= 0, -1, -labels - 1))
+    return 100 * mean((ids[rows] == ids[nearest]).float(), labels[rows] >= 0)
 
 
-def _nearest(contrasts, labels=None, owners=None):
-    return torch.cat([_logits(contrasts, contrasts, rows, labels=labels, owners=owners).argmax(1)
-                      for rows in _blocks(contrasts, contrasts)])
+def _nearest(anchors, contrasts, itself, labels=None, owners=None):
+    nearest = [_logits(anchors, contrasts, rows, 1., itself, labels, owners).argmax(1)
+               for rows in _blocks(anchors, contrasts)]
+    return torch.cat(nearest) if nearest else itself

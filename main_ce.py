@@ -4,7 +4,8 @@
     python main_ce.py --dataset path --data_folder ./pictures
     python main_ce.py --model timm/efficientnetv2_rw_m --mix mixup_cutmix --optim_kind Adam --learning_rate 0.001
 
-Uses all GPUs in CUDA_VISIBLE_DEVICES, or the CPU. Writes output/<run>/trial=<trial>/last.ckpt.
+Uses all GPUs in CUDA_VISIBLE_DEVICES, or the CPU; in several processes: torchrun --nproc_per_node 8 main_ce.py ...
+Writes output/<run>/trial=<trial>/last.ckpt.
 """
 if __name__ == '__main__':                      # --help does not wait for the imports below, which take seconds
     from util.options import answer_help
@@ -49,16 +50,18 @@ def set_model(opt, classes):
     opt.num_classes = len(classes)
     model = SupCEResNet(opt.model, len(classes), size=opt.size, stem=opt.stem, width=opt.width,
                         zero_init=opt.zero_init)
-    return util.prepare(model, opt), nn.CrossEntropyLoss(label_smoothing=opt.label_smoothing)
+    return util.prepare(model, opt), nn.CrossEntropyLoss(label_smoothing=opt.label_smoothing, reduction='none')
 
 
-def train(train_loader, model, criterion, optimizer, epoch, opt):
-    """One epoch: -> averages for TensorBoard."""
+def train(train_loader, model, criterion, optimizer, epoch, opt, run):
+    """One epoch, or the rest of one that is resumed: -> averages for TensorBoard."""
     model.train()
-    batch_time, data_time, losses, top1 = (AverageMeter() for _ in range(4))
-    steps = len(train_loader)
+    batch_time, data_time = AverageMeter(), AverageMeter()
+    meters = run.meters('train_loss', 'train_acc')
+    losses, top1 = meters.values()
+    steps, before = len(train_loader), losses.count
     end = start = time.time()
-    for idx, (images, labels) in enumerate(util.progress(train_loader, f'epoch {epoch}/{opt.epochs}')):
+    for idx, (images, labels) in enumerate(util.progress(train_loader, f'epoch {epoch}/{opt.epochs}'), run.step):
         data_time.update(time.time() - end)
         util.set_learning_rate(optimizer, util.learning_rate(opt, epoch, idx, steps))
         rng = util.seed_step(opt, epoch, idx)
@@ -66,11 +69,11 @@ def train(train_loader, model, criterion, optimizer, epoch, opt):
             images, labels = mix(images, F.one_hot(labels, opt.num_classes).float(), opt.mix, opt.mix_alpha, rng)
 
         output, backward = util.forward(model, images, opt)     # [bsz, num_classes]
-        loss = criterion(output.float(), labels)
+        loss = util.mean(criterion(output.float(), labels))
         util.update(loss, optimizer, backward)
 
-        losses.update(loss, len(labels))
-        top1.update(util.accuracy(output, labels), len(labels))
+        losses.update(loss, train_loader.sizes[idx])            # pictures of all processes
+        top1.update(util.accuracy(output, labels), train_loader.sizes[idx])
         batch_time.update(time.time() - end)
         end = time.time()
         if (idx + 1) % opt.print_freq == 0 or idx + 1 == steps:
@@ -78,9 +81,10 @@ def train(train_loader, model, criterion, optimizer, epoch, opt):
             log(f'Train: [{epoch}][{idx + 1}/{steps}]\tBT {batch_time.val:.3f} ({batch_time.avg:.3f})\t'
                 f'DT {data_time.val:.3f} ({data_time.avg:.3f})\tloss {losses.val:.3f} ({losses.avg:.3f})\t'
                 f'Acc@1 {top1.val:.3f} ({top1.avg:.3f})')
+        run.after_step(epoch, idx + 1, model, optimizer, meters)
     log(f'Train epoch {epoch}, total time {time.time() - start:.2f}, accuracy:{top1.avg:.2f}')
     return {'train_loss': losses.avg, 'train_acc': top1.avg,
-            'pictures_per_second': top1.count / (time.time() - start)}
+            'pictures_per_second': (losses.count - before) / (time.time() - start)}
 
 
 def validate(loaders, model, opt):
@@ -99,7 +103,7 @@ def validate(loaders, model, opt):
 
 def fit(run, train_loader, loaders, model, criterion, optimizer, classes, opt):
     """All epochs, with validation, TensorBoard and checkpoints; prints the best accuracy last."""
-    exporter = util.Exporter(model, opt, classes) if opt.export else None
+    exporter = util.Exporter(model, opt, classes) if opt.export and util.rank() == 0 else None
     if opt.evaluate:
         for name in ('resume', 'overwrite', 'wandb'):
             if getattr(opt, name):
@@ -110,23 +114,25 @@ def fit(run, train_loader, loaders, model, criterion, optimizer, classes, opt):
         if exporter:
             exporter.write()
         return
-    first_epoch, best_acc = run.restore(model, optimizer)
-    run.start(classes)
-    for epoch in range(first_epoch, opt.epochs + 1):
-        train_loader.set_epoch(epoch)
-        if epoch == 1:
-            run.log_views(train_loader)
-        values = train(train_loader, model, criterion, optimizer, epoch, opt)
-        if epoch == opt.epochs or opt.eval_freq and epoch % opt.eval_freq == 0:
+    first_epoch = run.restore(model, optimizer)
+    with run.start(classes):
+        for epoch in range(first_epoch, opt.epochs + 1):
+            train_loader.set_epoch(epoch, run.step)
+            if epoch == 1:
+                run.log_views(train_loader)
+            values = train(train_loader, model, criterion, optimizer, epoch, opt, run)
+            if epoch == opt.epochs or opt.eval_freq and epoch % opt.eval_freq == 0:
+                validation, per_class = validate(loaders, model, opt)
+                run.best_acc = max(run.best_acc, validation['val_acc'])
+                values.update(validation)
+            run.log_values({'learning_rate': optimizer.param_groups[0]['lr'], **values}, epoch)
+            run.save(epoch, model, optimizer)
+        if first_epoch > opt.epochs:                            # a finished run, resumed
             validation, per_class = validate(loaders, model, opt)
-            best_acc = max(best_acc, validation['val_acc'])
-            values.update(validation)
-        run.log_values({'learning_rate': optimizer.param_groups[0]['lr'], **values}, epoch)
-        run.save(epoch, model, optimizer, best_acc)
-    report(loaders, validation, per_class, classes, opt)
-    if exporter:
-        exporter.write()
-    log(f'best accuracy: {best_acc:.2f}')
+        report(loaders, validation, per_class, classes, opt)
+        if exporter:
+            exporter.write()
+        log(f'best accuracy: {run.best_acc:.2f}')
 
 
 def report(loaders, validation, per_class, classes, opt):

@@ -5,7 +5,8 @@
     python main_linear.py --pretrained cifar10_bsz_1024_mixup_cutmix_1.0_KD_1.0_SGD_lr_0.5           a GenSCL run
     python main_linear.py --cache_features --ckpt last.ckpt              without augmentation, an epoch in a moment
 
-Uses all GPUs in CUDA_VISIBLE_DEVICES, or the CPU. Writes output/<run>/trial=<trial>/last.ckpt.
+Uses all GPUs in CUDA_VISIBLE_DEVICES, or the CPU; in several processes: torchrun --nproc_per_node 8 main_linear.py ...
+Writes output/<run>/trial=<trial>/last.ckpt.
 """
 if __name__ == '__main__':                      # --help does not wait for the imports below, which take seconds
     from util.options import answer_help
@@ -53,7 +54,7 @@ def set_model(opt, checkpoint, classes):
     encoder = util.load_encoder(checkpoint, opt, opt.ckpt)
     log(f"{opt.ckpt}: {opt.model} after {checkpoint.get('epoch', 'unknown')} epochs")
     model = LinearProbe(encoder, len(classes))
-    return util.prepare(model, opt), nn.CrossEntropyLoss(label_smoothing=opt.label_smoothing)
+    return util.prepare(model, opt), nn.CrossEntropyLoss(label_smoothing=opt.label_smoothing, reduction='none')
 
 
 def cached_features(train_loader, loaders, model, opt):

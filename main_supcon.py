@@ -5,7 +5,8 @@
     python main_supcon.py --method GenSCL --mix mixup_cutmix --KD --teacher_path output/teacher/trial=0  GenSCL
     python main_supcon.py --dataset path --data_folder ./pictures                                       own pictures
 
-Uses all GPUs in CUDA_VISIBLE_DEVICES, or the CPU. Writes output/<run>/trial=<trial>/last.ckpt for main_linear.py.
+Uses all GPUs in CUDA_VISIBLE_DEVICES, or the CPU; in several processes: torchrun --nproc_per_node 8 main_supcon.py ...
+Writes output/<run>/trial=<trial>/last.ckpt for main_linear.py.
 """
 if __name__ == '__main__':                      # --help does not wait for the imports below, which take seconds
     from util.options import answer_help
@@ -87,23 +88,27 @@ def soft_labels(images, labels, teacher, opt, rng):
         logits = torch.cat([teacher(piece) for piece in images.tensor_split(opt.accum_steps) if len(piece)])
         taught = (logits.float() / opt.KD_temp).softmax(1)
         targets = [(1., taught)] if opt.KD_alpha == math.inf else [*targets, (opt.KD_alpha, taught)]
-    return images, [(weight, soft.view(N_VIEWS, len(labels), -1)) for weight, soft in targets]
+    return images, [(weight, soft.unflatten(0, (N_VIEWS, len(labels)))) for weight, soft in targets]
 
 
-def momentum_keys(images, labels, model, opt):
+def momentum_keys(images, labels, model, opt, rng):
     """Keys of the second views by the moved momentum copy, with those of the queue: what SupConLoss takes.
 
-    images [bsz, 3, size, size], labels [bsz]. The pictures are shuffled, so that a batch norm of a piece or of a GPU
-    does not tell which keys and anchors belong together (He et al., 2020, section 3.3).
+    images [bsz, 3, size, size], labels [bsz]; -> also the keys [bsz, feat_dim] of these pictures. The pictures of all
+    processes are shuffled, so that a batch norm of a piece, of a GPU or of a process does not tell which keys and
+    anchors belong together (He et al., 2020, section 3.3).
     """
     model.moco.update(model)
-    order = util.moved(torch.randperm(len(images)), images.device)
+    sizes = util.sizes_of(len(images))
+    order = torch.from_numpy(rng.permutation(sum(sizes)))
+    shuffled = util.exchanged(images, order, sizes)
     with util.autocast(opt):
-        keys = torch.cat([model.moco(piece.flatten(0, 1)) for piece in util.pieces_of(images[order], opt)])
-    keys = keys[order.argsort()]
+        keys = torch.cat([model.moco(piece.flatten(0, 1)) for piece in util.pieces_of(shuffled, opt)])
+    keys = util.gather(keys, sizes)[util.moved(order.argsort(), keys.device)]
+    labels = util.gather(labels, sizes)
     contrasts, contrast_labels = model.moco.contrasts(keys, labels)
     model.moco.enqueue(keys, labels)
-    return {'keys': contrasts, 'key_labels': contrast_labels}
+    return {'keys': contrasts, 'key_labels': contrast_labels}, keys[util.share(sum(sizes))]
 
 
 def contrastive_loss(criterion, features, targets):
@@ -113,11 +118,13 @@ def contrastive_loss(criterion, features, targets):
     return sum(weight * criterion(features.unbind(1), soft.unbind(0)) for weight, soft in targets)
 
 
-def classifier_targets(labels, n_views):
-    """Labels [bsz] or distributions [bsz, n_views, C] of all views, view after view; ood pictures are to be ignored."""
+def classifier_loss(logits, labels, n_views):
+    """Cross-entropy of logits [n_views * bsz, C] for labels [bsz] or distributions [bsz, n_views, C]; ood pictures do
+    not count."""
     if labels.dim() == 3:
-        return labels.transpose(0, 1).flatten(0, 1)
-    return torch.where(labels >= 0, labels, -100).repeat(n_views)
+        return util.mean(F.cross_entropy(logits, labels.transpose(0, 1).flatten(0, 1), reduction='none'))
+    labels = labels.repeat(n_views)
+    return util.mean(F.cross_entropy(logits, labels.clamp(min=0), reduction='none'), labels >= 0)
 
 
 def collapsed_loss(criterion, features, targets):
@@ -127,17 +134,20 @@ def collapsed_loss(criterion, features, targets):
     return contrastive_loss(criterion, torch.ones_like(features[..., :1]).detach(), targets)
 
 
-def train(train_loader, model, criterion, optimizer, epoch, opt, teacher=None):
-    """One epoch: -> averages for TensorBoard."""
+def train(train_loader, model, criterion, optimizer, epoch, opt, run, teacher=None):
+    """One epoch, or the rest of one that is resumed: -> averages for TensorBoard."""
     model.train()
-    batch_time, data_time, losses, accuracies = (AverageMeter() for _ in range(4))
-    steps, history = len(train_loader), []
+    batch_time, data_time = AverageMeter(), AverageMeter()
+    meters = run.meters('loss', 'contrastive_acc', 'collapsed')
+    losses, accuracies, collapsed = meters.values()
+    steps, before = len(train_loader), losses.count
     end = start = time.time()
-    for idx, (images, labels) in enumerate(util.progress(train_loader, f'epoch {epoch}/{opt.epochs}')):
+    for idx, (images, labels) in enumerate(util.progress(train_loader, f'epoch {epoch}/{opt.epochs}'), run.step):
         data_time.update(time.time() - end)
         util.set_learning_rate(optimizer, util.learning_rate(opt, epoch, idx, steps))
         rng = util.seed_step(opt, epoch, idx)
         bsz, n_views = len(labels), N_VIEWS             # a label -(c + 1) is a hard negative made from class c
+        pictures = train_loader.sizes[idx]              # of all processes
         positives = 'picture' if opt.method == 'SimCLR' else 'class'
 
         if opt.method == 'GenSCL':
@@ -146,33 +156,35 @@ def train(train_loader, model, criterion, optimizer, epoch, opt, teacher=None):
         else:
             targets = {'labels': labels, 'positives': positives}
         if opt.moco:
-            targets.update(momentum_keys(images[bsz:], labels, model, opt))
+            contrasts, keys = momentum_keys(images[bsz:], labels, model, opt, rng)
+            targets.update(contrasts)
             images, n_views = images[:bsz], 1
 
         output, backward = util.forward(model, images, opt, n_views)        # [n_views * bsz, feat_dim]
         features, logits = output if opt.ce_weight else (output, None)
-        features = features.view(n_views, bsz, -1).transpose(0, 1)          # [bsz, n_views, feat_dim]
+        features = features.unflatten(0, (n_views, bsz)).transpose(0, 1)    # [bsz, n_views, feat_dim]
         loss = contrastive = contrastive_loss(criterion, features, targets)
         if opt.ce_weight:
-            loss = loss + opt.ce_weight * F.cross_entropy(logits.float(), classifier_targets(labels, n_views))
+            loss = loss + opt.ce_weight * classifier_loss(logits.float(), labels, n_views)
         util.update(loss, optimizer, backward)
 
-        losses.update(loss, bsz)
+        losses.update(loss, pictures)
         if opt.moco:                                    # the keys of the same pictures are their other views
-            features = torch.stack([features[:, 0], targets['keys'][:bsz]], 1)
-        accuracies.update(contrastive_accuracy(features, labels, positives), bsz)
+            features = torch.stack([features[:, 0], keys], 1)
+        accuracies.update(contrastive_accuracy(features, labels, positives), pictures)
         batch_time.update(time.time() - end)
         end = time.time()
         if (idx + 1) % opt.print_freq == 0 or idx + 1 == steps:
             util.check_finite(losses, epoch, idx + 1)
-            collapsed = collapsed_loss(criterion, features[:, :n_views], targets)
-            history.append((contrastive.detach() - collapsed).abs() <= 1e-4 * collapsed.abs())
+            if_collapsed = collapsed_loss(criterion, features[:, :n_views], targets)
+            collapsed.update(((contrastive.detach() - if_collapsed).abs() <= 1e-4 * if_collapsed.abs()).float())
             log(f'Train: [{epoch}][{idx + 1}/{steps}]\tBT {batch_time.val:.3f} ({batch_time.avg:.3f})\t'
                 f'DT {data_time.val:.3f} ({data_time.avg:.3f})\tloss {losses.val:.3f} ({losses.avg:.3f})')
+        run.after_step(epoch, idx + 1, model, optimizer, meters)
     log(f'epoch {epoch}, total time {time.time() - start:.2f}')
     return {'loss': losses.avg, 'contrastive_acc': accuracies.avg,
-            'collapsed': bool(torch.stack(history).all()),          # the loss that equal features would have
-            'pictures_per_second': losses.count / (time.time() - start)}
+            'collapsed': collapsed.avg == 1,                # always the loss that equal features would have
+            'pictures_per_second': (losses.count - before) / (time.time() - start)}
 
 
 def validate(memory_loader, val_loader, model, opt):
@@ -191,25 +203,24 @@ def main(argv=None):
     train_loader, memory_loader, val_loader, classes = set_loader(opt)
     model, criterion, teacher = set_model(opt, classes, teacher_checkpoint)
     optimizer = util.set_optimizer(opt, model)
-    first_epoch, _ = run.restore(model, optimizer)
-    run.start(classes)
-
-    warned = False
-    for epoch in range(first_epoch, opt.epochs + 1):
-        train_loader.set_epoch(epoch)
-        if epoch == 1:
-            run.log_views(train_loader)
-        averages = train(train_loader, model, criterion, optimizer, epoch, opt, teacher)
-        if averages.pop('collapsed') and not warned:
-            warned = True
-            log(f"Warning: in all printed steps of epoch {epoch} the loss was {averages['loss']:.3f}, its "
-                'value when all features are the same: the network has collapsed and learns nothing. Start again with '
-                '--warm or a lower --learning_rate.')
-        if epoch == opt.epochs or opt.eval_freq and epoch % opt.eval_freq == 0:
-            averages['knn_acc'] = validate(memory_loader, val_loader, model, opt)
-            log(f" * contrastive accuracy {averages['contrastive_acc']:.2f}\tkNN accuracy {averages['knn_acc']:.2f}")
-        run.log_values({'learning_rate': optimizer.param_groups[0]['lr'], **averages}, epoch)
-        run.save(epoch, model, optimizer)
+    first_epoch, warned = run.restore(model, optimizer), False
+    with run.start(classes):
+        for epoch in range(first_epoch, opt.epochs + 1):
+            train_loader.set_epoch(epoch, run.step)
+            if epoch == 1:
+                run.log_views(train_loader)
+            averages = train(train_loader, model, criterion, optimizer, epoch, opt, run, teacher)
+            if averages.pop('collapsed') and not warned:
+                warned = True
+                log(f"Warning: in all printed steps of epoch {epoch} the loss was {averages['loss']:.3f}, its value "
+                    'when all features are the same: the network has collapsed and learns nothing. Start again with '
+                    '--warm or a lower --learning_rate.')
+            if epoch == opt.epochs or opt.eval_freq and epoch % opt.eval_freq == 0:
+                averages['knn_acc'] = validate(memory_loader, val_loader, model, opt)
+                log(f" * contrastive accuracy {averages['contrastive_acc']:.2f}\t"
+                    f"kNN accuracy {averages['knn_acc']:.2f}")
+            run.log_values({'learning_rate': optimizer.param_groups[0]['lr'], **averages}, epoch)
+            run.save(epoch, model, optimizer)
 
 
 if __name__ == '__main__':

@@ -84,7 +84,8 @@ def measure(form, args):
         loader.set_epoch(epoch)
         views.append(seconds_of(collections.deque, loader, 0))
         seconds.append(seconds_of(original_epoch, loader, model, criterion, optimizer) if original else
-                       seconds_of(main_supcon.train, loader, model, criterion, optimizer, epoch, opt))
+                       seconds_of(main_supcon.train, loader, model, criterion, optimizer, epoch, opt,
+                                  util.Run(opt)))
     return {'seconds': statistics.median(seconds[1:]), 'views': statistics.median(views[1:]), 'flops': flops,
             'memory': torch.cuda.max_memory_allocated() if gpu else 0,
             'name': torch.cuda.get_device_name() if gpu else 'CPU'}

@@ -32,7 +32,7 @@ def measure(form, pictures, args):
     opt = util.parse('main_linear', '', ['--model', args.model, '--batch_size', str(args.batch_size), '--loader',
                                          'batched', '--size', '32'])
     opt.amp, opt.cache_features, opt.warm_epochs, opt.num_classes = form == 'amp', form == 'features', 0, 2
-    opt.mean, opt.std = (0.5,) * 3, (0.25,) * 3
+    opt.mean, opt.std, opt.output_name = (0.5,) * 3, (0.25,) * 3, 'benchmark'
     util.set_device(opt)
     cached = opt.cache_features
     val = pictures.select(np.arange(len(pictures) // 5))
@@ -46,7 +46,7 @@ def measure(form, pictures, args):
     for epoch in range(1, args.repeat + 2):
         start = time.perf_counter()
         train_loader.set_epoch(epoch)
-        main_ce.train(train_loader, model, criterion, optimizer, epoch, opt)
+        main_ce.train(train_loader, model, criterion, optimizer, epoch, opt, util.Run(opt))
         main_ce.validate(loaders, model, opt)
         seconds.append(time.perf_counter() - start)
     return seconds[0], statistics.median(seconds[1:])

@@ -1,6 +1,9 @@
 """Batches of views: from memory on the training device, half in worker processes, or per sample in those."""
+import atexit
 import contextlib
 import math
+import multiprocessing
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -13,31 +16,36 @@ from torchvision import transforms
 from datasets import views
 from datasets.pictures import available_memory
 from util import UserError, moved
+from util.distributed import largest, local_processes, share, world_size
 
 
 def make_loader(pictures, view, opt, n_views=1, train=True):
     """An iterable of (images [n_views * bsz, 3, size, size], labels [bsz]), view after view, on opt.device.
 
-    Call `set_epoch(epoch)` before each epoch: permutation and views depend on opt.seed and the epoch alone. With
-    train=False the pictures come in their own order. opt.loader: 'batched' decodes everything into memory first and
-    draws views on opt.device; 'workers' decodes and crops in opt.num_workers processes and does the colours on
-    opt.device; 'per_sample' does all in the processes; 'auto' takes 'batched' where the pictures fit into half of the
-    free memory and the view can be drawn in batches, else 'workers'.
+    Call `set_epoch(epoch)` before each epoch: permutation and views depend on opt.seed and the epoch alone, and those
+    of a batch on nothing that was drawn before. With train=False the pictures come in their own order. Of several
+    processes each gets its share of every batch, with the views that one process would draw.
+
+    opt.loader: 'batched' decodes everything into memory first and draws views on opt.device; 'workers' decodes and
+    crops in opt.num_workers worker processes and does the colours on opt.device; 'per_sample' does all in the workers;
+    'auto' takes 'batched' where the pictures fit into half of the free memory and the view can be drawn in batches,
+    else 'workers'.
     """
-    batched = not view.per_sample_only and (opt.loader == 'batched' or
-        opt.loader == 'auto' and pictures.decoded_bytes(view.short_side) < available_memory() / 2)
+    batched = not view.per_sample_only and opt.loader in ('batched', 'auto')
+    if batched and opt.loader == 'auto':                # all processes decide alike
+        batched = not largest(pictures.decoded_bytes(view.short_side) >= available_memory() / 2 / local_processes())
     if batched:
         return BatchedLoader(pictures, view, opt, n_views, train)
     return WorkerLoader(pictures, view, opt, n_views, train, whole_view=opt.loader == 'per_sample')
 
 
-# Pixels of all views of a run from which on compiled operations pay: they cost half a minute at the first use on a
-# machine, and save 5 seconds for a million views of 32 pixels on two CPU cores (benchmarks/bench_views.py).
+# Pixels of all views of a run from which on compiled operations pay: they cost 7 to 25 seconds at the first use on a
+# machine, and save 4 seconds for a million views of 32 pixels on two CPU cores (benchmarks/bench_views.py).
 COMPILE_PAYS = 2**33
 
 
 class Batches:
-    """The order of n pictures: yields the indices [bsz] of each batch and the generator that draws its views.
+    """The order of n pictures: yields the number of each batch from first_step on, and the indices [bsz] in it.
 
     In training a last batch of one picture, which batch norm cannot take, is added to the batch before it.
     """
@@ -45,79 +53,87 @@ class Batches:
     def __init__(self, n, opt, train):
         if train and n < 2:
             raise UserError(f'found {n} training picture, expected at least 2')
-        self.n, self.seed, self.train, self.epoch = n, opt.seed, train, 0
+        self.n, self.seed, self.train, self.epoch, self.first_step = n, opt.seed, train, 0, 0
         self.sizes = [opt.batch_size] * (n // opt.batch_size) + [n % opt.batch_size] * (n % opt.batch_size > 0)
         if train and self.sizes[-1] == 1:
             self.sizes[-2:] = [self.sizes[-2] + 1]
 
+    def __iter__(self):
+        order = torch.randperm(self.n, generator=self.generator()) if self.train else torch.arange(self.n)
+        for step, indices in enumerate(order.split(self.sizes)):
+            if step >= self.first_step:
+                yield step, indices
+
+    def generator(self, *of):
+        """Random numbers of the epoch, or of a batch: (step,) or (step, what it draws)."""
+        seed = np.random.SeedSequence([self.seed, self.epoch, *of]).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(seed[0]))
+
+
+class Loader:
+    """What all loaders have: `len`, the steps of an epoch; `sizes`, the pictures of each batch in all processes."""
+
+    def __init__(self, n, opt, train):
+        self.batches = Batches(n, opt, train)
+        self.sizes, self.n = self.batches.sizes, n
+
     def __len__(self):
         return len(self.sizes)
 
-    def __iter__(self):
-        generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
-        order = torch.randperm(self.n, generator=generator) if self.train else torch.arange(self.n)
-        for indices in order.split(self.sizes):
-            yield indices, generator
+    def set_epoch(self, epoch, first_step=0):
+        """What is iterated over next: the batches of an epoch from a step on, counted from 0."""
+        self.batches.epoch, self.batches.first_step = epoch, first_step
 
 
-class BatchedLoader:
+class BatchedLoader(Loader):
     """Keeps the decoded pictures in memory, on the GPU where they take at most a quarter of what is free there."""
 
     def __init__(self, pictures, view, opt, n_views, train):
-        self.labels, self.view, self.n_views = pictures.labels, view, n_views
-        self.batches, self.device = Batches(len(pictures), opt, train), torch.device(opt.device)
+        super().__init__(len(pictures), opt, train)
+        self.labels, self.view, self.n_views, self.device = pictures.labels, view, n_views, torch.device(opt.device)
         self.data, self.heights, self.widths = pictures.decode(view.short_side)
         compiled = train and opt.epochs * len(pictures) * n_views * view.size**2 >= COMPILE_PAYS
         self.operations = views.compiled_operations(self.device) if compiled else views.OPERATIONS
         if self.device.type == 'cuda' and self.data.nbytes < torch.cuda.mem_get_info()[0] / 4:
             self.data = self.data.to(self.device)
 
-    def __len__(self):
-        return len(self.batches)
-
-    def set_epoch(self, epoch):
-        self.batches.epoch = epoch
-
     def __iter__(self):
-        for indices, generator in self.batches:
-            repeated = indices.repeat(self.n_views)
-            drawn = views.draw(self.view, self.heights[repeated], self.widths[repeated], generator)
+        for step, indices in self.batches:
+            repeated, mine = indices.repeat(self.n_views), share(len(indices))
+            drawn = views.draw(self.view, self.heights[repeated], self.widths[repeated], self.batches.generator(step))
+            drawn, indices = drawn.share(mine, len(indices)), indices[mine]
             data = moved(self.data.index_select(0, moved(indices, self.data.device)), self.device)
-            whole = len(indices) == self.batches.sizes[0]       # an odd size would be compiled again
+            whole = self.sizes[step] == self.sizes[0]           # an odd size would be compiled again
             images = views.apply(self.view, data, drawn, self.operations if whole else views.OPERATIONS)
             yield images, moved(self.labels[indices], self.device)
 
 
-class FeatureLoader:
+class FeatureLoader(Loader):
     """Batches of features [bsz, dim] instead of a loader's pictures, and labels: `compute(loader)` gives those of all
     pictures, [n, dim] and [n], once, when the first batch is asked for."""
 
     def __init__(self, loader, compute, opt, train):
-        self.loader, self.compute, self.batches = loader, compute, Batches(loader.batches.n, opt, train)
+        super().__init__(loader.n, opt, train)
+        self.loader, self.compute = loader, compute
         self.features = self.labels = None
-
-    def __len__(self):
-        return len(self.batches)
-
-    def set_epoch(self, epoch):
-        self.batches.epoch = epoch
 
     def __iter__(self):
         if self.features is None:
             self.features, self.labels = self.compute(self.loader)
             self.loader = None                          # its pictures are not needed any more
-        for indices, _ in self.batches:
-            indices = moved(indices, self.labels.device)
+        for _, indices in self.batches:
+            indices = moved(indices[share(len(indices))], self.labels.device)
             yield self.features[indices], self.labels[indices]
 
 
-class WorkerLoader:
+class WorkerLoader(Loader):
     """Worker processes decode and crop, and with whole_view do everything else by torchvision's transforms too."""
 
     def __init__(self, pictures, view, opt, n_views, train, whole_view):
         if isinstance(pictures.source, list):
             pictures.sizes()                            # finds what is no picture now, not in the first epoch
-        self.batches, self.device = Batches(len(pictures), opt, train), torch.device(opt.device)
+        super().__init__(len(pictures), opt, train)
+        self.n_views, self.device = n_views, torch.device(opt.device)
         self.rest = None                                # what the training device has to do
         if whole_view:
             draw = _WholeViews(view, n_views)
@@ -125,31 +141,42 @@ class WorkerLoader:
             draw = _Crops(view, n_views, finish=self.device.type == 'cpu')
             self.rest = None if draw.finish else draw.rest
         # Batches that wait may take a quarter of the memory: those of thousands of large pictures are gigabytes.
-        batch_bytes = min(opt.batch_size, len(pictures)) * n_views * 3 * view.size**2 * (1 if self.rest else 4)
-        waiting = max(1, int(available_memory() / 4 / batch_bytes))
+        pictures_here = math.ceil(min(opt.batch_size, len(pictures)) / world_size())
+        batch_bytes = pictures_here * n_views * 3 * view.size**2 * (1 if self.rest else 4)
+        waiting = max(1, int(available_memory() / local_processes() / 4 / batch_bytes))
         workers = min(opt.num_workers, waiting)
         self.loader = DataLoader(_Samples(pictures, draw), batch_sampler=_Keys(self.batches), num_workers=workers,
                                  persistent_workers=train and workers > 0, collate_fn=_collate,
                                  prefetch_factor=max(1, min(4, waiting // workers)) if workers else None,
-                                 pin_memory=self.device.type == 'cuda')
-
-    def __len__(self):
-        return len(self.batches)
-
-    def set_epoch(self, epoch):
-        self.batches.epoch = epoch
+                                 pin_memory=self.device.type == 'cuda', worker_init_fn=_leave_signals)
+        self.empty = torch.empty(0, 3, view.size, view.size), torch.empty(0, dtype=torch.long)
 
     def __iter__(self):
-        for batch in self.loader:
+        for step, batch in enumerate(self.loader, self.batches.first_step):
             if isinstance(batch, UserError):
                 raise batch
-            images, labels, seed = batch
-            images, labels = (part.to(self.device, non_blocking=True) for part in (images, labels))
-            if self.rest:
-                sizes = torch.full((len(images),), self.rest.size)
-                drawn = views.draw(self.rest, sizes, sizes, torch.Generator().manual_seed(seed))
-                images = views.apply(self.rest, images, drawn)
+            images, labels = (part.to(self.device, non_blocking=True) for part in batch or self.empty)
+            if self.rest and len(images):
+                sizes = torch.full((self.n_views * self.sizes[step],), self.rest.size)
+                drawn = views.draw(self.rest, sizes, sizes, self.batches.generator(step, 1))
+                images = views.apply(self.rest, images, drawn.share(share(self.sizes[step]), self.sizes[step]))
             yield images, labels
+
+
+def _leave_signals(_):
+    """SIGINT and SIGTERM often go to all processes of a job: workers go on while the program makes its checkpoint."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers():
+    """Without this Python would end with SIGTERM those that an error left, and wait for them."""
+    workers = multiprocessing.active_children()
+    if workers and hasattr(signal, 'SIGCHLD'):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)                   # where PyTorch reports workers that died
+    for worker in workers:
+        worker.kill()
 
 
 class _Keys:
@@ -158,13 +185,11 @@ class _Keys:
     def __init__(self, batches):
         self.batches = batches
 
-    def __len__(self):
-        return len(self.batches)
-
     def __iter__(self):
-        for indices, generator in self.batches:
-            seeds = torch.randint(2**62, indices.shape, generator=generator)
-            yield list(zip(indices.tolist(), seeds.tolist()))
+        for step, indices in self.batches:
+            seeds = torch.randint(2**62, indices.shape, generator=self.batches.generator(step))
+            mine = share(len(indices))
+            yield list(zip(indices[mine].tolist(), seeds[mine].tolist()))
 
 
 class _Samples(Dataset):
@@ -177,7 +202,7 @@ class _Samples(Dataset):
     def __getitem__(self, key):
         index, seed = key
         try:
-            return self.draw(self.pictures, index, seed), self.pictures.labels[index], seed
+            return self.draw(self.pictures, index, seed), self.pictures.labels[index]
         except UserError as error:              # raised in a worker it would arrive wrapped in a traceback
             return error
 
@@ -265,10 +290,12 @@ def pil_crops(picture, boxes, size):
 
 
 def _collate(samples):
-    """[(views [n_views, ...], label, seed)] -> images [n_views * bsz, ...], labels [bsz], the first seed."""
+    """[(views [n_views, ...], label)] -> images [n_views * bsz, ...], labels [bsz]; None for no samples."""
+    if not samples:
+        return None
     errors = [sample for sample in samples if isinstance(sample, UserError)]
     if errors:
         return errors[0]
-    images, labels, seeds = zip(*samples)
+    images, labels = zip(*samples)
     # default_collate stacks into the memory that processes share.
-    return default_collate([view for views in zip(*images) for view in views]), torch.stack(labels), seeds[0]
+    return default_collate([view for views in zip(*images) for view in views]), torch.stack(labels)

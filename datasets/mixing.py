@@ -8,24 +8,27 @@ import math
 
 import torch
 
-from util import moved
+from util import exchanged, sizes_of
 
 
 def mix(images, labels, kind, alpha, rng):
     """Mix a batch: images [n, 3, h, w] and label distributions [n, C] -> the same, mixed.
 
     kind: 'mixup', 'cutmix' or 'mixup_cutmix', which tosses a coin for the batch. lam, the share of the picture
-    itself, is drawn from Beta(alpha, alpha); rng is a numpy Generator.
+    itself, is drawn from Beta(alpha, alpha); rng is a numpy Generator, in the same state in all processes: the batch is
+    that of all of them.
     """
     if kind == 'mixup_cutmix':
         kind = rng.choice(['mixup', 'cutmix'])
     lam = rng.beta(alpha, alpha)
-    others = moved(torch.from_numpy(rng.permutation(len(images))), images.device)
+    sizes = sizes_of(len(images))
+    order = torch.from_numpy(rng.permutation(sum(sizes)))
+    others, labels_of_others = exchanged(images, order, sizes), exchanged(labels, order, sizes)
     if kind == 'mixup':
-        images = torch.lerp(images[others], images, lam)
+        images = torch.lerp(others, images, lam)
     else:
-        images, lam = cutmix(images, images[others], lam, rng)
-    return images, torch.lerp(labels[others], labels, lam)
+        images, lam = cutmix(images, others, lam, rng)
+    return images, torch.lerp(labels_of_others, labels, lam)
 
 
 def mix_views(images, labels, n_views, kind, alpha, rng):

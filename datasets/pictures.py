@@ -12,6 +12,7 @@ from torchvision import datasets as tv
 
 from datasets.cache import cached, key_of, stored_bytes
 from util import UserError, log, release_freed_memory
+from util.distributed import in_turn
 
 EXTENSIONS = (*tv.folder.IMG_EXTENSIONS, '.gif')
 
@@ -252,7 +253,7 @@ def cifar(opt):
     for train in (True, False):
         new = not os.path.exists(opt.data_folder)
         try:
-            data = getattr(tv, name)(opt.data_folder, train=train, download=True)
+            data = in_turn(lambda train=train: getattr(tv, name)(opt.data_folder, train=train, download=True))
         except (OSError, RuntimeError) as error:
             if new and os.path.isdir(opt.data_folder) and not os.listdir(opt.data_folder):
                 os.rmdir(opt.data_folder)

@@ -145,7 +145,8 @@ class Draw:
     shifts [n, 2] top, left in the padded view, or None; angles [n] in degrees, counter-clockwise, or None; factors
     [4, n] brightness, contrast, saturation, hue (1, 1, 1, 0 where a picture is not jittered), or None; gray [n] bool or
     None; sigmas [n] of blurs, 0 where there is none, or None; holes [n, k, 4] boxes of the view that are set to 0, or
-    None; orders: the order of the four colour operations in each group of View.group views.
+    None; orders: the order of the four colour operations in each group; groups: the slices of the views that are
+    executed together.
     """
     boxes: torch.Tensor
     limits: torch.Tensor
@@ -157,6 +158,25 @@ class Draw:
     sigmas: torch.Tensor | None
     holes: torch.Tensor | None
     orders: list
+    groups: list
+
+    def share(self, pictures, bsz):
+        """The parameters of the views of some pictures, a slice of the batch of bsz, as they were drawn for all."""
+        if pictures == slice(0, bsz):
+            return self
+        groups, orders, start = [], [], 0
+        for first in range(0, len(self.boxes), bsz):                    # view after view
+            for group, order in zip(self.groups, self.orders):
+                low = max(group.start, first + pictures.start)
+                length = min(group.stop, first + pictures.stop) - low
+                if length > 0:
+                    groups.append(slice(start, start + length))
+                    orders.append(order)
+                    start += length
+        rows = torch.arange(len(self.boxes)).view(-1, bsz)[:, pictures].flatten()
+        values = {name: value if value is None else value[:, rows] if name == 'factors' else value[rows]
+                  for name, value in vars(self).items() if name not in ('orders', 'groups')}
+        return Draw(**values, orders=orders, groups=groups)
 
 
 def draw(view, heights, widths, generator):
@@ -167,7 +187,8 @@ def draw(view, heights, widths, generator):
     flips = torch.rand(n, generator=generator) < view.flip
     shifts = torch.randint(2 * view.padding + 1, (n, 2), generator=generator) if view.padding else None
     angles = view.rotation * (2 * torch.rand(n, generator=generator) - 1) if view.rotation else None
-    factors, orders = None, [None] * math.ceil(n / view.group)
+    groups = groups_of(n, view)
+    factors, orders = None, [None] * len(groups)
     if view.jitter:
         low = torch.tensor([max(0., 1 - s) for s in view.jitter[:3]] + [-view.jitter[3]])
         high = torch.tensor([1 + s for s in view.jitter[:3]] + [view.jitter[3]])
@@ -186,7 +207,12 @@ def draw(view, heights, widths, generator):
     if view.erasing:
         holes.append(erasing_boxes(n, view.erasing, view.size, generator))
     holes = torch.cat(holes, 1) if holes else None
-    return Draw(boxes, limits, flips, shifts, angles, factors, gray, sigmas, holes, orders)
+    return Draw(boxes, limits, flips, shifts, angles, factors, gray, sigmas, holes, orders, groups)
+
+
+def groups_of(n, view):
+    """Slices of at most View.group of n views."""
+    return [slice(i, min(i + view.group, n)) for i in range(0, n, view.group)]
 
 
 def draw_boxes(view, heights, widths, generator):
@@ -264,6 +290,8 @@ def apply(view, pictures, drawn, operations=None):
     """
     n, device, operations = len(drawn.boxes), pictures.device, operations or OPERATIONS
     result = torch.empty(n, 3, view.size, view.size, device=device)
+    if n == 0:
+        return result
     pictures_of_views = torch.arange(n, device=device) % len(pictures)
     scale = 1 / torch.tensor(view.std)[:, None, None]
     scale, shift_by = moved(scale, device), moved(-torch.tensor(view.mean)[:, None, None] * scale, device)
@@ -273,10 +301,10 @@ def apply(view, pictures, drawn, operations=None):
     taps = None
     if view.flip or (drawn.boxes != torch.tensor([0, 0, view.size, view.size])).any():
         number = math.ceil(2 * max(1, drawn.boxes[:, 2:].max().item() / view.size))
+        places = torch.cat([torch.arange(group.stop - group.start, dtype=torch.int32) for group in drawn.groups])
         taps = operations['taps'](*(moved(x.float(), device) for x in (drawn.boxes, drawn.limits, drawn.flips)),
-                                  *pictures.shape[2:], view.size, number, view.group)
-    for i, order in enumerate(drawn.orders):
-        part = slice(i * view.group, (i + 1) * view.group)
+                                  moved(places, device), *pictures.shape[2:], view.size, number)
+    for part, order in zip(drawn.groups, drawn.orders):
         x = pictures.index_select(0, pictures_of_views[part])
         if taps is None:
             x = transposed(x[:, :, :view.size, :view.size]).mul(1 / 255)
@@ -303,18 +331,18 @@ def apply(view, pictures, drawn, operations=None):
     return result
 
 
-def resize_taps(boxes, limits, flips, w, h, size, number, group):
+def resize_taps(boxes, limits, flips, places, w, h, size, number):
     """Which columns and rows of pictures [n, 3, w, h] make up those of n views, and how much of each.
 
-    boxes [n, 4], limits [n, 4] and flips [n] as in Draw, in float32. The weights are those of torchvision's antialiased
-    bilinear resize of the boxes: a triangle of which half the width is one pixel of the view, or one of the picture
-    where that is enlarged, cut off and normalized at the ends of the limits. `number` taps must span its width.
+    boxes [n, 4], limits [n, 4] and flips [n] as in Draw, in float32; places [n] in the group. The weights are those
+    of torchvision's antialiased bilinear resize of the boxes: a triangle of which half the width is one pixel of the
+    view, or one of the picture where that is enlarged, cut off and normalized at the ends of the limits. `number` taps
+    must span its width.
     -> columns [n, 3, size, taps], numbered through all columns of a group of pictures, and their weights; the same for
     rows. Flips are in the columns, and the scale from 0..255 to 0..1 in the rows.
     """
-    n, device = len(boxes), boxes.device
-    in_group = torch.arange(n, dtype=torch.int32, device=device) % group
-    planes = 3 * in_group[:, None] + torch.arange(3, dtype=torch.int32, device=device)     # [n, 3]
+    device = boxes.device
+    planes = 3 * places[:, None] + torch.arange(3, dtype=torch.int32, device=device)     # [n, 3]
     taps = []
     for side, length_in in ((1, w), (0, h)):
         start, length, first, count = (x[:, i, None] for x in (boxes, limits) for i in (side, side + 2))    # [n, 1]

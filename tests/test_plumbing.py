@@ -259,6 +259,7 @@ def test_training_waits_for_the_device_only_to_print(monkeypatch, program, argum
 
     class Loader:
         __len__ = (3).__int__
+        sizes = [8] * 3
 
         def __iter__(self):
             nonlocal step
@@ -269,7 +270,7 @@ def test_training_waits_for_the_device_only_to_print(monkeypatch, program, argum
     model, criterion, *_ = program.set_model(opt, list('0123456789'))
     optimizer = util.set_optimizer(opt, model)
     with Watch():
-        program.train(Loader(), model, criterion, optimizer, 1, opt)
+        program.train(Loader(), model, criterion, optimizer, 1, opt, util.Run(opt))
     assert set(waited) == {2}
 
 

@@ -334,8 +334,8 @@ def test_wrappers_of_several_gpus_do_not_reach_the_checkpoint(tmp_path):
     plain = {name: value.clone() for name, value in model.state_dict().items()}
     model.encoder = torch.nn.DataParallel(model.encoder)
     assert any('module.' in name for name in model.state_dict())
-    assert util.runs.strip_wrappers(model.state_dict()).keys() == plain.keys()
-    util.runs.load_parameters(model, {name: value + 1 for name, value in plain.items()}, 'x')
+    assert util.checkpoints.strip_wrappers(model.state_dict()).keys() == plain.keys()
+    util.checkpoints.load_parameters(model, {name: value + 1 for name, value in plain.items()}, 'x')
     assert torch.equal(model.encoder.module.conv1.weight, plain['encoder.conv1.weight'] + 1)
 
 
@@ -344,11 +344,6 @@ def test_wrappers_of_several_gpus_do_not_reach_the_checkpoint(tmp_path):
 def test_gpu(call, loader):
     assert call(main_supcon.main, *TINY, '--epochs', 1, '--amp', '--loader', loader, '--output_name', 'a')[0] == 0
     assert call(main_linear.main, *LINEAR, '--ckpt', PRETRAINED, '--epochs', 1)[0] == 0
-
-
-def test_torchrun_is_refused_until_it_works(refused, monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    refused(main_supcon.main, *TINY, words=['torchrun'])
 
 
 def test_views_picture_shows_the_pictures(call, tmp_path):

@@ -1,5 +1,4 @@
 import itertools
-import math
 import shutil
 
 import numpy as np
@@ -27,7 +26,8 @@ def crop_resize(pictures, boxes, flips, size):
     """The crops alone: [n, 3, size, size] in 0..1."""
     n = len(pictures)
     view = View(size, (0., 0., 0.), (1., 1., 1.), crop=(0.2, 1.))
-    drawn = Draw(boxes, boxes, flips, *[None] * 6, orders=[None] * math.ceil(n / view.group))
+    groups = views.groups_of(n, view)
+    drawn = Draw(boxes, boxes, flips, *[None] * 6, orders=[None] * len(groups), groups=groups)
     return views.apply(view, pictures, drawn)
 
 
@@ -101,15 +101,14 @@ def test_whole_view_with_the_same_parameters(order):
     torch.testing.assert_close(views.apply(view, ours, drawn), torch.stack(expected), rtol=0, atol=3e-5)
 
 
-def test_every_group_may_lack_what_is_drawn_for_some(monkeypatch):
+def test_every_group_may_lack_what_is_drawn_for_some():
     """Groups of one view: some without blur, without grayscale, with neither."""
     ours, _ = random_pictures(40, 40, 40)
     view = View(40, MEAN, STD, crop=(0.2, 1.), jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.5, blur=0.5)
     drawn = views.draw(view, *torch.full((2, 40), 40), torch.Generator().manual_seed(0))
-    drawn.orders = [[0, 1, 2, 3]] * 40
-    monkeypatch.setattr(View, 'group', 1)
+    drawn.orders, drawn.groups = [[0, 1, 2, 3]] * 40, [slice(i, i + 1) for i in range(40)]
     one_by_one = views.apply(view, ours, drawn)
-    monkeypatch.setattr(View, 'group', 40)
+    drawn.orders, drawn.groups = [[0, 1, 2, 3]], [slice(0, 40)]
     together = views.apply(view, ours, drawn)
     torch.testing.assert_close(one_by_one, together)
 

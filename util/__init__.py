@@ -7,14 +7,16 @@ import os
 os.environ.setdefault('PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION', 'python')
 
 MODULES = {
+    'checkpoints': ('load_checkpoint', 'load_encoder'),
+    'distributed': ('exchanged', 'gather', 'mean', 'moved', 'rank', 'share', 'sizes_of'),
     'export': ('Exporter',),
+    'metrics': ('AverageMeter', 'accuracy', 'check_finite', 'knn_accuracy', 'ood_metrics', 'ood_report'),
     'options': ('UserError', 'defaults', 'parse', 'run'),
-    'runs': ('Run', 'load_checkpoint', 'load_encoder', 'log', 'progress'),
+    'runs': ('Run', 'log', 'progress'),
     'teachers': ('load_teacher', 'read_teacher'),
-    'training': ('AverageMeter', 'accuracy', 'autocast', 'check_finite', 'forward', 'forward_all', 'keep_freed_memory',
-                 'knn_accuracy', 'learning_rate', 'moved', 'ood_metrics', 'ood_report', 'pieces_of', 'prepare',
-                 'release_freed_memory', 'seed_step', 'set_device', 'set_learning_rate', 'set_optimizer', 'set_warmup',
-                 'update'),
+    'training': ('autocast', 'forward', 'forward_all', 'keep_freed_memory', 'learning_rate', 'pieces_of', 'prepare',
+                 'release_freed_memory', 'seed_step', 'set_device', 'set_learning_rate', 'set_optimizer',
+                 'set_warmup', 'update'),
 }
 
 

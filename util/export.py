@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from networks.resnet_big import LinearClassifier, ResNet
+from util.checkpoints import strip_wrappers
 from util.options import UserError
-from util.runs import log, strip_wrappers
+from util.runs import log
 
 SUFFIXES = ('.pth', '.pt2', '.onnx')
 

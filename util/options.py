@@ -6,6 +6,7 @@ import math
 import os
 import re
 import sys
+import time
 import warnings
 
 PROGRAMS = ('main_supcon', 'main_ce', 'main_linear')
@@ -20,23 +21,39 @@ def run(main):
     warnings.filterwarnings('ignore', module='PIL')             # of pictures that are readable all the same
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='backslashreplace')       # class names may be any bytes
+    from util.distributed import end_processes, leave_processes, lost
     try:
         main()
+        end_processes()
+    except SystemExit:
+        end_processes()
+        raise
     except UserError as error:
-        sys.exit(_refuse(os.path.basename(sys.argv[0]), str(error)))
+        message, status = str(error), 2
     except (MemoryError, RuntimeError) as error:
-        if 'out of memory' not in str(error) and 'allocate memory' not in str(error):
+        if 'out of memory' in str(error) or 'allocate memory' in str(error):
+            message = f'out of memory: try a smaller --batch_size, --size or --model, or --amp ({error})'
+        elif lost(error):
+            message = f'another process has ended: its own lines tell why ({error})'
+        else:
             raise
-        sys.exit(_refuse(os.path.basename(sys.argv[0]), 'out of memory: try a smaller --batch_size, --size or --model, '
-                         f'or --amp ({error})'))
+        status = 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        message, status = None, 130
+    else:
+        return
+    if message:
+        if os.environ.get('RANK', '0') != '0':          # torchrun ends the others when the first has said the same
+            time.sleep(3)
+        line = f"{os.path.basename(sys.argv[0])}: error: {printable(' '.join(message.split()))}"
+        print(line, file=sys.stderr, flush=True)
+    leave_processes(status)
+    sys.exit(status)
 
 
-def _refuse(program, message):
-    line = f"{program}: error: {' '.join(message.split())}"
-    print(line.encode(errors='backslashreplace').decode(), file=sys.stderr)
-    return 2
+def printable(line):
+    """A line without what is none of its characters: control characters, bytes that are no text."""
+    return ''.join(c if c.isprintable() or c == '\t' else c.encode('unicode_escape').decode() for c in line)
 
 
 # Types of values. Text is parsed as data; nothing from an option is ever evaluated.
@@ -233,7 +250,7 @@ OPTIONS = {
         ('--feat_dim', dict(type=number(int, 1, 2**16), default=128, metavar='DIM', help='dimensions after the head '
                             'mlp or linear'), SUPCON),
         ('--normalize_embedding', dict(FLAG, help='the head sees features of unit length'), SUPCON),
-        ('--syncBN', dict(FLAG, help='batch norm over all processes'), SUPCON + CE),
+        ('--syncBN', dict(FLAG, help='batch norm over all processes of torchrun'), SUPCON + CE),
     ],
     'method': [
         ('--method', dict(choices=('SupCon', 'SimCLR', 'GenSCL'), default='SupCon', help='contrastive loss; GenSCL '
@@ -320,10 +337,17 @@ OPTIONS = {
                                       'default: named after the settings')),
         ('--trial', dict(type=folder_name, default='0', metavar='TRIAL', help='tells repeated runs apart')),
         ('--seed', dict(type=number(int, 0, 2**31), default=0, metavar='N', help='of weights, views and splits')),
-        ('--resume', dict(FLAG, help="continue from the run's last.ckpt, if there is one")),
+        ('--resume', dict(nargs='?', const='auto', metavar='auto|FILE', help="continue from the run's last.ckpt, if "
+                          'there is one, or from another checkpoint of it; default: no')),
+        ('--force', dict(FLAG, help='resume with other options than the run was begun with')),
         ('--overwrite', dict(FLAG, help='begin anew where the folder holds another run')),
         ('--print_freq', dict(type=COUNT, default=10, metavar='N', help='steps between lines')),
         ('--save_freq', dict(type=COUNT, default=50, metavar='N', help='epochs between kept checkpoints')),
+        ('--keep_ckpts', dict(type=COUNT, metavar='N', help='keep only the newest N of these; default: all')),
+        ('--save_steps', dict(type=COUNT, metavar='N', help='write last.ckpt after every N steps of an epoch too; '
+                              'default: after epochs alone')),
+        ('--deterministic', dict(FLAG, help='let a GPU compute the same bits every time, as a CPU does anyway; '
+                                 'slower')),
         ('--eval_freq', dict(type=COUNT_OR_ZERO, default=(10, 1, 1), metavar='N',
                              help='epochs between evaluations (pretraining: kNN accuracy); 0: only after the last')),
         ('--per_class', dict(FLAG, help='print the accuracy of each class'), CE + LINEAR),
@@ -349,7 +373,7 @@ NEEDS = {
     **dict.fromkeys(('warm_epochs', 'warmup_from'), ('warm', None)),
     **dict.fromkeys(('wandb_entity', 'wandb_project'), ('wandb', None)),
     'erasing_p': ('erasing', None), 'mix_alpha': ('mix', None), 'pretrained_ckpt': ('pretrained', None),
-    'exp_decay_epochs': ('exp_decay', None), 'feat_dim': ('head', ('mlp', 'linear')),
+    'force': ('resume', None), 'exp_decay_epochs': ('exp_decay', None), 'feat_dim': ('head', ('mlp', 'linear')),
     'momentum': ('optim_kind', ('SGD', 'RMSProp', 'RMSPropTF')),
     'optim_eps': ('optim_kind', ('RMSProp', 'RMSPropTF', 'Adam', 'AdamW')),
     **dict.fromkeys(('LARS', 'nesterov'), ('optim_kind', ('SGD',))),
@@ -504,7 +528,11 @@ def _complete(opt, program, given):
     if opt.debug:
         opt.epochs = 1
     opt.data_folder = opt.data_folder or data_folder(opt.dataset)
-    cores = os.cpu_count() or 1
+    from util.distributed import expected_processes, local_processes
+    if opt.batch_size < 2 * expected_processes():
+        raise UserError(f'--batch_size {opt.batch_size}: expected at least 2 pictures for each of '
+                        f'{expected_processes()} processes')
+    cores = max(1, (os.cpu_count() or 1) // local_processes())
     opt.num_workers = cores if opt.num_workers is None else min(opt.num_workers, cores)
     opt.split_seed = None
     return opt

@@ -1,26 +1,39 @@
-"""Runs: their folder, log lines, TensorBoard and checkpoints.
+"""Runs: their folder, log lines, TensorBoard and checkpoints, and how they stop and go on.
 
 output/<output_name>/trial=<trial>/ holds options.json, log.txt, TensorBoard events, views.png, last.ckpt and
-ckpt_epoch_<N>.ckpt.
+ckpt_epoch_<N>.ckpt. Of several processes only the first prints and writes.
 """
-import argparse
-import codecs
+import contextlib
 import io
 import json
 import math
-import os
+import signal
 import sys
-import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from networks.resnet_big import make_encoder
-from util.options import POSITIVE, UserError, channels, network, number, stem
+from networks.sync_bn import average_statistics
+from util.checkpoints import (
+    kept_checkpoints,
+    load_checkpoint,
+    load_optimizer,
+    load_parameters,
+    newest_whole_checkpoint,
+    strip_wrappers,
+    write_checkpoint,
+)
+from util.distributed import largest, rank
+from util.metrics import AverageMeter
+from util.options import UserError, printable
+
+try:
+    import fcntl
+except ImportError:                                     # Windows
+    fcntl = None
 
 
 class Log:
@@ -30,6 +43,9 @@ class Log:
         self.file, self.waiting = None, []
 
     def __call__(self, line):
+        if rank():
+            return
+        line = printable(line)                          # it may hold the name of a file or class
         tqdm.write(line, file=sys.stdout)               # above the progress bar, where there is one
         sys.stdout.flush()
         self.waiting.append(line)
@@ -38,20 +54,26 @@ class Log:
 
     def open(self, file):
         self.file = file
-        try:
-            with open(file, 'a', encoding='utf-8', errors='backslashreplace') as stream:
-                stream.writelines(line + '\n' for line in self.waiting)
-        except OSError as error:
-            raise UserError(f'{file}: cannot be written ({error})') from error
+        with writing(file), open(file, 'a', encoding='utf-8', errors='backslashreplace') as stream:
+            stream.writelines(line + '\n' for line in self.waiting)
         self.waiting.clear()
+
+
+@contextlib.contextmanager
+def writing(file):
+    """A UserError where a file or folder cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f'{file}: cannot be written ({error})') from error
 
 
 log = Log()
 
 # Options that may differ when a run is resumed; the others decide what the run computes.
-MAY_CHANGE = {'epochs', 'warm_epochs', 'num_workers', 'print_freq', 'save_freq', 'eval_freq', 'per_class', 'resume',
-              'overwrite', 'device', 'data_folder', 'aug_root', 'cache_dir', 'debug', 'wandb', 'wandb_entity',
-              'wandb_project', 'num_classes', 'evaluate', 'export'}
+MAY_CHANGE = {'epochs', 'warm_epochs', 'num_workers', 'print_freq', 'save_freq', 'save_steps', 'keep_ckpts',
+              'eval_freq', 'per_class', 'resume', 'force', 'overwrite', 'device', 'data_folder', 'aug_root',
+              'cache_dir', 'debug', 'wandb', 'wandb_entity', 'wandb_project', 'num_classes', 'evaluate', 'export'}
 
 
 def plain(values):
@@ -61,14 +83,24 @@ def plain(values):
 
 def progress(loader, description):
     """The loader with a progress bar and the time left, when stderr is a terminal."""
-    return tqdm(loader, description, leave=False, dynamic_ncols=True, disable=None)
+    return tqdm(loader, description, leave=False, dynamic_ncols=True, disable=True if rank() else None)
 
 
 class Run:
     """The output of one run.
 
+        run = Run(opt)
+        first_epoch = run.restore(model, optimizer)
+        with run.start(classes):
+            for epoch in range(first_epoch, opt.epochs + 1):
+                ...                             run.step steps of the first are done; after each run.after_step(...)
+                run.save(epoch, model, optimizer)
+
     Constructing it only looks; `start` makes the folder. So every mistake that can be found is found before anything
     is written. Raises UserError where the folder holds another run, without --resume or --overwrite.
+
+    All random numbers of a step follow from --seed, epoch and step (`seed_step`, `Batches.generator`), so a checkpoint
+    needs no random states, and a run may go on with another number of processes.
     """
 
     def __init__(self, opt):
@@ -76,39 +108,88 @@ class Run:
         opt.output_name = opt.output_name.replace('/', '-')             # of --model timm/<name>
         self.folder = Path('output') / opt.output_name / f'trial={opt.trial}'
         self.last = self.folder / 'last.ckpt'
-        self.checkpoint = None
+        self.checkpoint, self.lock, self.signal, self.handlers = None, None, 0, {}
+        self.step, self.best_acc, self.meters_so_far = 0, 0., {}
         try:
-            if getattr(opt, 'evaluate', False) or opt.resume and self.last.exists():
+            used = self.folder.exists() and any(self.folder.iterdir())
+            if getattr(opt, 'evaluate', False):
+                self.source = self.last
                 self.checkpoint = load_checkpoint(self.last)
-            elif opt.resume and any(self.folder.glob('*.ckpt')):
-                raise UserError(f'--resume: {self.folder} has checkpoints but no last.ckpt, expected the one to '
-                                'continue from under that name')
-            elif self.folder.exists() and any(self.folder.iterdir()) and not (opt.overwrite or opt.resume):
+            elif opt.resume:
+                self.checkpoint = self._checkpoint_to_resume(used)
+            elif used and not opt.overwrite:
                 raise UserError(f'{self.folder} holds another run, expected --resume to continue it, --overwrite to '
                                 'begin anew, or another --trial or --output_name')
+            if (self.folder / 'log.txt').exists() and not getattr(opt, 'evaluate', False):
+                self._take()
+                self._leave()
         except OSError as error:
             raise UserError(f'{self.folder}: not a folder of a run ({error})') from error
 
-    def restore(self, model, optimizer):
-        """Load last.ckpt into model and optimizer, if the run resumes: -> (first epoch, best accuracy)."""
-        if self.checkpoint is None:
-            return 1, 0.
-        self._check_options('--resume')
+    def _checkpoint_to_resume(self, used):
+        """What --resume names; None for `auto` in a folder that has no checkpoint yet."""
+        self.source = self.last if self.opt.resume == 'auto' else Path(self.opt.resume)
+        if self.opt.resume == 'auto' and not any(self.folder.glob('*.ckpt')):
+            return None
+        if used and self.source.resolve().parent != self.folder.resolve():
+            raise UserError(f'--resume {self.source}: {self.folder} holds another run, expected a checkpoint of it, or '
+                            'another --trial or --output_name')
         try:
-            epoch, best_acc = int(self.checkpoint['epoch']), float(self.checkpoint['best_acc'])
-            load_parameters(model, self.checkpoint['model'], f'--resume: {self.last}')
-            fused = [group.get('fused') for group in optimizer.param_groups]        # depends on the device
-            optimizer.load_state_dict(self.checkpoint['optimizer'])
-            for group, value in zip(optimizer.param_groups, fused):
-                if value is not None:
-                    group['fused'] = value
+            return load_checkpoint(self.source)
+        except UserError as error:
+            whole = newest_whole_checkpoint(self.folder)
+            raise UserError(f'--resume: {error}' + f'; the newest whole checkpoint is {whole}: continue with --resume '
+                            f'{whole}' * bool(whole)) from error
+
+    def _take(self):
+        """Keep other processes from writing to the folder, as long as this one lives."""
+        if rank() or fcntl is None:
+            return
+        self.lock = open(self.folder / 'log.txt', 'a')                  # noqa: SIM115, closed by _leave
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._leave()
+            raise UserError(f'{self.folder}: another process is writing this run, expected it to end, or another '
+                            '--trial or --output_name') from None
+        except OSError:                                                 # a file system without locks
+            pass
+
+    def _leave(self):
+        if self.lock:
+            self.lock.close()
+            self.lock = None
+
+    def restore(self, model, optimizer):
+        """Load the checkpoint into model and optimizer, if the run resumes: -> the epoch to go on with."""
+        epoch = 0
+        if self.checkpoint is not None:
+            self._check_options('--resume')
+            epoch = self._load(model, optimizer)
+        if largest(epoch) != -largest(-epoch):
+            raise UserError('--resume: the processes see different checkpoints, expected output/ on a file system that '
+                            'all machines share')
+        if epoch > self.opt.epochs:
+            raise UserError(f'--resume: {self.source} has {epoch} epochs, expected --epochs of at least that')
+        return epoch + 1
+
+    def _load(self, model, optimizer):
+        try:
+            epoch, self.step = int(self.checkpoint['epoch']), int(self.checkpoint.get('step', 0))
+            self.best_acc = float(self.checkpoint['best_acc'])
+            self.meters_so_far = {name: (float(total), int(count))
+                                  for name, (total, count) in self.checkpoint.get('meters', {}).items()}
+            if epoch < 0 or self.step < 0:
+                raise ValueError(f'epoch {epoch}, step {self.step}')
+            load_parameters(model, self.checkpoint['model'], f'--resume: {self.source}')
+            load_optimizer(optimizer, self.checkpoint['optimizer'])
             if self.checkpoint.get('scaler'):
                 optimizer.scaler.load_state_dict(self.checkpoint['scaler'])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f'--resume: {self.last} is no whole checkpoint of a run ({error!r})') from error
-        if epoch >= self.opt.epochs:
-            raise UserError(f'--resume: {self.last} has all {epoch} epochs, expected --epochs above')
-        return epoch + 1, best_acc
+        except UserError:
+            raise
+        except Exception as error:                      # what is missing or of another kind can raise anything
+            raise UserError(f'--resume: {self.source} is no whole checkpoint of a run ({error!r})') from error
+        return epoch
 
     def load(self, model, classes):
         """Load the parameters of last.ckpt into the model, to evaluate it with the options and classes of the run."""
@@ -121,26 +202,50 @@ class Run:
         before = plain(self.checkpoint['opt'])
         changed = [f'--{name} {value}, was {before.get(name, False)}' for name, value in plain(vars(self.opt)).items()
                    if name not in MAY_CHANGE and before.get(name, False if value is True else value) != value]
+        message = f"{why}: {self.source} was begun with other options: {'; '.join(changed)}"
+        if changed and not getattr(self.opt, 'force', False):
+            raise UserError(message + '; expected the same, or --force' * (why == '--resume'))
         if changed:
-            raise UserError(f"{why}: {self.last} was begun with other options: {'; '.join(changed)}")
+            log(message)
 
     def start(self, classes):
-        self.classes = classes
+        """Make the folder and what is in it: -> this run, as a context that signals end after the next step."""
+        self.classes, self.events, self.wandb = classes, None, None
+        if self.checkpoint and self.checkpoint.get('classes', classes) != classes:
+            raise UserError(f'--resume: {self.source} knows other classes than the pictures have')
+        if rank():
+            return self
         self.wandb = self._start_wandb() if self.opt.wandb else None
-        try:
+        with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._take()
             if self.checkpoint is None:                                 # what an overwritten run left
-                for pattern in ('*.ckpt', 'events.out.tfevents.*', 'log.txt', 'views.png'):
+                for pattern in ('*.ckpt', '*.partial', 'events.out.tfevents.*', 'views.png'):
                     for file in self.folder.glob(pattern):
                         file.unlink()
+                (self.folder / 'log.txt').write_text('')
             values = {name: 'inf' if value == math.inf else value for name, value in plain(vars(self.opt)).items()}
             (self.folder / 'options.json').write_text(json.dumps(values, indent=2) + '\n')
             log.open(self.folder / 'log.txt')
             from tensorboard_logger import tensorboard_logger
             self.events = tensorboard_logger.Logger(str(self.folder), flush_secs=2)
-        except OSError as error:
-            raise UserError(f'{self.folder}: cannot be written ({error})') from error
         log(f'{self.folder}: tensorboard --logdir output')
+        return self
+
+    def __enter__(self):
+        def remember(number, _):
+            self.signal = number
+            signal.signal(number, self.handlers[number])                # a second one ends the program at once
+
+        with contextlib.suppress(ValueError):                           # not in the main thread
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, remember)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self._leave()
 
     def _start_wandb(self):
         import wandb
@@ -152,18 +257,62 @@ class Run:
         except (wandb.Error, TypeError, ValueError) as error:
             raise UserError(f'--wandb: {error}') from error
 
+    def meters(self, *names):
+        """An AverageMeter for each name, of an epoch that begins or, after --resume, goes on: {name: meter}."""
+        so_far, self.meters_so_far = self.meters_so_far, {}
+        return {name: AverageMeter(*so_far.get(name, ())) for name in names}
+
+    def after_step(self, epoch, step, model, optimizer, meters):
+        """Call after each step, 1 .. steps, of an epoch: saves every --save_steps, and ends the run after a signal."""
+        stop = largest(self.signal)
+        if stop or self.opt.save_steps and step % self.opt.save_steps == 0:
+            self._write(['last.ckpt'], epoch - 1, step, model, optimizer, meters)
+        self._stop(stop, epoch, f'step {step} of ')
+
+    def save(self, epoch, model, optimizer):
+        """Call after each epoch: write last.ckpt, and ckpt_epoch_<N>.ckpt every --save_freq epochs."""
+        keep = epoch % self.opt.save_freq == 0
+        self._write(['last.ckpt'] + [f'ckpt_epoch_{epoch}.ckpt'] * keep, epoch, 0, model, optimizer, {})
+        self.step = 0
+        self._stop(largest(self.signal), epoch)
+
+    def _stop(self, signal_number, epoch, step=''):
+        if signal_number:
+            log(f'{signal.Signals(signal_number).name}: stopped after {step}epoch {epoch}, --resume goes on from there')
+            raise SystemExit(128 + signal_number)
+
+    def _write(self, names, epoch, step, model, optimizer, meters):
+        """Checkpoints after `epoch` epochs and `step` steps of the next one."""
+        average_statistics(model)
+        if rank():
+            return
+        state = {'model': strip_wrappers(model.state_dict()), 'optimizer': optimizer.state_dict(),
+                 'scaler': optimizer.scaler.state_dict(), 'epoch': epoch, 'step': step, 'best_acc': self.best_acc,
+                 'meters': {name: meter.state for name, meter in meters.items()},
+                 'opt': plain(vars(self.opt)), 'classes': self.classes,
+                 'wandb': self.wandb.id if self.wandb else (self.checkpoint or {}).get('wandb')}
+        for name in names:
+            write_checkpoint(state, self.folder / name)
+        if self.opt.keep_ckpts and len(names) > 1:
+            with writing(self.folder):
+                for file in kept_checkpoints(self.folder)[self.opt.keep_ckpts:]:
+                    file.unlink()
+
     def log_values(self, values, step):
         """Send a dict of numbers to TensorBoard, and to W&B; None is left out."""
+        if rank():
+            return
         values = {tag: value for tag, value in values.items() if value is not None}
-        for tag, value in values.items():
-            self.events.log_value(tag, value, step)
+        with writing(self.folder):
+            for tag, value in values.items():
+                self.events.log_value(tag, value, step)
         if self.wandb:
             self.wandb.log(values, step=step, commit=True)
 
     def log_views(self, loader, count=16):
         """Show the first `count` pictures of a batch, a row for each of their views; features cannot be shown."""
         images, labels = next(iter(loader))
-        if images.dim() != 4:
+        if images.dim() != 4 or rank():
             return
         images = images.view(-1, len(labels), *images.shape[1:])[:, :count].flatten(0, 1).float().cpu()
         images = images * torch.tensor(self.opt.std)[:, None, None] + torch.tensor(self.opt.mean)[:, None, None]
@@ -177,107 +326,14 @@ class Run:
         # The package's own log_images needs functions that SciPy no longer has.
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, format='png')
-        (self.folder / f'{tag}.png').write_bytes(buffer.getvalue())
+        with writing(self.folder):
+            (self.folder / f'{tag}.png').write_bytes(buffer.getvalue())
         from tensorboard_logger import tensorboard_logger
         summary = tensorboard_logger.summary_pb2.Summary()
         image = summary.Image(encoded_image_string=buffer.getvalue(), height=picture.shape[0], width=picture.shape[1])
         summary.value.add(tag=tag, image=image)
-        self.events._log_summary(tag, summary, None, step)
+        with writing(self.folder):
+            self.events._log_summary(tag, summary, None, step)
         if self.wandb:
             import wandb
             self.wandb.log({tag: wandb.Image(picture)}, step=step, commit=True)
-
-    def save(self, epoch, model, optimizer, best_acc=0.):
-        """Write last.ckpt, and ckpt_epoch_<N>.ckpt every --save_freq epochs: plain tensors, numbers and texts."""
-        state = {'model': strip_wrappers(model.state_dict()), 'optimizer': optimizer.state_dict(),
-                 'scaler': optimizer.scaler.state_dict(), 'epoch': epoch, 'best_acc': best_acc,
-                 'opt': plain(vars(self.opt)), 'classes': self.classes,
-                 'wandb': self.wandb.id if self.wandb else (self.checkpoint or {}).get('wandb')}
-        names = ['last.ckpt'] + [f'ckpt_epoch_{epoch}.ckpt'] * (epoch % self.opt.save_freq == 0)
-        for name in names:
-            partial = self.folder / f'{name}.partial'
-            try:
-                torch.save(state, partial)
-                os.replace(partial, self.folder / name)                 # at any moment the file is whole
-            except (OSError, RuntimeError) as error:
-                partial.unlink(missing_ok=True)
-                raise UserError(f'{self.folder / name}: cannot be written ({error})') from error
-
-
-def strip_wrappers(state):
-    """Parameter names without the prefix of DataParallel."""
-    return {name.replace('module.', ''): value for name, value in state.items()}
-
-
-def load_parameters(model, state, source):
-    """Load a state dict without wrappers' prefixes into a model, wrapped or not; UserError where they do not fit."""
-    names = {name.replace('module.', ''): name for name in model.state_dict()}
-    wrong = sorted(names.keys() ^ state.keys()) or [
-        name for name in names if model.state_dict()[names[name]].shape != state[name].shape]
-    if wrong:
-        found, expected = (f'{list(tensors[name].shape)}' if name in tensors else 'none' for tensors, name in (
-            (state, wrong[0]), (strip_wrappers(model.state_dict()), wrong[0])))
-        raise UserError(f'{source} holds another network: {len(wrong)} parameters differ, {wrong[0]} is {found} there, '
-                        f'expected {expected}')
-    model.load_state_dict({names[name]: value for name, value in state.items()})
-
-
-# What a pickled NumPy float64 is made of, under the names of NumPy 2 and NumPy 1.
-NUMPY_NUMBERS = [np.dtype, np.dtypes.Float64DType, codecs.encode] + [
-    (np.float64(0).__reduce__()[0], f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')]
-
-
-def read_checkpoint(file, keys):
-    """A checkpoint as a dict, of which one of `keys` holds parameters: -> (the dict, the parameters by their names).
-
-    Nothing in the file is executed. Raises UserError where the file is missing or no checkpoint.
-    """
-    if not Path(file).is_file():
-        raise UserError(f'{file}: no such checkpoint')
-    try:
-        # The original programs keep a Namespace in `opt`, and a NumPy number as learning rate after its first decay.
-        with torch.serialization.safe_globals([argparse.Namespace, *NUMPY_NUMBERS]), warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            checkpoint = torch.load(file, map_location='cpu', weights_only=True)
-    except Exception as error:          # a damaged file can raise anything; PyTorch's advice is not ours
-        raise UserError(f'{file}: not a readable checkpoint ({type(error).__name__})') from error
-    model = next((checkpoint[key] for key in keys if key in checkpoint), None) if isinstance(checkpoint, dict) else None
-    if not isinstance(model, dict) or not all(
-            isinstance(name, str) and torch.is_tensor(value) and value.layout is torch.strided
-            and not value.is_complex() for name, value in model.items()):
-        raise UserError(f"{file}: not a checkpoint of these programs, expected the parameters under "
-                        f"{' or '.join(map(repr, keys))}")
-    return checkpoint, strip_wrappers(model)
-
-
-def load_checkpoint(file):
-    """A checkpoint of ours or of the original programs as a dict with `model`, `epoch` and the options `opt`, a dict.
-
-    Raises UserError as read_checkpoint.
-    """
-    checkpoint, model = read_checkpoint(file, ['model'])
-    return {**checkpoint, 'opt': check_recorded(checkpoint, file), 'model': model}
-
-
-def check_recorded(checkpoint, file):
-    """The options `opt` of a checkpoint; those that decide method, network and pictures as if parsed again."""
-    opt, classes = ({} if checkpoint.get('opt') is None else checkpoint['opt']), checkpoint.get('classes', [])
-    opt = vars(opt) if isinstance(opt, argparse.Namespace) else opt
-    if not isinstance(opt, dict) or not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
-        raise UserError(f'{file}: its recorded options are damaged')
-    types = {'model': network, 'stem': stem, 'method': str, 'width': number(float, 1 / 64, 16),
-             'size': number(int, 8, 4096), 'mean': channels(number(float, -math.inf)), 'std': channels(POSITIVE),
-             'dataset': str, 'split_seed': number(int, 0, 2**31)}
-    try:
-        return {**opt, **{name: parse(str(opt[name])) for name, parse in types.items() if opt.get(name) is not None}}
-    except (argparse.ArgumentTypeError, AttributeError, TypeError) as error:
-        raise UserError(f'{file}: its recorded options are damaged ({error})') from error
-
-
-def load_encoder(checkpoint, opt, source):
-    """The encoder of a checkpoint, built as opt.model, stem, width and size say; `source` names it in errors."""
-    encoder = make_encoder(opt.model, size=opt.size, stem=opt.stem, width=opt.width)
-    prefix = 'encoder.'
-    state = {name[len(prefix):]: value for name, value in checkpoint['model'].items() if name.startswith(prefix)}
-    load_parameters(encoder, state, source)
-    return encoder

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from networks.resnet_big import LinearProbe, SupCEResNet, make_encoder, mixed_precision
+from util.checkpoints import check_recorded, load_parameters, read_checkpoint
 from util.options import UserError
-from util.runs import check_recorded, load_parameters, log, read_checkpoint
+from util.runs import log
 from util.training import precision, spread
 
 

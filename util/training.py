@@ -1,36 +1,59 @@
-"""What the training loops share: devices, schedules, meters, accuracies."""
+"""What the training loops share: devices and processes, networks on them, optimizers, schedules, steps."""
 import contextlib
 import ctypes
+import inspect
 import math
 import os
+import random
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from networks.sync_bn import average_statistics, synchronized
+from util.distributed import gather, local_rank, rank, sizes_of, start_processes, world_size
 from util.options import UserError
 from util.runs import log, progress
 
+# What tells DistributedDataParallel not to send all buffers in each step; it has another name in newer PyTorch.
+BUFFERS = next(name for name in ('forward_sync_buffers', 'broadcast_buffers')
+               if name in inspect.signature(DistributedDataParallel).parameters)
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4               # of malloc.h
 
 
 def set_device(opt):
-    """Seed everything and choose opt.device: the visible GPUs, or the CPU with a line that says so."""
-    if os.environ.get('WORLD_SIZE', '1') not in ('', '1'):
-        raise UserError('torchrun with several processes is not supported yet, expected plain python, which uses all '
-                        'GPUs in CUDA_VISIBLE_DEVICES')
+    """Seed everything, meet the other processes of torchrun and choose opt.device: the visible GPUs, or the CPU with a
+    line that says so."""
     opt.device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if opt.compile and opt.device == 'cuda' and torch.cuda.device_count() > 1:
-        raise UserError(f'--compile works on one GPU, found {torch.cuda.device_count()}: choose one with '
-                        'CUDA_VISIBLE_DEVICES')
+    start_processes(opt.device == 'cuda')
+    if world_size() > 1:
+        log(f'{world_size()} processes, each with its share of every batch')
+        if opt.device == 'cuda' and local_rank() >= torch.cuda.device_count():
+            raise UserError(f'LOCAL_RANK is {local_rank()}: found {torch.cuda.device_count()} GPUs, expected torchrun '
+                            'with --nproc_per_node of at most that')
+    if opt.device == 'cuda':
+        torch.cuda.set_device(local_rank())
+    if opt.compile and several_devices(opt):
+        raise UserError(f'--compile works on one GPU in each process, found {torch.cuda.device_count()}: start with '
+                        'torchrun, or choose one with CUDA_VISIBLE_DEVICES')
     if opt.device == 'cpu':
         log('No GPU found: running on the CPU')
         keep_freed_memory()
-    if getattr(opt, 'syncBN', False):
-        log('--syncBN has no effect in a single process: every device normalizes its own part of the batch')
-    torch.backends.cudnn.benchmark = True
+    if getattr(opt, 'syncBN', False) and world_size() == 1:
+        log('--syncBN has no effect in a single process: every device normalizes its own part of the batch; it works '
+            'with torchrun')
+    if opt.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    torch.use_deterministic_algorithms(opt.deterministic, warn_only=True)       # a line for what CUDA cannot repeat
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.benchmark = not opt.deterministic
     torch.manual_seed(opt.seed)
+
+
+def several_devices(opt):
+    """Whether this process is alone with several GPUs, which DataParallel uses."""
+    return opt.device == 'cuda' and torch.cuda.device_count() > 1 and world_size() == 1
 
 
 def keep_freed_memory():
@@ -52,28 +75,31 @@ def release_freed_memory():
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def moved(x, device):
-    """A tensor on a device; a GPU is not waited for."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' != x.device.type else x.to(device)
-
-
 def prepare(model, opt):
     """Move a network with an `encoder` to the device; compile the encoder and spread it over the GPUs as asked.
 
     Convolutions are fastest with the channels of a pixel side by side: measured on CPUs, NVIDIA's advice for --amp.
+    With several processes, what `forward` gives trains the same network in all of them: its gradients are averaged.
     """
     model.to(opt.device, memory_format=torch.channels_last)
+    if getattr(opt, 'syncBN', False) and world_size() > 1:
+        synchronized(model, opt.device == 'cuda')
     for network in [model] + ([model.moco.network] if getattr(model, 'moco', None) else []):
         network.encoder.precision = precision(opt)
         if opt.compile:
             network.encoder.compile()
         network.encoder = spread(network.encoder, opt)
+    if world_size() > 1:
+        # In a list, since a network cannot be its own part. Statistics of batch norms are averaged when they are used;
+        # backbones of timm may have parameters that give no features.
+        model.replicas = [DistributedDataParallel(model, find_unused_parameters=opt.model.startswith('timm/'),
+                                                  **{BUFFERS: False})]
     return model
 
 
 def spread(network, opt):
-    """The network, over all visible GPUs where there are several."""
-    return nn.DataParallel(network) if opt.device == 'cuda' and torch.cuda.device_count() > 1 else network
+    """The network, over all visible GPUs where one process has several."""
+    return DataParallel(network) if several_devices(opt) else network
 
 
 def precision(opt, mixed=None):
@@ -139,16 +165,16 @@ def forward(model, images, opt, n_views=1):
     through the pieces again and passes them the gradient of the outputs. So the loss is that of the whole batch, in the
     memory of a piece; batch norms normalize each piece.
     """
-    pieces = pieces_of(images, opt, n_views)
+    pieces, replica = pieces_of(images, opt, n_views), getattr(model, 'replicas', [model])[0]
     if len(pieces) == 1:
         with autocast(opt):
-            return model(images), None
+            return replica(images), None
     seeds = torch.randint(2**62, (len(pieces),)).tolist()               # dropout is the same both times
 
     def of(piece, seed):
         torch.manual_seed(seed)
         with autocast(opt):
-            output = model(piece.flatten(0, 1))
+            output = replica(piece.flatten(0, 1))
         return output if isinstance(output, tuple) else (output,)
 
     with torch.no_grad(), _frozen_statistics(model):
@@ -159,15 +185,19 @@ def forward(model, images, opt, n_views=1):
     def backward():
         gradients = [output.grad.unflatten(0, (n_views, -1)).split([piece.shape[1] for piece in pieces], 1)
                      for output in outputs]
-        for piece, seed, *gradient in zip(pieces, seeds, *gradients):
-            torch.autograd.backward(of(piece, seed), [part.flatten(0, 1) for part in gradient])
+        for number, (piece, seed, *gradient) in enumerate(zip(pieces, seeds, *gradients), 1):
+            alone = replica is not model and number < len(pieces)               # the last one averages them all
+            with replica.no_sync() if alone else contextlib.nullcontext():
+                torch.autograd.backward(of(piece, seed), [part.flatten(0, 1) for part in gradient])
     return outputs if len(outputs) > 1 else outputs[0], backward
 
 
 def pieces_of(images, opt, n_views=1):
-    """The pictures in opt.accum_steps pieces [n_views, part of bsz, ...] of at least two, which batch norm needs."""
+    """The pictures in opt.accum_steps pieces [n_views, part of bsz, ...] of at least two, which batch norm needs; as
+    many in all processes."""
     views = images.unflatten(0, (n_views, -1))
-    return views.tensor_split(max(1, min(opt.accum_steps, views.shape[1] // 2)), 1)
+    smallest = min(sizes_of(views.shape[1])) if opt.accum_steps > 1 else 0
+    return views.tensor_split(max(1, min(opt.accum_steps, smallest // 2)), 1)
 
 
 @contextlib.contextmanager
@@ -193,9 +223,15 @@ def update(loss, optimizer, backward=None):
 
 
 def seed_step(opt, epoch, step):
-    """The random numbers of a training step, so that a run can continue there; seeds those of the network too."""
+    """The random numbers of a training step, the same in all processes, so that a run can continue there.
+
+    Seeds what Python, NumPy and PyTorch draw in the step too, in each process otherwise.
+    """
     rng = np.random.default_rng([opt.seed, epoch, step])
-    torch.manual_seed(int(rng.integers(2**63)))
+    seed = int(rng.integers(2**62)) + rank()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
     return rng
 
 
@@ -236,92 +272,18 @@ def set_learning_rate(optimizer, lr):
         group['lr'] = lr
 
 
-class AverageMeter:
-    """A value and its average. Values may be tensors, which stay on their device until `val` or `avg` is read."""
-
-    def __init__(self):
-        self._val, self._sum, self.count = 0., 0., 0
-
-    def update(self, val, n=1):
-        self._val = val.detach().double() if torch.is_tensor(val) else val
-        self._sum = self._sum + self._val * n
-        self.count += n
-
-    @property
-    def val(self):
-        return float(self._val)
-
-    @property
-    def avg(self):
-        return float(self._sum) / max(self.count, 1)
-
-
-def check_finite(losses, epoch, step):
-    """Stop with a clear error when a loss was not finite; losses is the epoch's AverageMeter."""
-    if not math.isfinite(losses.avg):
-        raise UserError(f'the loss is {losses.avg} on average up to epoch {epoch}, step {step}, expected a finite '
-                        'number: try a lower --learning_rate or --warm')
-
-
-def accuracy(output, target):
-    """Top-1 accuracy (%) of logits [bsz, num_classes] for classes [bsz], a scalar tensor.
-
-    For label distributions [bsz, num_classes], the mean share (%) of the predicted class.
-    """
-    predicted = output.argmax(1)
-    right = predicted == target if target.dim() == 1 else target.gather(1, predicted[:, None])
-    return 100 * right.float().mean()
-
-
 @torch.no_grad()
 def forward_all(model, loader, opt):
-    """Outputs [n, dim] float32 of a network in eval mode for all pictures of a loader, and their labels [n]."""
+    """Outputs [n, dim] float32 of a network in eval mode for all pictures of a loader, and their labels [n]; all
+    processes get those of all."""
+    average_statistics(model)
     model.eval()
     outputs, labels = [], []
     for images, target in progress(loader, 'evaluation'):
+        sizes, parts = sizes_of(len(target)), []
         for piece in pieces_of(images, opt):            # as in training
             with autocast(opt):
-                outputs.append(model(piece.flatten(0, 1)).float())
-        labels.append(target)
+                parts.append(model(piece.flatten(0, 1)).float())
+        outputs.append(gather(torch.cat(parts), sizes))
+        labels.append(gather(target, sizes))
     return torch.cat(outputs), torch.cat(labels)
-
-
-def ood_metrics(val_logits, id_logits, ood_logits):
-    """How a classifier's confidence, its largest softmax probability, tells near-ood pictures; logits [n, num_classes].
-
-    Mean confidence on id and on ood pictures and their difference; and for telling validation pictures, which no one
-    was trained on, from ood pictures: AUROC (%), and the share (%) of ood pictures that are taken for validation
-    pictures at the threshold where 95 % of these are (Hendrycks and Gimpel, 2017, https://arxiv.org/abs/1610.02136).
-    """
-    from sklearn.metrics import roc_auc_score, roc_curve
-    val, id, ood = (logits.softmax(1).amax(1).double().cpu() for logits in (val_logits, id_logits, ood_logits))
-    truth, scores = torch.cat([torch.ones(len(val)), torch.zeros(len(ood))]), torch.cat([val, ood])
-    false_positive_rate, true_positive_rate, _ = roc_curve(truth, scores, drop_intermediate=False)
-    return {'confidence_id': id.mean().item(), 'confidence_ood': ood.mean().item(),
-            'confidence_difference': (id.mean() - ood.mean()).item(),
-            'auroc': 100 * float(roc_auc_score(truth, scores)),
-            'fpr95': 100 * float(false_positive_rate[(true_positive_rate >= 0.95).argmax()])}
-
-
-def ood_report(values):
-    """The line for a dict of ood_metrics."""
-    return (f"confidence id {values['confidence_id']:.3f} ood {values['confidence_ood']:.3f} difference "
-            f"{values['confidence_difference']:.3f} AUROC {values['auroc']:.2f} FPR95 {values['fpr95']:.2f}")
-
-
-@torch.no_grad()
-def knn_accuracy(memory, memory_labels, features, labels, k=200, temperature=0.1):
-    """Top-1 accuracy (%) of the weighted k-nearest-neighbour classifier.
-
-    Each of the k most cosine-similar of memory [n, dim] votes for its class with exp(similarity / temperature)
-    (Wu et al., 2018, https://arxiv.org/abs/1805.01978).
-    """
-    memory, features = F.normalize(memory, dim=1), F.normalize(features, dim=1)
-    num_classes = int(memory_labels.max()) + 1
-    correct = 0
-    for part, target in zip(features.split(1024), labels.split(1024)):
-        similarity, nearest = (part @ memory.T).topk(min(k, len(memory)), dim=1)
-        votes = torch.zeros(len(part), num_classes, device=part.device)
-        votes.scatter_add_(1, memory_labels[nearest], (similarity / temperature).exp())
-        correct += int((votes.argmax(1) == target).sum())
-    return 100 * correct / len(labels)

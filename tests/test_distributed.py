@@ -1,0 +1,405 @@
+"""Several processes: the loss, the gradients and the metrics of one process with the whole batch."""
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from torch import distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+import main_ce
+import main_linear
+import main_supcon
+import util
+from datasets import loader as loaders
+from datasets.pictures import Pictures
+from datasets.views import View
+from losses import GenSupConLoss, SupConLoss, contrastive_accuracy
+from networks.sync_bn import SyncBatchNorm, average_statistics, synchronized
+from util import distributed
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def in_processes(tmp_path, monkeypatch):
+    """in_processes(n, function): what function() returns in n processes with gloo, by rank; 1: in this process."""
+    def run(n, function):
+        if n == 1:
+            return [function()]
+        name = uuid.uuid4().hex
+        sys.stdout.flush()
+        children = [os.fork() or _child(rank, n, function, tmp_path / name) for rank in range(n)]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        assert codes == [0] * n
+        return [torch.load(f'{tmp_path / name}.{rank}', weights_only=False) for rank in range(n)]
+    return run
+
+
+def _child(rank, n, function, name):
+    code = 1
+    try:
+        signal.alarm(100)
+        torch.set_num_threads(1)                        # the threads of the parent are not in its copy
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n))
+        dist.init_process_group('gloo', init_method=f'file://{name}', rank=rank, world_size=n)
+        torch.save(function(), f'{name}.{rank}')
+        dist.barrier()
+        code = 0
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+    os._exit(code)
+
+
+def mine(x):
+    """This process's share of the rows of x."""
+    return x[util.share(len(x))]
+
+
+class Loader:
+    """The same batches of random pictures for any number of processes: views [2 * bsz, 3, 8, 8], labels [bsz]."""
+
+    def __init__(self, sizes, views, labels):
+        self.sizes, self.views, self.labels = sizes, views, labels
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __iter__(self):
+        rng = torch.Generator().manual_seed(1)
+        for bsz in self.sizes:
+            images = torch.rand(self.views, bsz, 3, 8, 8, generator=rng)
+            labels = torch.tensor(self.labels)[torch.arange(bsz) % len(self.labels)]
+            yield images[:, util.share(bsz)].flatten(0, 1), mine(labels)
+
+
+METHODS = {
+    'supcon': [], 'one': ['--contrast_mode', 'one'], 'in': ['--summation_location', 'in'],
+    'cap': ['--positives_cap', '2', '--denominator_mode', 'one_positive'],
+    'simclr': ['--method', 'SimCLR'], 'genscl': ['--method', 'GenSCL', '--mix', 'mixup_cutmix', '--no_warm'],
+    'hard negatives': ['--aug_output_name', 'x'], 'simclr with hard negatives': ['--method', 'SimCLR'],
+    'accum_steps': ['--accum_steps', '3'], 'moco': ['--moco', '--moco_k', '26'], 'head_bn': ['--head_bn'],
+}
+
+
+def steps(program, arguments, sizes, labels=(0, 1, 2, 1, 0)):
+    """Train for a step with each of the batch sizes, in float64: losses, accuracy, last gradients, network."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        opt = program.parse_option(['--dataset', 'digits', '--model', 'resnet18', '--width', '0.0625', '--batch_size',
+                                    '13', '--temp', '0.5', '--syncBN', '--lr', '0.1', '--epochs', '2', *arguments]
+                                   if program is main_supcon else arguments)
+        opt.size, opt.device, opt.print_freq = 8, 'cpu', 1
+        util.set_device(opt)
+        util.set_warmup(opt)
+        model, criterion, _ = program.set_model(opt, ['a', 'b', 'c'])
+        optimizer = util.set_optimizer(opt, model)
+        averages = program.train(Loader(sizes, 2, labels), model, criterion, optimizer, 1, opt, util.Run(opt))
+        average_statistics(model)
+        state = {name: value for name, value in model.state_dict().items() if 'num_batches' not in name}
+        return ({name: averages[name] for name in ('loss', 'contrastive_acc')},
+                {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, state)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize('n', [2, 4])
+@pytest.mark.parametrize('method', METHODS)
+def test_processes_compute_the_loss_and_gradient_of_the_whole_batch(in_processes, monkeypatch, method, n):
+    """13 pictures in uneven shares, with batch norm over all processes."""
+    labels = (0, 1, -1, 2, 1, -3, 0) if 'negatives' in method else (0, 1, 2, 1, 0)
+    if method == 'accum_steps':                         # each of its pieces has its own batch norms
+        monkeypatch.setattr(main_supcon.SupConResNet, 'train', lambda self, mode=True: nn.Module.train(self, False))
+    whole, = in_processes(1, lambda: steps(main_supcon, METHODS[method], [13], labels))
+    assert len(whole[1]) > 20 and whole[0]['loss'] > 0
+    for part in in_processes(n, lambda: steps(main_supcon, METHODS[method], [13], labels)):
+        assert part[0]['loss'] == pytest.approx(whole[0]['loss'], rel=1e-10)
+        assert part[0]['contrastive_acc'] == pytest.approx(whole[0]['contrastive_acc'], rel=1e-6)
+        assert part[1].keys() == whole[1].keys()
+        for name, gradient in whole[1].items():
+            torch.testing.assert_close(part[1][name], gradient, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize('n', [2, 4])
+@pytest.mark.parametrize('method', ['supcon', 'genscl', 'moco', 'head_bn'])
+def test_processes_train_the_same_network(in_processes, method, n):
+    """Three steps, the last of 3 pictures: of four processes three get none of them."""
+    whole, = in_processes(1, lambda: steps(main_supcon, METHODS[method], [13, 12, 3]))
+    for part in in_processes(n, lambda: steps(main_supcon, METHODS[method], [13, 12, 3])):
+        assert part[0]['loss'] == pytest.approx(whole[0]['loss'], rel=1e-8)
+        assert part[2].keys() == whole[2].keys()
+        for name, value in whole[2].items():
+            torch.testing.assert_close(part[2][name], value, rtol=0, atol=1e-8)
+
+
+def test_processes_that_each_normalize_still_have_one_network(in_processes):
+    """Without --syncBN: another run than that of one process, but the same in all of them, statistics too."""
+    parts = in_processes(2, lambda: steps(main_supcon, ['--no_warm'], [13, 12, 3]) if util.rank() == 5 else plain())
+    for name, value in parts[0].items():
+        assert torch.equal(value, parts[1][name]), name
+
+
+def plain():
+    opt = main_supcon.parse_option(['--dataset', 'digits', '--model', 'resnet18', '--width', '0.0625', '--batch_size',
+                                    '13'])
+    opt.size = 8
+    util.set_device(opt)
+    model, criterion, _ = main_supcon.set_model(opt, ['a', 'b', 'c'])
+    optimizer = util.set_optimizer(opt, model)
+    main_supcon.train(Loader([13, 12, 3], 2, (0, 1, 2)), model, criterion, optimizer, 1, opt, util.Run(opt))
+    average_statistics(model)
+    return {name: value for name, value in model.state_dict().items() if 'num_batches' not in name}
+
+
+@pytest.mark.parametrize('n', [2, 3])
+@pytest.mark.parametrize('program', [main_ce, main_linear])
+@pytest.mark.parametrize('extra', [[], ['--mix', 'mixup'], ['--label_smoothing', '0.1']])
+def test_classifiers_learn_the_same_in_processes(in_processes, program, extra, n):
+    def classify():
+        torch.set_default_dtype(torch.float64)
+        try:
+            opt = util.parse('main_ce', '', ['--dataset', 'digits', '--model', 'resnet18', '--width', '0.0625',
+                                             '--syncBN', '--batch_size', '13', '--epochs', '1', *extra])
+            opt.size, opt.output_name = 8, 'x'
+            util.set_device(opt)
+            if program is main_ce:
+                model, criterion = main_ce.set_model(opt, ['a', 'b', 'c'])
+            else:
+                opt.syncBN, opt.ckpt, encoder = False, 'x', main_ce.SupCEResNet('resnet18', width=0.0625)
+                model, criterion = main_linear.set_model(opt, {'model': encoder.state_dict()}, ['a', 'b', 'c'])
+            optimizer = util.set_optimizer(opt, model)
+            values = main_ce.train(Loader([13, 5, 3], 1, (0, 1, 2)), model, criterion, optimizer, 1, opt, util.Run(opt))
+            return values['train_loss'], values['train_acc'], dict(model.named_parameters())
+        finally:
+            torch.set_default_dtype(torch.float32)
+    whole, = in_processes(1, classify)
+    for part in in_processes(n, classify):
+        assert part[:2] == pytest.approx(whole[:2], rel=1e-5)           # cross-entropy is computed in float32
+        for name, value in whole[2].items():
+            torch.testing.assert_close(part[2][name], value, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('criterion', [SupConLoss(), SupConLoss(denominator_mode='only_negatives'),
+                                       SupConLoss(contrast_mode='one'), GenSupConLoss(contrast_mode='one')])
+def test_the_loss_alone_in_any_training_loop(in_processes, criterion):
+    """With PyTorch's own DistributedDataParallel around a network; one process has no picture."""
+    rng = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(7, 2, 5, generator=rng, dtype=torch.float64), torch.tensor([0, 1, 0, 2, 1, 0, 1])
+    soft, sizes = F.one_hot(labels).double() + 0.1, [4, 0, 3]
+
+    def step():
+        several = dist.is_initialized()
+        torch.manual_seed(0)
+        network = nn.Linear(5, 4).double()
+        network = nn.parallel.DistributedDataParallel(network) if several else network
+        rows = slice(sum(sizes[:util.rank()]), sum(sizes[:util.rank() + 1])) if several else slice(0, 7)
+        z = F.normalize(network(x[rows]), dim=2)
+        if isinstance(criterion, GenSupConLoss):
+            loss = criterion(z.unbind(1), (soft[rows], soft[rows]))
+        else:
+            loss = criterion(z, labels[rows])
+        loss.backward()
+        return loss.item(), next(network.parameters()).grad, contrastive_accuracy(z, labels[rows]).item()
+    whole, = in_processes(1, step)
+    for loss, gradient, accuracy in in_processes(3, step):
+        assert loss == pytest.approx(whole[0], rel=1e-12) and accuracy == pytest.approx(whole[2])
+        torch.testing.assert_close(gradient, whole[1], rtol=1e-10, atol=1e-12)
+
+
+def test_a_mask_has_a_column_for_each_picture_of_all_processes(in_processes):
+    rng = torch.Generator().manual_seed(0)
+    z = F.normalize(torch.randn(5, 2, 3, generator=rng, dtype=torch.float64), dim=2)
+    mask = torch.rand(5, 5, generator=rng, dtype=torch.float64)
+    whole, = in_processes(1, lambda: SupConLoss()(z, mask=mask))
+    for loss in in_processes(2, lambda: SupConLoss()(mine(z), mask=mine(mask))):
+        torch.testing.assert_close(loss, whole, rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match=r'mask is \[2, 5\], expected \[2, 2\]'):
+        SupConLoss()(z[:2], mask=mask[:2])
+
+
+def test_what_is_sent_between_processes(in_processes):
+    """gather, exchanged, mean, largest against the same on all rows."""
+    sizes, order = [3, 0, 4], torch.from_numpy(np.random.default_rng(0).permutation(7))
+    rows = torch.arange(14.).view(7, 2)
+
+    def send():
+        own = slice(sum(sizes[:util.rank()]), sum(sizes[:util.rank() + 1]))
+        assert util.sizes_of(sizes[util.rank()]) == sizes
+        assert torch.equal(util.gather(rows[own], sizes), rows)
+        assert torch.equal(util.gather(rows[own] > 3, sizes), rows > 3)
+        assert torch.equal(util.exchanged(rows[own], order, sizes), rows[order][own])
+        assert distributed.largest(-util.rank()) == 0
+        even = rows[own, 0] % 4 == 0
+        torch.testing.assert_close(util.mean(rows[own, 0], even), rows[rows[:, 0] % 4 == 0, 0].mean())
+        assert util.mean(rows[own, 0], even & False) == 0
+        return True
+    assert in_processes(3, send) == [True] * 3
+    assert torch.equal(util.exchanged(rows, order, [7]), rows[order]) and util.gather(rows, [7]) is rows
+
+
+@pytest.mark.parametrize('n', range(1, 12))
+def test_every_share_suits_batch_norm(monkeypatch, n):
+    """At least two pictures or none; all pictures once."""
+    for processes in (1, 2, 4):
+        monkeypatch.setattr(distributed, 'world_size', lambda processes=processes: processes)
+        shares = []
+        for number in range(processes):
+            monkeypatch.setattr(distributed, 'rank', lambda number=number: number)
+            shares.append(list(range(n))[distributed.share(n)])
+        assert sum(shares, []) == list(range(n))
+        assert n == 1 or all(len(share) != 1 for share in shares)
+        assert max(map(len, shares)) <= max(3, -(-n // processes))
+
+
+@pytest.mark.parametrize('shape', [(6, 3, 4, 4), (6, 3)])
+def test_batch_norm_over_processes_is_that_of_the_whole_batch(in_processes, shape):
+    """Outputs, gradients of input, weight and bias, running statistics; one process has nothing."""
+    rng = torch.Generator().manual_seed(0)
+    x = 3 * torch.randn(shape, generator=rng, dtype=torch.float64) + 100
+    sizes, weights = [4, 0, 2], torch.randn(shape, generator=rng, dtype=torch.float64)
+
+    def normalize():
+        norm = nn.Sequential((nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d)(3).double())
+        nn.init.uniform_(norm[0].weight, generator=torch.Generator().manual_seed(2))
+        several = dist.is_initialized()
+        own = slice(sum(sizes[:util.rank()]), sum(sizes[:util.rank() + 1])) if several else slice(0, 6)
+        if several:
+            norm = synchronized(norm, cuda=False)
+            assert type(norm[0]) is SyncBatchNorm
+        part = x[own].clone().requires_grad_()
+        y = norm(part)
+        (y * weights[own]).sum().backward()
+        sums = [p.grad if not several else distributed.total(p.grad) for p in norm.parameters()]
+        norm.eval()
+        return [y.detach(), part.grad, norm(x).detach(), *sums, norm[0].running_mean, norm[0].running_var]
+    whole, = in_processes(1, normalize)
+    parts = in_processes(3, normalize)
+    for i in (0, 1):
+        torch.testing.assert_close(torch.cat([part[i] for part in parts]), whole[i], rtol=1e-9, atol=1e-9)
+    for part in parts:
+        torch.testing.assert_close(part[2:], whole[2:], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('kind', ['batched', 'workers', 'per_sample'])
+def test_processes_share_the_views_of_one(monkeypatch, kind):
+    """Same permutation, and each picture's views as one process draws them; a last batch that is too small for all."""
+    pictures = Pictures(np.random.default_rng(0).integers(0, 256, (23, 20, 20, 3), dtype=np.uint8),
+                        torch.arange(23), ['a'])
+    opt = util.defaults(device='cpu', loader=kind, batch_size=10, num_workers=0, seed=3)
+    view = View(16, (0.5,) * 3, (0.2,) * 3, crop=(0.2, 1.), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2,
+                blur=0.5, cutout=(1, 4), rotation=10.)
+    monkeypatch.setattr(View, 'group', 4)
+
+    def batches(processes, number, train):
+        monkeypatch.setattr(distributed, 'world_size', lambda: processes)
+        monkeypatch.setattr(distributed, 'rank', lambda: number)
+        monkeypatch.setattr(loaders, 'largest', lambda n: n)
+        loader = loaders.make_loader(pictures, view, opt, 2, train)
+        loader.set_epoch(2)
+        assert loader.sizes == [10, 10, 3]
+        return [(images.unflatten(0, (2, len(labels))), labels) for images, labels in loader]
+    for train in (True, False):
+        whole = batches(1, 0, train)
+        parts = [batches(4, number, train) for number in range(4)]
+        for step, (images, labels) in enumerate(whole):
+            assert torch.equal(torch.cat([part[step][1] for part in parts]), labels)
+            torch.testing.assert_close(torch.cat([part[step][0] for part in parts], 1), images, rtol=0, atol=1e-5)
+        assert [len(part[2][1]) for part in parts] == [3, 0, 0, 0]
+
+
+def test_evaluation_counts_every_picture_once(in_processes):
+    """Features and labels of all, in their order; accuracies and ood metrics of them, to the last picture."""
+    rng = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(11, 3, 8, 8, generator=rng), torch.arange(11) % 3
+
+    def evaluate():
+        opt = util.defaults(device='cpu', accum_steps=2)
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+        batches = [(mine(images[i:i + 4]), mine(labels[i:i + 4])) for i in (0, 4, 8)]
+        features, found = util.forward_all(network, batches, opt)
+        assert torch.equal(found, labels)
+        return [features, util.knn_accuracy(features, found, features.flip(0), found.flip(0), k=3),
+                util.accuracy(network(mine(images)), mine(labels)), util.ood_metrics(features, features, -features)]
+    whole, = in_processes(1, evaluate)
+    for part in in_processes(3, evaluate):
+        torch.testing.assert_close(part[0], whole[0])
+        assert part[1] == whole[1] and part[2] == pytest.approx(whole[2])
+        assert part[3] == pytest.approx(whole[3], rel=1e-5)
+
+
+def torchrun(processes, program, *arguments):
+    """Start a program in several processes in the current folder."""
+    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', str(processes),
+                             '--standalone', ROOT / program, *map(str, arguments)], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+
+def worker_pids(job):
+    return [int(pid) for pid in Path(f'/proc/{job.pid}/task/{job.pid}/children').read_text().split()]
+
+
+def until(job, words, seen):
+    for line in job.stdout:
+        seen.append(line)
+        if words in line:
+            return
+    raise AssertionError(''.join(seen))
+
+
+def test_torchrun_stops_on_a_signal_and_one_process_goes_on(call, monkeypatch, tmp_path):
+    """The first process writes and prints alone; SIGTERM to one of them stops all after the same step."""
+    monkeypatch.chdir(tmp_path)
+    arguments = [*TINY, '--output_name', 'a', '--print_freq', 1, '--eval_freq', 1]
+    job, seen = torchrun(2, 'main_supcon.py', *arguments, '--epochs', 1000), []
+    until(job, 'Train: [2][1/3]', seen)
+    os.kill(worker_pids(job)[1], signal.SIGTERM)
+    out, _ = job.communicate(timeout=100)
+    lines = (''.join(seen) + out).splitlines()
+    stopped, = [line for line in lines if 'SIGTERM: stopped after' in line]
+    assert len([line for line in lines if line.startswith('Train: [1][1/3]')]) == 1
+    assert '2 processes' in lines[0] or any('2 processes' in line for line in lines)
+    checkpoint = util.load_checkpoint('output/a/trial=0/last.ckpt')
+    epoch = int(re.search(r'epoch (\d+),', stopped)[1])
+    assert checkpoint['epoch'] == epoch - bool(checkpoint['step'])
+    assert not any('module' in name for name in checkpoint['model'])
+    status, out, err = call(main_supcon.main, *arguments, '--epochs', epoch + 1, '--resume')
+    assert status == 0, err
+    assert f'Train: [{epoch + 1}][3/3]' in out
+
+
+def test_a_process_that_dies_ends_the_job(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    job, seen = torchrun(2, 'main_ce.py', *TINY, '--epochs', 100000, '--output_name', 'a', '--save_freq', 1000), []
+    until(job, 'Train epoch 1,', seen)
+    start = time.time()
+    os.kill(worker_pids(job)[1], signal.SIGKILL)
+    out, _ = job.communicate(timeout=100)
+    assert job.returncode != 0 and time.time() - start < 60
+    assert 'SIGKILL' in out
+
+
+def test_mistakes_in_several_processes_are_told_once(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    job = torchrun(2, 'main_linear.py', '--dataset', 'digits', '--ckpt', 'nowhere.ckpt')
+    out, _ = job.communicate(timeout=100)
+    assert job.returncode != 0
+    assert len([line for line in out.splitlines() if 'main_linear.py: error: nowhere.ckpt: no such' in line]) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_processes_than_a_batch_can_serve(refused, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '8')
+    refused(main_supcon.main, '--batch_size', '15', words=['--batch_size 15', 'each of 8 processes'])
+    monkeypatch.setenv('WORLD_SIZE', 'many')
+    refused(main_supcon.main, words=['WORLD_SIZE', "'many'"])

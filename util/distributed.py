@@ -1,0 +1,198 @@
+"""Several processes, as torchrun starts them: which one this is, its share of a batch, and what all of them have.
+
+Every function also serves a single process, and sends nothing there.
+
+Each process calls backward on the same number, the loss of the whole batch. What `gather` and `total` pass back is the
+sum of what the processes pass to them, so that the gradients of the parameters have to be averaged afterwards, which is
+what DistributedDataParallel does: the average is the gradient of that loss.
+"""
+import gc
+import os
+import sys
+
+import torch
+from torch import distributed as dist
+
+from util.options import UserError
+
+
+def start_processes(cuda):
+    """Meet the other processes, if torchrun started several: NCCL for what lies on GPUs, gloo for the rest."""
+    if _number('WORLD_SIZE', 1) == 1 or _started():
+        return
+    try:
+        dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo')
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f'WORLD_SIZE is {_number("WORLD_SIZE", 1)}, but the processes do not meet ({error}): expected '
+                        'torchrun to start them') from error
+
+
+def end_processes():
+    """Part from the other processes, at the end of the program."""
+    if _started():
+        gc.collect()                    # a network and its DistributedDataParallel, which would abort at exit (gloo)
+        dist.destroy_process_group()
+
+
+def leave_processes(status):
+    """End this process at once, if it is one of several: what waits for the others would wait in vain."""
+    if _started():
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def lost(error):
+    """Whether an error only says that another process has ended."""
+    return _started() and (isinstance(error, dist.DistError) or 'gloo' in str(error))
+
+
+def _number(name, default):
+    """An environment variable that torchrun sets."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise UserError(f'{name} is {text!r} in the environment, expected a whole number, as torchrun sets it')
+    return int(text)
+
+
+def expected_processes():
+    """How many processes there will be when they have met."""
+    return _number('WORLD_SIZE', 1)
+
+
+def _started():
+    return dist.is_available() and dist.is_initialized()
+
+
+def world_size():
+    """How many processes there are."""
+    return dist.get_world_size() if _started() else 1
+
+
+def rank():
+    """The number of this process: 0 is the one that prints and writes."""
+    if _started():
+        return dist.get_rank()
+    return _number('RANK', 0) if _number('WORLD_SIZE', 1) > 1 else 0
+
+
+def local_rank():
+    """The number of this process on its machine."""
+    return _number('LOCAL_RANK', 0) if expected_processes() > 1 else 0
+
+
+def local_processes():
+    """How many processes share this machine."""
+    return _number('LOCAL_WORLD_SIZE', 1) if expected_processes() > 1 else 1
+
+
+def share(n):
+    """The slice of a batch of n pictures that is this process's: at least two, which batch norm needs, or none."""
+    active = max(1, min(world_size(), n // 2))
+    bounds = [n * min(i, active) // active for i in (rank(), rank() + 1)]
+    return slice(*bounds)
+
+
+def sizes_of(n):
+    """The numbers n of all processes, a list."""
+    if world_size() == 1:
+        return [n]
+    mine = torch.tensor([n], device=_device_of_numbers())
+    numbers = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(numbers, mine)
+    return torch.cat(numbers).tolist()
+
+
+def largest(n):
+    """The largest of the numbers n of all processes; waits for all of them."""
+    return max(sizes_of(n))
+
+
+def _device_of_numbers():
+    """The CPU where the processes have a way to send from there: no GPU has to be waited for."""
+    config = dist.get_backend_config()
+    return 'cpu' if 'cpu' in config or config in ('gloo', 'mpi') else 'cuda'
+
+
+def gather(x, sizes):
+    """The rows of all processes, with gradient: [n, ...] -> [sum(sizes), ...]; sizes as `sizes_of(n)`."""
+    return x if len(sizes) == 1 else _Gather.apply(x, sizes)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, sizes):
+        ctx.rows = slice(sum(sizes[:rank()]), sum(sizes[:rank() + 1]))
+        padded = x.new_zeros(max(sizes), *x.shape[1:])                  # collectives want equal shapes
+        padded[:len(x)] = x
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:n] for part, n in zip(parts, sizes)])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad[ctx.rows], None
+
+
+def total(x):
+    """The sum of x over all processes, with gradient."""
+    return x if world_size() == 1 else _Total.apply(x)
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return _Total.forward(ctx, grad)
+
+
+def mean(values, counted=None):
+    """The mean of the values [n] of all processes, or of those that are `counted` ([n] bool); 0 where there is none."""
+    if counted is None:
+        counted = torch.ones_like(values, dtype=torch.bool)
+    both = total(torch.stack([torch.where(counted, values, 0).sum(), counted.sum().to(values.dtype)]))
+    return both[0] / both[1].clamp(min=1)
+
+
+def moved(x, device):
+    """A tensor on a device; a GPU is not waited for."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' != x.device.type else x.to(device)
+
+
+def exchanged(x, order, sizes):
+    """Of the rows of all processes, put into another order, those that come to this process.
+
+    x [n, ...], its rows of the whole batch; order [sum(sizes)], a permutation that is the same everywhere; sizes as
+    `sizes_of(n)` -> [n, ...]. Each row is sent only to where it is wanted.
+    """
+    if len(sizes) == 1:
+        return x[moved(order, x.device)]
+    ends = torch.tensor(sizes).cumsum(0)
+    owner = torch.bucketize(order, ends, right=True)                    # of the row that is wanted at each place
+    first = int(ends[rank()]) - sizes[rank()]
+    wanted = owner.split(sizes)
+    sent = [part[of == rank()] - first for part, of in zip(order.split(sizes), wanted)]
+    mine = wanted[rank()]
+    received = x.new_empty(len(mine), *x.shape[1:])
+    dist.all_to_all_single(received, x[moved(torch.cat(sent), x.device)],
+                           torch.bincount(mine, minlength=len(sizes)).tolist(), [len(part) for part in sent])
+    return received[moved(mine.argsort(stable=True).argsort(), x.device)]
+
+
+def in_turn(make):
+    """make(), in process 0 first, then in the first of every other machine, then in the others: where the first finds
+    what all need and writes it down, the others read that."""
+    mine = 0 if rank() == 0 else 1 if local_rank() == 0 else 2
+    for turn in range(3):
+        if turn == mine:
+            made = make()
+        largest(0)
+    return made

@@ -1,0 +1,94 @@
+"""Meters and accuracies."""
+import math
+
+import torch
+from torch.nn import functional as F
+
+from util.distributed import mean, share, total
+from util.options import UserError
+
+
+class AverageMeter:
+    """A value and its average. Values may be tensors, which stay on their device until `val` or `avg` is read."""
+
+    def __init__(self, total=0., count=0):
+        self._val, self._sum, self.count = 0., total, count
+
+    def update(self, val, n=1):
+        self._val = val.detach().double() if torch.is_tensor(val) else val
+        self._sum = self._sum + self._val * n
+        self.count += n
+
+    @property
+    def val(self):
+        return float(self._val)
+
+    @property
+    def avg(self):
+        return float(self._sum) / max(self.count, 1)
+
+    @property
+    def state(self):
+        """What the constructor takes to go on from here."""
+        return float(self._sum), self.count
+
+
+def check_finite(losses, epoch, step):
+    """Stop with a clear error when a loss was not finite; losses is the epoch's AverageMeter."""
+    if not math.isfinite(losses.avg):
+        raise UserError(f'the loss is {losses.avg} on average up to epoch {epoch}, step {step}, expected a finite '
+                        'number: try a lower --learning_rate or --warm')
+
+
+def accuracy(output, target):
+    """Top-1 accuracy (%) of logits [bsz, num_classes] for classes [bsz], over all processes: a scalar tensor.
+
+    For label distributions [bsz, num_classes], the mean share (%) of the predicted class.
+    """
+    predicted = output.argmax(1)
+    right = predicted == target if target.dim() == 1 else target.gather(1, predicted[:, None])
+    return 100 * mean(right.flatten().float())
+
+
+def ood_metrics(val_logits, id_logits, ood_logits):
+    """How a classifier's confidence, its largest softmax probability, tells near-ood pictures; logits [n, num_classes].
+
+    Mean confidence on id and on ood pictures and their difference; and for telling validation pictures, which no one
+    was trained on, from ood pictures: AUROC (%), and the share (%) of ood pictures that are taken for validation
+    pictures at the threshold where 95 % of these are (Hendrycks and Gimpel, 2017, https://arxiv.org/abs/1610.02136).
+    """
+    from sklearn.metrics import roc_auc_score, roc_curve
+    val, id, ood = (logits.softmax(1).amax(1).double().cpu() for logits in (val_logits, id_logits, ood_logits))
+    truth, scores = torch.cat([torch.ones(len(val)), torch.zeros(len(ood))]), torch.cat([val, ood])
+    false_positive_rate, true_positive_rate, _ = roc_curve(truth, scores, drop_intermediate=False)
+    return {'confidence_id': id.mean().item(), 'confidence_ood': ood.mean().item(),
+            'confidence_difference': (id.mean() - ood.mean()).item(),
+            'auroc': 100 * float(roc_auc_score(truth, scores)),
+            'fpr95': 100 * float(false_positive_rate[(true_positive_rate >= 0.95).argmax()])}
+
+
+def ood_report(values):
+    """The line for a dict of ood_metrics."""
+    return (f"confidence id {values['confidence_id']:.3f} ood {values['confidence_ood']:.3f} difference "
+            f"{values['confidence_difference']:.3f} AUROC {values['auroc']:.2f} FPR95 {values['fpr95']:.2f}")
+
+
+@torch.no_grad()
+def knn_accuracy(memory, memory_labels, features, labels, k=200, temperature=0.1):
+    """Top-1 accuracy (%) of the weighted k-nearest-neighbour classifier.
+
+    Each of the k most cosine-similar of memory [n, dim] votes for its class with exp(similarity / temperature)
+    (Wu et al., 2018, https://arxiv.org/abs/1805.01978). Of several processes, which all have everything, each
+    classifies its share.
+    """
+    mine = share(len(labels))
+    everything, features, labels = len(labels), features[mine], labels[mine]
+    memory, features = F.normalize(memory, dim=1), F.normalize(features, dim=1)
+    num_classes = int(memory_labels.max()) + 1
+    correct = torch.zeros((), dtype=torch.long, device=features.device)
+    for part, target in zip(features.split(1024), labels.split(1024)):
+        similarity, nearest = (part @ memory.T).topk(min(k, len(memory)), dim=1)
+        votes = torch.zeros(len(part), num_classes, device=part.device)
+        votes.scatter_add_(1, memory_labels[nearest], (similarity / temperature).exp())
+        correct += (votes.argmax(1) == target).sum()
+    return 100 * int(total(correct)) / everything
