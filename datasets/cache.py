@@ -2,12 +2,12 @@
 import hashlib
 import os
 import uuid
-import zipfile
 
 import numpy as np
 import PIL
 
 from util import UserError, log
+from util.checkpoints import stored_bytes
 
 FORMAT = 1                              # to be raised when the same files would give other arrays
 
@@ -22,18 +22,6 @@ def key_of(files):
             raise UserError(f'{file}: cannot be read ({error})') from error
         stamps.append(f'{os.path.join(folder, file)}\0{status.st_size}\0{status.st_mtime_ns}')
     return hashlib.sha256(os.fsencode('\0'.join(stamps))).hexdigest()[:32]
-
-
-def stored_bytes(file):
-    """Size of the arrays that `cached` wrote to a file, without reading them; None where it is no such file."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-    except (OSError, ValueError, zipfile.BadZipFile):
-        return None
-    size = sum(member.file_size for member in members)
-    stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-    return size if stored and size <= os.path.getsize(file) else None       # nothing that inflates
 
 
 def cached(file, make, check):

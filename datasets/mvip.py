@@ -84,7 +84,7 @@ def super_classes(folder):
         names = json.loads(file.read_text(encoding='utf-8'))['super_class']
         if not isinstance(names, (str, list)):
             raise TypeError(f'super_class is {names!r}')
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = 'no such file' if isinstance(error, FileNotFoundError) else f'{type(error).__name__}: {error}'
         raise UserError(f'{file}: not readable as {{"super_class": ...}} ({reason})') from error
     return [names] if isinstance(names, str) else names

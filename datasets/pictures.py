@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torchvision import datasets as tv
 
-from datasets.cache import cached, key_of, stored_bytes
+from datasets.cache import cached, key_of
 from util import UserError, log, release_freed_memory
+from util.checkpoints import stored_bytes
 from util.distributed import in_turn
 
 EXTENSIONS = (*tv.folder.IMG_EXTENSIONS, '.gif')

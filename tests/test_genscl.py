@@ -21,7 +21,7 @@ from datasets import classification_view, pretraining_view
 from datasets.mixing import cutmix, mix, mix_views
 from networks.timm_encoder import TimmEncoder, timm_model
 from util import UserError
-from util.training import accuracy
+from util.metrics import accuracy
 
 GENSCL = [*TINY, '--method', 'GenSCL', '--epochs', '1']
 TEACHER = 'output/teacher/trial=0'

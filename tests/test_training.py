@@ -6,7 +6,8 @@ import torch
 
 import util
 from util import UserError
-from util.training import AverageMeter, knn_accuracy, learning_rate
+from util.metrics import AverageMeter, knn_accuracy
+from util.training import learning_rate
 
 
 def options(**changes):

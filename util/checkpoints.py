@@ -5,6 +5,7 @@ import math
 import os
 import re
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,18 @@ def write_checkpoint(state, file):
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
         raise UserError(f'{file}: cannot be written ({error})') from error
+
+
+def stored_bytes(file):
+    """Size of what a zip file holds, as it lies there; None where it is none or something in it would inflate."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return None
+    size = sum(member.file_size for member in members)
+    stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+    return size if stored and size <= os.path.getsize(file) else None
 
 
 def kept_checkpoints(folder):
@@ -94,6 +107,8 @@ def read_checkpoint(file, keys):
     if not Path(file).is_file():
         raise UserError(f'{file}: no such checkpoint')
     try:
+        if zipfile.is_zipfile(file) and stored_bytes(file) is None:
+            raise ValueError('parts of it are compressed')              # PyTorch's own are not, and cannot inflate
         # The original programs keep a Namespace in `opt`, and a NumPy number as learning rate after its first decay.
         with torch.serialization.safe_globals([argparse.Namespace, *NUMPY_NUMBERS]), warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -128,9 +143,18 @@ def check_recorded(checkpoint, file):
              'size': number(int, 8, 4096), 'mean': channels(number(float, -math.inf)), 'std': channels(POSITIVE),
              'dataset': str, 'split_seed': number(int, 0, 2**31)}
     try:
+        for name in types:
+            _check_plain(opt.get(name))
         return {**opt, **{name: parse(str(opt[name])) for name, parse in types.items() if opt.get(name) is not None}}
-    except (argparse.ArgumentTypeError, AttributeError, TypeError) as error:
+    except (argparse.ArgumentTypeError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f'{file}: its recorded options are damaged ({error})') from error
+
+
+def _check_plain(value):
+    """TypeError for what is no option's value: lists in lists could be of any size as a text."""
+    parts = value[:10] if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(part, (str, int, float, type(None))) for part in parts):
+        raise TypeError(f'found a {type(value).__name__}')
 
 
 def load_encoder(checkpoint, opt, source):

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import math
+import reprlib
 import signal
 import sys
 from pathlib import Path
@@ -79,6 +80,11 @@ MAY_CHANGE = {'epochs', 'warm_epochs', 'num_workers', 'print_freq', 'save_freq',
 def plain(values):
     """A dict of options with lists for tuples, as a file gives them back."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def shortened(value):
+    """A recorded option's value as a text that cannot be endless."""
+    return value if isinstance(value, str) else reprlib.repr(value)
 
 
 def progress(loader, description):
@@ -200,7 +206,8 @@ class Run:
 
     def _check_options(self, why):
         before = plain(self.checkpoint['opt'])
-        changed = [f'--{name} {value}, was {before.get(name, False)}' for name, value in plain(vars(self.opt)).items()
+        changed = [f'--{name} {value}, was {shortened(before.get(name, False))}'
+                   for name, value in plain(vars(self.opt)).items()
                    if name not in MAY_CHANGE and before.get(name, False if value is True else value) != value]
         message = f"{why}: {self.source} was begun with other options: {'; '.join(changed)}"
         if changed and not getattr(self.opt, 'force', False):
