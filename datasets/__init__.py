@@ -89,9 +89,13 @@ def load_pictures(opt):
     """All Pictures of a run: Data; fills in opt.size, opt.mean and opt.std where they are None."""
     info = dataset_info(opt)
     cache_dir = _cache_dir(opt)
-    train, val = info.load(opt)
+    try:
+        train, val = info.load(opt)
+        parts = train, val, *load_augmentations(opt, train.classes)
+    except OSError as error:                            # a folder that may not be listed, a disk that fails
+        raise UserError(f'--data_folder {opt.data_folder}: cannot be read ({error})') from error
     train, val, extra_id, extra_ood = (part and replace(part.sample(opt.max_samples, opt.seed), cache_dir=cache_dir)
-                                       for part in (train, val, *load_augmentations(opt, train.classes)))
+                                       for part in parts)
     opt.size = opt.size or info.size
     if opt.mean is None or opt.std is None:
         mean, std = (info.mean, info.std) if info.mean else train.statistics()

@@ -295,7 +295,7 @@ def path(opt):
 
 def folder(root):
     """The pictures below <root>/<class>/, classes and files in the order of their names."""
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith('.'))
+    classes = sorted(name for name in os.listdir(root) if os.path.isdir(root / name) and not name.startswith('.'))
     if not classes:
         raise UserError(f'{root}: no folder of pictures in it, expected {root}/<class>/<picture>')
     files, labels, skipped = [], [], 0
@@ -313,11 +313,11 @@ def folder(root):
 
 
 def files_below(folder):
-    """All files below a folder but hidden ones; links are followed, each folder is visited once."""
-    visited = set()
+    """All files below a folder but hidden ones; links are followed, each folder is visited once, none above it."""
+    start, visited = os.path.realpath(folder), set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
-        if real in visited:
+        if real in visited or start.startswith(os.path.join(real, '')):
             folders.clear()
             continue
         visited.add(real)

@@ -202,10 +202,12 @@ def test_keys_are_those_of_the_second_views_of_their_pictures():
     with torch.no_grad():
         model.weight.add_(4.)
     images, labels = torch.arange(6.)[:, None, None, None].expand(6, 3, 1, 1), torch.arange(6) + 10
-    targets = main_supcon.momentum_keys(images, labels, model, options('--accum_steps', 3))
+    rng = np.random.default_rng(0)
+    targets, keys = main_supcon.momentum_keys(images, labels, model, options('--accum_steps', 3), rng)
     weight = 0.75 * 1 + 0.25 * 5
     expected = torch.stack([torch.arange(6.) * weight, torch.full((6,), weight)], 1)
     torch.testing.assert_close(targets['keys'][:6], expected)
+    assert torch.equal(keys, targets['keys'][:6])
     assert targets['key_labels'][:6].tolist() == labels.tolist() and (targets['key_labels'][6:] == NOBODY).all()
     assert [len(piece) for piece in model.moco.network.seen] == [2, 2, 2]
     assert torch.cat(model.moco.network.seen).tolist() != list(range(6))            # shuffled (with this test's seed)

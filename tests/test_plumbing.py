@@ -132,7 +132,7 @@ def test_network_options(call):
 
 
 def test_ce_weight_scales_the_gradient_of_the_classifier(call, spy):
-    """--ce_weight 0.5 changes the classifier by what cross-entropy asks, halved; ood pictures take no part."""
+    """--ce_weight 0.5 changes the classifier by what cross-entropy asks, halved."""
     calls = spy(main_supcon.F, 'cross_entropy')
     original = torch.Tensor.backward
     seen = []
@@ -145,7 +145,8 @@ def test_ce_weight_scales_the_gradient_of_the_classifier(call, spy):
     (logits, targets), keywords = calls[0]
     criterion = main_supcon.SupConLoss(0.07)
     contrastive = criterion(losses[0][0][1], losses[0][1]['labels']).item()
-    expected = contrastive + 0.5 * torch.nn.functional.cross_entropy(logits, targets, **keywords).item()
+    assert keywords == {'reduction': 'none'} and len(targets) == 80
+    expected = contrastive + 0.5 * torch.nn.functional.cross_entropy(logits, targets).item()
     assert seen[0] == pytest.approx(expected, rel=1e-5)
 
 
@@ -230,7 +231,7 @@ def test_a_file_in_the_place_of_the_run(refused, tmp_path):
 def test_resume_keeps_earlier_checkpoints(call, refused, tmp_path):
     run(call, main_ce, '--save_freq', 1)
     (tmp_path / 'output/a/trial=0/last.ckpt').unlink()
-    refused(main_ce.main, *SMALL, '--resume', words=['--resume', 'no last.ckpt'])
+    refused(main_ce.main, *SMALL, '--resume', words=['--resume', 'last.ckpt: no such', 'ckpt_epoch_1.ckpt'])
     (tmp_path / 'output/a/trial=0/ckpt_epoch_1.ckpt').unlink()
     run(call, main_ce, '--resume')                              # stopped before its first checkpoint: from the start
 

@@ -26,6 +26,8 @@ def write_checkpoint(state, file):
         os.replace(partial, file)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
+        while error.__context__ is not None:            # PyTorch's writer follows a full disk with errors of its own
+            error = error.__context__
         raise UserError(f'{file}: cannot be written ({error})') from error
 
 

@@ -10,6 +10,7 @@ import math
 import reprlib
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -74,7 +75,8 @@ log = Log()
 # Options that may differ when a run is resumed; the others decide what the run computes.
 MAY_CHANGE = {'epochs', 'warm_epochs', 'num_workers', 'print_freq', 'save_freq', 'save_steps', 'keep_ckpts',
               'eval_freq', 'per_class', 'resume', 'force', 'overwrite', 'device', 'data_folder', 'aug_root',
-              'cache_dir', 'debug', 'wandb', 'wandb_entity', 'wandb_project', 'num_classes', 'evaluate', 'export'}
+              'cache_dir', 'output_name', 'trial', 'debug', 'wandb', 'wandb_entity', 'wandb_project', 'num_classes',
+              'evaluate', 'export'}
 
 
 def plain(values):
@@ -235,6 +237,8 @@ class Run:
             (self.folder / 'options.json').write_text(json.dumps(values, indent=2) + '\n')
             log.open(self.folder / 'log.txt')
             from tensorboard_logger import tensorboard_logger
+            while any(self.folder.glob(f'events.out.tfevents.{int(time.time())}.*')):
+                time.sleep(0.1)                                         # files are named by the second
             self.events = tensorboard_logger.Logger(str(self.folder), flush_secs=2)
         log(f'{self.folder}: tensorboard --logdir output')
         return self

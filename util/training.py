@@ -32,12 +32,12 @@ def set_device(opt):
         if opt.device == 'cuda' and local_rank() >= torch.cuda.device_count():
             raise UserError(f'LOCAL_RANK is {local_rank()}: found {torch.cuda.device_count()} GPUs, expected torchrun '
                             'with --nproc_per_node of at most that')
-    if opt.device == 'cuda':
-        torch.cuda.set_device(local_rank())
     if opt.compile and several_devices(opt):
         raise UserError(f'--compile works on one GPU in each process, found {torch.cuda.device_count()}: start with '
                         'torchrun, or choose one with CUDA_VISIBLE_DEVICES')
-    if opt.device == 'cpu':
+    if opt.device == 'cuda':
+        torch.cuda.set_device(local_rank())
+    else:
         log('No GPU found: running on the CPU')
         keep_freed_memory()
     if getattr(opt, 'syncBN', False) and world_size() == 1:

@@ -1,0 +1,369 @@
+"""Runs that are killed, stopped by signals, short of disk, started twice: what is on disk is whole, and they go on."""
+import contextlib
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, close_log
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import main_ce
+import main_linear
+import main_supcon
+import util
+from util.checkpoints import kept_checkpoints
+
+FOLDER = Path('output/a/trial=0')
+RUN = [*TINY, '--output_name', 'a']
+
+
+def forked(main, *arguments, before=lambda: None):
+    """Start a program in a copy of this process, its lines in the files out and err: -> its number."""
+    child = os.fork()
+    if child:
+        return child
+    for stream, name in ((1, 'out'), (2, 'err')):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    sys.stdout, sys.stderr = open(1, 'w', closefd=False), open(2, 'w', closefd=False)   # noqa: SIM115
+    torch.set_num_threads(1)                            # the threads of the parent are not in its copy
+    code = 1
+    try:
+        close_log()
+        before()
+        util.run(lambda: main([str(argument) for argument in arguments]))
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def ended(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def same(one, other):
+    """Whether two checkpoints, or parts of them, are the same to the bit."""
+    if torch.is_tensor(one):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def states(name='a'):
+    checkpoint = util.load_checkpoint(f'output/{name}/trial=0/last.ckpt')
+    return {key: checkpoint[key] for key in ('model', 'optimizer', 'scaler', 'epoch', 'step', 'best_acc')}
+
+
+@pytest.mark.parametrize('program, extra', [(main_supcon, ['--moco', '--moco_k', '64']), (main_ce, ['--warm'])])
+def test_killed_at_random_moments_it_ends_with_the_same_bits(monkeypatch, tmp_path, program, extra):
+    """kill -9 ten times, anywhere from its first line on: every checkpoint is readable at any moment."""
+    monkeypatch.chdir(tmp_path)
+    arguments = [*TINY, *extra, '--save_steps', 1, '--save_freq', 2, '--keep_ckpts', 2, '--cosine', '--epochs', 30]
+    assert ended(forked(program.main, *arguments, '--output_name', 'whole')) == 0
+    rng, kills = np.random.default_rng(0), 0
+    while kills < 10:
+        child = forked(program.main, *arguments, '--output_name', 'a', '--resume')
+        time.sleep(rng.uniform(0.02, 0.6))
+        os.kill(child, signal.SIGKILL)
+        if ended(child) == 0:                           # too late: once more from a moment before the end
+            shutil.copy(min(kept_checkpoints(FOLDER)), FOLDER / 'last.ckpt')
+            continue
+        kills += 1
+        for file in FOLDER.glob('*.ckpt'):
+            util.load_checkpoint(file)
+    assert ended(forked(program.main, *arguments, '--output_name', 'a', '--resume')) == 0
+    assert same(states(), states('whole'))
+    assert [file.name for file in kept_checkpoints(FOLDER)] == ['ckpt_epoch_30.ckpt', 'ckpt_epoch_28.ckpt']
+    assert not list(FOLDER.glob('*.partial'))
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """stop_at(step, number): send this process a signal during a step, counted from 1 over all epochs."""
+    def stop_at(step, number):
+        update, count = util.update, 0
+
+        def counting(*args):
+            nonlocal count
+            count += 1
+            if count == step:
+                os.kill(os.getpid(), number)
+            return update(*args)
+        monkeypatch.setattr(util, 'update', counting)
+    return stop_at
+
+
+def scalars(name, tag):
+    accumulator = EventAccumulator(f'output/{name}/trial=0')
+    accumulator.Reload()
+    return {event.step: event.value for event in accumulator.Scalars(tag)}
+
+
+@pytest.mark.parametrize('number, status', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize('program, extra, step', [
+    (main_supcon, ['--accum_steps', '2'], 5), (main_supcon, ['--method', 'GenSCL', '--mix', 'mixup_cutmix'], 7),
+    (main_supcon, ['--moco', '--moco_k', '64', '--amp'], 6),
+    (main_ce, ['--loader', 'per_sample', '--num_workers', '2'], 4),
+    (main_ce, ['--loader', 'workers', '--optim_kind', 'AdamW', '--mix', 'cutmix'], 8)])
+def test_a_signal_stops_after_the_step_and_resuming_is_the_same_run(call, stop_at, program, extra, step, number,
+                                                                    status):
+    arguments = [*TINY, *extra, '--epochs', 3, '--eval_freq', 1, '--print_freq', 1]
+    assert call(program.main, *arguments, '--output_name', 'whole')[0] == 0
+    stop_at(step, number)
+    code, out, err = call(program.main, *arguments, '--output_name', 'a')
+    assert code == status and not err
+    epoch, done = (step - 1) // 3 + 1, (step - 1) % 3 + 1
+    assert f'{signal.Signals(number).name}: stopped after step {done} of epoch {epoch}, --resume' in out
+    assert (states()['epoch'], states()['step']) == (epoch - 1, done)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    code, out, err = call(program.main, *arguments, '--output_name', 'a', '--resume')
+    assert code == 0, err
+    assert f'Train: [{epoch}][{done}/3]' not in out
+    assert same(states(), states('whole'))
+    for tag in ('loss', 'contrastive_acc', 'knn_acc') if program is main_supcon else ('train_loss', 'train_acc'):
+        assert scalars('a', tag) == pytest.approx(scalars('whole', tag))        # of whole epochs
+
+
+def test_linear_evaluation_goes_on_inside_an_epoch(call, stop_at):
+    assert call(main_supcon.main, *TINY, '--epochs', 1, '--output_name', 'encoder')[0] == 0
+    arguments = ['--dataset', 'digits', '--size', 8, '--max_samples', 96, '--batch_size', 32, '--epochs', 3, '--ckpt',
+                 'output/encoder/trial=0/last.ckpt', '--cache_features', '--num_workers', 0]
+    assert call(main_linear.main, *arguments, '--output_name', 'whole')[0] == 0
+    stop_at(5, signal.SIGTERM)
+    assert call(main_linear.main, *arguments, '--output_name', 'a')[0] == 143
+    assert call(main_linear.main, *arguments, '--output_name', 'a', '--resume')[0] == 0
+    assert same(states(), states('whole'))
+
+
+def test_a_second_signal_ends_at_once(call, monkeypatch):
+    update = util.update
+
+    def twice(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return update(*args)
+    monkeypatch.setattr(util, 'update', twice)
+    assert call(main_ce.main, *RUN, '--epochs', 3)[0] == 130
+    assert not (FOLDER / 'last.ckpt').exists()
+
+
+def test_a_signal_during_evaluation_stops_after_the_epoch(call, monkeypatch):
+    validate = main_ce.validate
+    monkeypatch.setattr(main_ce, 'validate', lambda *args: os.kill(os.getpid(), signal.SIGTERM) or validate(*args))
+    code, out, _ = call(main_ce.main, *RUN, '--epochs', 3)
+    assert code == 143 and 'stopped after epoch 1' in out
+    assert (states()['epoch'], states()['step']) == (1, 0)
+
+
+def test_workers_leave_signals_to_the_program(monkeypatch, tmp_path):
+    """SIGTERM to all processes of the job, as schedulers send it: the checkpoint is written and no worker is left."""
+    monkeypatch.chdir(tmp_path)
+    child = forked(main_ce.main, *RUN[:-4], '--num_workers', 2, '--output_name', 'a', '--loader', 'per_sample',
+                   '--epochs', 10000, '--eval_freq', 0, before=lambda: os.setpgid(0, 0))
+    while not (FOLDER / 'last.ckpt').exists():
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGTERM)
+    assert ended(child) == 143, Path('err').read_text()
+    assert 'SIGTERM: stopped after' in Path('out').read_text() and not Path('err').read_text()
+    states()
+    with contextlib.suppress(ProcessLookupError):
+        for _ in range(100):
+            os.killpg(child, 0)
+            time.sleep(0.1)
+        raise AssertionError('workers are left')
+
+
+def test_every_random_number_of_a_step_is_the_same_after_resuming(call, stop_at, monkeypatch):
+    """Also what an edited program might draw from Python, NumPy or PyTorch."""
+    drawn = {}
+
+    def record(name):
+        update = util.update
+
+        def recording(*args):
+            drawn.setdefault(name, []).append((random.random(), np.random.rand(), torch.rand(1).item()))
+            return update(*args)
+        monkeypatch.setattr(util, 'update', recording)
+    before = util.update
+    for name, arguments in (('whole', []), ('first', []), ('second', ['--resume'])):
+        monkeypatch.setattr(util, 'update', before)
+        if name == 'first':
+            stop_at(4, signal.SIGTERM)
+        record(name)
+        call(main_supcon.main, *TINY, '--epochs', 2, '--output_name', 'whole' if name == 'whole' else 'a', *arguments)
+    assert len(set(drawn['whole'])) == 6
+    assert drawn['first'] + drawn['second'] == drawn['whole']
+
+
+def test_only_the_newest_checkpoints_are_kept(call):
+    assert call(main_ce.main, *RUN, '--epochs', 5, '--save_freq', 1, '--keep_ckpts', 2)[0] == 0
+    assert {file.name for file in FOLDER.glob('*.ckpt')} == {'ckpt_epoch_4.ckpt', 'ckpt_epoch_5.ckpt', 'last.ckpt'}
+
+
+def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_stays(monkeypatch, tmp_path):
+    """Files can grow no more from the second epoch on."""
+    monkeypatch.chdir(tmp_path)
+    epochs = util.Run.save
+
+    def save(run, epoch, *rest):
+        if epoch == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        return epochs(run, epoch, *rest)
+
+    def limit():
+        util.Run.save = save
+    assert ended(forked(main_ce.main, *RUN, '--epochs', 3, before=limit)) == 2
+    line, = Path('err').read_text().splitlines()
+    assert str(FOLDER) in line and 'cannot be written' in line and 'File too large' in line
+    assert states()['epoch'] == 1
+    assert not list(FOLDER.glob('*.partial'))
+    assert ended(forked(main_ce.main, *RUN, '--epochs', 3, '--resume')) == 0
+
+
+def test_a_full_disk_stops_curves_and_log_too(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    assert ended(forked(main_ce.main, *RUN, '--epochs', 3, before=limit)) == 2
+    line, = Path('err').read_text().splitlines()
+    assert 'cannot be written' in line
+
+
+def test_a_truncated_checkpoint_is_named_and_a_whole_one_offered(call, refused, stop_at):
+    arguments = [*RUN, '--epochs', 5, '--save_freq', 1]
+    assert call(main_ce.main, *arguments)[0] == 0
+    whole = states()
+    for name in ('last', 'ckpt_epoch_5', 'ckpt_epoch_4'):
+        file = FOLDER / f'{name}.ckpt'
+        file.write_bytes(file.read_bytes()[:-1000])
+    refused(main_ce.main, *arguments, '--resume', words=[
+        f'{FOLDER}/last.ckpt: not a readable checkpoint', f'--resume {FOLDER}/ckpt_epoch_3.ckpt'])
+    assert call(main_ce.main, *arguments, '--resume', FOLDER / 'ckpt_epoch_3.ckpt')[0] == 0
+    assert same(states(), whole)
+
+    (FOLDER / 'last.ckpt').unlink()
+    refused(main_ce.main, *arguments, '--resume', words=['last.ckpt: no such checkpoint', 'ckpt_epoch_5.ckpt'])
+    refused(main_ce.main, *arguments, '--resume', 'nowhere.ckpt', words=['nowhere.ckpt', 'holds another run'])
+    refused(main_ce.main, *TINY, '--output_name', 'b', '--resume', 'nowhere.ckpt', words=['nowhere.ckpt: no such'])
+    for file in FOLDER.glob('*.ckpt'):
+        file.write_bytes(b'')
+    refused(main_ce.main, *arguments, '--resume', FOLDER / 'ckpt_epoch_3.ckpt', words=['ckpt_epoch_3.ckpt: not a read'])
+
+
+def test_a_run_goes_on_in_another_folder(call):
+    assert call(main_ce.main, *RUN, '--epochs', 2)[0] == 0
+    assert call(main_ce.main, *TINY, '--epochs', 3, '--output_name', 'b', '--resume', FOLDER / 'last.ckpt')[0] == 0
+    assert states('b')['epoch'] == 3 and states()['epoch'] == 2
+
+
+def test_other_options_are_listed_and_forced(call, refused):
+    assert call(main_ce.main, *RUN, '--epochs', 1)[0] == 0
+    other = [*RUN, '--epochs', 2, '--resume', '--weight_decay', 0.5, '--momentum', 0.5]
+    refused(main_ce.main, *other, words=['--weight_decay 0.5, was 0.0001', '--momentum 0.5, was 0.9', '--force'])
+    status, out, err = call(main_ce.main, *other, '--force', '--print_freq', 1, '--save_freq', 1)
+    assert status == 0, err
+    assert '--weight_decay 0.5, was 0.0001' in out and '--print_freq' not in out
+    group, = states()['optimizer']['param_groups']
+    assert (group['weight_decay'], group['momentum']) == (0.5, 0.5)
+    refused(main_ce.main, *RUN, '--resume', '--force', '--width', 0.125, words=['holds another network'])
+    refused(main_ce.main, *RUN, '--force', words=['--force', '--resume is missing'])
+    refused(main_ce.main, *RUN, '--resume', '--force', '--epochs', 1, words=['has 2 epochs', '--epochs of at least'])
+
+
+def test_a_finished_run_resumed_tells_its_result_and_exports(call, tmp_path):
+    _, out, _ = call(main_ce.main, *RUN, '--epochs', 2)
+    status, again, err = call(main_ce.main, *RUN, '--epochs', 2, '--resume', '--export', 'x.pth')
+    assert status == 0, err
+    assert again.splitlines()[-1] == out.splitlines()[-1] and 'Train:' not in again and (tmp_path / 'x.pth').exists()
+    assert call(main_supcon.main, *TINY, '--epochs', 1, '--output_name', 'b')[0] == 0
+    assert call(main_supcon.main, *TINY, '--epochs', 1, '--output_name', 'b', '--resume')[0] == 0
+
+
+def test_two_processes_do_not_write_one_run(monkeypatch, refused, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    child = forked(main_ce.main, *RUN, '--epochs', 100000, '--save_freq', 1000000)
+    try:
+        while not (FOLDER / 'last.ckpt').exists():
+            time.sleep(0.05)
+        os.kill(child, signal.SIGSTOP)                  # it still has the folder
+        for how in ('--resume', '--overwrite'):
+            refused(main_ce.main, *RUN, '--epochs', 5, how, words=[FOLDER, 'another process is writing'])
+        refused(main_ce.main, *RUN, words=[FOLDER, 'holds another run'])
+    finally:
+        os.kill(child, signal.SIGKILL)
+        ended(child)
+    assert ended(forked(main_ce.main, *RUN, '--epochs', 100000, '--save_freq', 1000000, '--resume',
+                        before=lambda: signal.alarm(0) or stop_soon())) == 143
+
+
+def stop_soon():
+    update = util.update
+    util.update = lambda *args: os.kill(os.getpid(), signal.SIGTERM) or update(*args)
+
+
+def test_a_damaged_state_is_no_whole_checkpoint(call, refused):
+    """A checkpoint that can be read, of which something is missing or of another kind."""
+    assert call(main_ce.main, *RUN, '--epochs', 1)[0] == 0
+    whole = torch.load(FOLDER / 'last.ckpt', weights_only=True)
+    optimizer = whole['optimizer']
+    moved = {**optimizer['state'], 0: {'momentum_buffer': torch.zeros(2, 2)}}
+    for changed in ({'epoch': None}, {'epoch': -5}, {'epoch': 'x'}, {'step': -1}, {'best_acc': []}, {'meters': [1]},
+                    {'meters': {'train_loss': 1}}, {'optimizer': None}, {'optimizer': {}}, {'optimizer': 3},
+                    {'optimizer': {**optimizer, 'param_groups': []}}, {'optimizer': {**optimizer, 'param_groups': 1}},
+                    {'optimizer': {**optimizer, 'state': {0: 5}}}, {'optimizer': {**optimizer, 'state': moved}},
+                    {'scaler': {'scale': 'x'}} if torch.cuda.is_available() else {'step': 'x'}):
+        torch.save({**whole, **changed}, FOLDER / 'last.ckpt')
+        refused(main_ce.main, *RUN, '--epochs', 2, '--resume', words=[FOLDER / 'last.ckpt', 'no whole checkpoint'])
+    torch.save({**whole, 'classes': ['a'] * 10}, FOLDER / 'last.ckpt')
+    refused(main_ce.main, *RUN, '--epochs', 2, '--resume', words=['other classes'])
+
+
+def test_a_thousand_steps_take_no_more_memory(monkeypatch, tmp_path):
+    """2,000 steps: resident memory after the last as after the 200th."""
+    monkeypatch.chdir(tmp_path)
+
+    def watch():
+        update, count = util.update, 0
+
+        def watching(*args):
+            nonlocal count
+            count += 1
+            if count in (200, 2000):
+                status = Path('/proc/self/status').read_text()
+                with open('memory', 'a') as file:
+                    file.write(re.search(r'VmRSS:\s+(\d+)', status)[1] + '\n')
+            return update(*args)
+        util.update = watching
+    arguments = [*TINY, '--batch_size', 4, '--max_samples', 160, '--epochs', 50, '--eval_freq', 5, '--print_freq', 40]
+    assert ended(forked(main_supcon.main, *arguments, '--output_name', 'a', before=watch)) == 0
+    before, after = map(int, Path('memory').read_text().split())
+    assert after <= 1.01 * before
+
+
+@pytest.mark.parametrize('program, extra', [
+    (main_supcon, ['--method', 'GenSCL', '--mix', 'mixup_cutmix', '--cutout', '--cutout_length', 4]),
+    (main_supcon, ['--loader', 'per_sample', '--num_workers', 2, '--deterministic']),
+    (main_ce, ['--loader', 'workers', '--num_workers', 2, '--augment_policy', 'rand']), (main_ce, ['--deterministic'])])
+def test_the_same_seed_gives_the_same_bits(call, program, extra):
+    for name in 'ab':
+        assert call(program.main, *TINY, *extra, '--epochs', 2, '--output_name', name)[0] == 0
+    assert same(states('a'), states('b'))
+    assert torch.are_deterministic_algorithms_enabled() == ('--deterministic' in extra)
