@@ -118,7 +118,7 @@ def fit(run, train_loader, loaders, model, criterion, optimizer, classes, opt):
     with run.start(classes):
         for epoch in range(first_epoch, opt.epochs + 1):
             train_loader.set_epoch(epoch, run.step)
-            if epoch == 1:
+            if epoch == 1 and not run.step:
                 run.log_views(train_loader)
             values = train(train_loader, model, criterion, optimizer, epoch, opt, run)
             if epoch == opt.epochs or opt.eval_freq and epoch % opt.eval_freq == 0:

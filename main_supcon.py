@@ -85,7 +85,8 @@ def soft_labels(images, labels, teacher, opt, rng):
         mixed = mixed.repeat(N_VIEWS, 1)
     targets = [(1., mixed)]
     if teacher is not None:
-        logits = torch.cat([teacher(piece) for piece in images.tensor_split(opt.accum_steps) if len(piece)])
+        pieces = [piece for piece in images.tensor_split(opt.accum_steps) if len(piece)]
+        logits = torch.cat([teacher(piece) for piece in pieces]) if pieces else images.new_zeros(0, opt.num_classes)
         taught = (logits.float() / opt.KD_temp).softmax(1)
         targets = [(1., taught)] if opt.KD_alpha == math.inf else [*targets, (opt.KD_alpha, taught)]
     return images, [(weight, soft.unflatten(0, (N_VIEWS, len(labels)))) for weight, soft in targets]
@@ -207,7 +208,7 @@ def main(argv=None):
     with run.start(classes):
         for epoch in range(first_epoch, opt.epochs + 1):
             train_loader.set_epoch(epoch, run.step)
-            if epoch == 1:
+            if epoch == 1 and not run.step:
                 run.log_views(train_loader)
             averages = train(train_loader, model, criterion, optimizer, epoch, opt, run, teacher)
             if averages.pop('collapsed') and not warned:
@@ -221,6 +222,8 @@ def main(argv=None):
                     f"kNN accuracy {averages['knn_acc']:.2f}")
             run.log_values({'learning_rate': optimizer.param_groups[0]['lr'], **averages}, epoch)
             run.save(epoch, model, optimizer)
+        if first_epoch > opt.epochs:                            # a finished run, resumed
+            log(f' * kNN accuracy {validate(memory_loader, val_loader, model, opt):.2f}')
 
 
 if __name__ == '__main__':

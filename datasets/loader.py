@@ -31,12 +31,22 @@ def make_loader(pictures, view, opt, n_views=1, train=True):
     'auto' takes 'batched' where the pictures fit into half of the free memory and the view can be drawn in batches,
     else 'workers'.
     """
-    batched = not view.per_sample_only and opt.loader in ('batched', 'auto')
-    if batched and opt.loader == 'auto':                # all processes decide alike
-        batched = not largest(pictures.decoded_bytes(view.short_side) >= available_memory() / 2 / local_processes())
-    if batched:
+    kind = opt.loader
+    if kind == 'auto':
+        kind = train and opt.loader_chosen or _loader_that_fits(pictures, view)
+        if train:
+            opt.loader_chosen = kind                    # is recorded, since a run that goes on must draw the same views
+    if kind == 'batched' and not view.per_sample_only:
         return BatchedLoader(pictures, view, opt, n_views, train)
     return WorkerLoader(pictures, view, opt, n_views, train, whole_view=opt.loader == 'per_sample')
+
+
+def _loader_that_fits(pictures, view):
+    """What --loader auto chooses, alike in all processes."""
+    if view.per_sample_only:
+        return 'workers'
+    too_large = pictures.decoded_bytes(view.short_side) >= available_memory() / 2 / local_processes()
+    return 'workers' if largest(too_large) else 'batched'
 
 
 # Pixels of all views of a run from which on compiled operations pay: they cost 7 to 25 seconds at the first use on a

@@ -13,7 +13,7 @@ from torchvision import datasets as tv
 from datasets.cache import cached, key_of
 from util import UserError, log, release_freed_memory
 from util.checkpoints import stored_bytes
-from util.distributed import in_turn
+from util.distributed import in_turn, lost
 
 EXTENSIONS = (*tv.folder.IMG_EXTENSIONS, '.gif')
 
@@ -256,6 +256,8 @@ def cifar(opt):
         try:
             data = in_turn(lambda train=train: getattr(tv, name)(opt.data_folder, train=train, download=True))
         except (OSError, RuntimeError) as error:
+            if lost(error):
+                raise
             if new and os.path.isdir(opt.data_folder) and not os.listdir(opt.data_folder):
                 os.rmdir(opt.data_folder)
             raise UserError(f'--dataset {opt.dataset}: cannot be read from or downloaded into '

@@ -38,7 +38,11 @@ def synchronized(network, cuda):
     """The network with its batch norms over all processes, parameters and their names as before."""
     if cuda:
         from timm.layers import convert_sync_batchnorm  # knows timm's own kinds of batch norm too
-        return convert_sync_batchnorm(network)
+        network = convert_sync_batchnorm(network)
+        for module in network.modules():
+            if isinstance(module, nn.SyncBatchNorm):
+                module.register_forward_pre_hook(_float_if_empty)
+        return network
     for name, child in network.named_children():
         if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
             norm = SyncBatchNorm(child.num_features, child.eps, child.momentum)
@@ -51,6 +55,11 @@ def synchronized(network, cuda):
         else:
             synchronized(child, cuda)
     return network
+
+
+def _float_if_empty(module, inputs):
+    """Under autocast PyTorch's sends the zeros of an empty part as half precision, the others send float32."""
+    return tuple(x if len(x) else x.float() for x in inputs)
 
 
 @torch.no_grad()

@@ -222,7 +222,9 @@ def test_auto_takes_batched_where_the_pictures_fit(monkeypatch, picture_folder):
     train, _ = load(opt)
     assert isinstance(make_loader(train, pretraining_view(opt), opt), loaders.BatchedLoader)
     monkeypatch.setattr(loaders, 'available_memory', lambda: 1000)
+    opt.loader_chosen = None
     assert isinstance(make_loader(train, pretraining_view(opt), opt), loaders.WorkerLoader)
+    assert opt.loader_chosen == 'workers'
 
 
 def test_available_memory_is_that_of_this_machine():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from timm.layers import BatchNormAct2d
 from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
@@ -25,6 +26,7 @@ from datasets.pictures import Pictures
 from datasets.views import View
 from losses import GenSupConLoss, SupConLoss, contrastive_accuracy
 from networks.sync_bn import SyncBatchNorm, average_statistics, synchronized
+from networks.timm_encoder import TimmEncoder
 from util import distributed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def in_processes(tmp_path, monkeypatch):
     """in_processes(n, function): what function() returns in n processes with gloo, by rank; 1: in this process."""
+    monkeypatch.chdir(tmp_path)
+
     def run(n, function):
         if n == 1:
             return [function()]
@@ -85,30 +89,34 @@ class Loader:
 
 METHODS = {
     'supcon': [], 'one': ['--contrast_mode', 'one'], 'in': ['--summation_location', 'in'],
-    'cap': ['--positives_cap', '2', '--denominator_mode', 'one_positive'],
-    'simclr': ['--method', 'SimCLR'], 'genscl': ['--method', 'GenSCL', '--mix', 'mixup_cutmix', '--no_warm'],
-    'hard negatives': ['--aug_output_name', 'x'], 'simclr with hard negatives': ['--method', 'SimCLR'],
-    'accum_steps': ['--accum_steps', '3'], 'moco': ['--moco', '--moco_k', '26'], 'head_bn': ['--head_bn'],
+    'cap': ['--positives_cap', '2', '--denominator_mode', 'one_positive'], 'simclr': ['--method', 'SimCLR'],
+    'genscl': ['--method', 'GenSCL', '--mix', 'mixup_cutmix', '--no_warm'],
+    'genscl with a teacher': ['--method', 'GenSCL', '--no_warm'],
+    'hard negatives': [], 'simclr with hard negatives': ['--method', 'SimCLR'],
+    'cross-entropy and hard negatives': ['--ce_weight', '2'],
+    'moco': ['--moco', '--moco_k', '26'], 'moco simclr': ['--moco', '--moco_k', '26', '--method', 'SimCLR'],
+    'accum_steps': ['--accum_steps', '3'], 'head_bn': ['--head_bn'],
 }
 
 
-def steps(program, arguments, sizes, labels=(0, 1, 2, 1, 0)):
-    """Train for a step with each of the batch sizes, in float64: losses, accuracy, last gradients, network."""
+def steps(method, sizes, labels=(0, 1, 2, 1, 0)):
+    """Pretrain for a step with each of the batch sizes, in float64: loss and accuracy, last gradients, the network."""
     torch.set_default_dtype(torch.float64)
     try:
-        opt = program.parse_option(['--dataset', 'digits', '--model', 'resnet18', '--width', '0.0625', '--batch_size',
-                                    '13', '--temp', '0.5', '--syncBN', '--lr', '0.1', '--epochs', '2', *arguments]
-                                   if program is main_supcon else arguments)
-        opt.size, opt.device, opt.print_freq = 8, 'cpu', 1
+        opt = main_supcon.parse_option(['--dataset', 'digits', '--model', 'resnet18', '--width', '0.0625', '--syncBN',
+                                        '--batch_size', '13', '--temp', '0.5', '--lr', '0.1', '--epochs', '2',
+                                        *METHODS[method]])
+        opt.size, opt.print_freq = 8, 1
         util.set_device(opt)
         util.set_warmup(opt)
-        model, criterion, _ = program.set_model(opt, ['a', 'b', 'c'])
-        optimizer = util.set_optimizer(opt, model)
-        averages = program.train(Loader(sizes, 2, labels), model, criterion, optimizer, 1, opt, util.Run(opt))
+        model, criterion, _ = main_supcon.set_model(opt, ['a', 'b', 'c'])
+        teacher = (lambda images: images.mean((2, 3))) if 'teacher' in method else None
+        averages = main_supcon.train(Loader(sizes, 2, labels), model, criterion, util.set_optimizer(opt, model), 1, opt,
+                                     util.Run(opt), teacher)
         average_statistics(model)
-        state = {name: value for name, value in model.state_dict().items() if 'num_batches' not in name}
-        return ({name: averages[name] for name in ('loss', 'contrastive_acc')},
-                {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, state)
+        return ((averages['loss'], averages['contrastive_acc']),
+                {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
+                {name: value for name, value in model.state_dict().items() if 'num_batches' not in name})
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -118,25 +126,27 @@ def steps(program, arguments, sizes, labels=(0, 1, 2, 1, 0)):
 def test_processes_compute_the_loss_and_gradient_of_the_whole_batch(in_processes, monkeypatch, method, n):
     """13 pictures in uneven shares, with batch norm over all processes."""
     labels = (0, 1, -1, 2, 1, -3, 0) if 'negatives' in method else (0, 1, 2, 1, 0)
+    near = 1e-5 if 'cross-entropy' in method else 1e-10                 # cross-entropy is computed in float32
     if method == 'accum_steps':                         # each of its pieces has its own batch norms
         monkeypatch.setattr(main_supcon.SupConResNet, 'train', lambda self, mode=True: nn.Module.train(self, False))
-    whole, = in_processes(1, lambda: steps(main_supcon, METHODS[method], [13], labels))
-    assert len(whole[1]) > 20 and whole[0]['loss'] > 0
-    for part in in_processes(n, lambda: steps(main_supcon, METHODS[method], [13], labels)):
-        assert part[0]['loss'] == pytest.approx(whole[0]['loss'], rel=1e-10)
-        assert part[0]['contrastive_acc'] == pytest.approx(whole[0]['contrastive_acc'], rel=1e-6)
+    whole, = in_processes(1, lambda: steps(method, [13], labels))
+    assert len(whole[1]) > 20 and whole[0][0] > 0
+    for part in in_processes(n, lambda: steps(method, [13], labels)):
+        assert part[0] == (pytest.approx(whole[0][0], rel=near), pytest.approx(whole[0][1], rel=1e-6))
         assert part[1].keys() == whole[1].keys()
         for name, gradient in whole[1].items():
-            torch.testing.assert_close(part[1][name], gradient, rtol=0, atol=1e-10)
+            torch.testing.assert_close(part[1][name], gradient, rtol=0, atol=near)
 
 
 @pytest.mark.parametrize('n', [2, 4])
-@pytest.mark.parametrize('method', ['supcon', 'genscl', 'moco', 'head_bn'])
+@pytest.mark.parametrize('method', ['supcon', 'simclr', 'genscl', 'genscl with a teacher', 'hard negatives', 'moco',
+                                    'head_bn'])
 def test_processes_train_the_same_network(in_processes, method, n):
     """Three steps, the last of 3 pictures: of four processes three get none of them."""
-    whole, = in_processes(1, lambda: steps(main_supcon, METHODS[method], [13, 12, 3]))
-    for part in in_processes(n, lambda: steps(main_supcon, METHODS[method], [13, 12, 3])):
-        assert part[0]['loss'] == pytest.approx(whole[0]['loss'], rel=1e-8)
+    labels = (0, 1, -1, 2, 1, -3, 0) if 'negatives' in method else (0, 1, 2, 1, 0)
+    whole, = in_processes(1, lambda: steps(method, [13, 12, 3], labels))
+    for part in in_processes(n, lambda: steps(method, [13, 12, 3], labels)):
+        assert part[0][0] == pytest.approx(whole[0][0], rel=1e-8)
         assert part[2].keys() == whole[2].keys()
         for name, value in whole[2].items():
             torch.testing.assert_close(part[2][name], value, rtol=0, atol=1e-8)
@@ -144,21 +154,19 @@ def test_processes_train_the_same_network(in_processes, method, n):
 
 def test_processes_that_each_normalize_still_have_one_network(in_processes):
     """Without --syncBN: another run than that of one process, but the same in all of them, statistics too."""
-    parts = in_processes(2, lambda: steps(main_supcon, ['--no_warm'], [13, 12, 3]) if util.rank() == 5 else plain())
-    for name, value in parts[0].items():
-        assert torch.equal(value, parts[1][name]), name
-
-
-def plain():
-    opt = main_supcon.parse_option(['--dataset', 'digits', '--model', 'resnet18', '--width', '0.0625', '--batch_size',
-                                    '13'])
-    opt.size = 8
-    util.set_device(opt)
-    model, criterion, _ = main_supcon.set_model(opt, ['a', 'b', 'c'])
-    optimizer = util.set_optimizer(opt, model)
-    main_supcon.train(Loader([13, 12, 3], 2, (0, 1, 2)), model, criterion, optimizer, 1, opt, util.Run(opt))
-    average_statistics(model)
-    return {name: value for name, value in model.state_dict().items() if 'num_batches' not in name}
+    def train():
+        opt = main_supcon.parse_option([*TINY, '--batch_size', '13', '--epochs', '1'])
+        opt.size = 8
+        util.set_device(opt)
+        util.set_warmup(opt)
+        model, criterion, _ = main_supcon.set_model(opt, ['a', 'b', 'c'])
+        main_supcon.train(Loader([13, 12, 3], 2, (0, 1, 2)), model, criterion, util.set_optimizer(opt, model), 1, opt,
+                          util.Run(opt))
+        average_statistics(model)
+        return {name: value for name, value in model.state_dict().items() if 'num_batches' not in name}
+    one, other = in_processes(2, train)
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
 
 
 @pytest.mark.parametrize('n', [2, 3])
@@ -338,6 +346,32 @@ def test_evaluation_counts_every_picture_once(in_processes):
         assert part[3] == pytest.approx(whole[3], rel=1e-5)
 
 
+def test_a_backbone_need_not_take_the_empty_part_of_a_process(monkeypatch):
+    encoder = TimmEncoder('resnet18', 32)
+    monkeypatch.setattr(encoder.backbone, 'forward', None)
+    assert encoder(torch.zeros(0, 3, 32, 32)).shape == (0, 512)
+
+
+def test_batch_norms_for_gpus_are_pytorch_s(monkeypatch):
+    """With the activation of timm's own, and the empty part of a process in float32 as the other parts."""
+    network = nn.Sequential(nn.BatchNorm2d(3), BatchNormAct2d(3))
+    converted = synchronized(network, cuda=True)
+    assert all(isinstance(module, nn.SyncBatchNorm) for module in converted)
+    assert isinstance(converted[1].act, nn.ReLU)
+    for module in converted:
+        hook, = module._forward_pre_hooks.values()
+        half = torch.zeros(2, 3, 1, 1, dtype=torch.bfloat16)
+        assert hook(module, (half,))[0] is half and hook(module, (half[:0],))[0].dtype == torch.float32
+
+
+def test_a_process_of_torchrun_uses_one_gpu(monkeypatch):
+    opt = util.defaults(device='cuda')
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    assert util.training.several_devices(opt)
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    assert not util.training.several_devices(opt)
+
+
 def torchrun(processes, program, *arguments):
     """Start a program in several processes in the current folder."""
     return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', str(processes),
@@ -401,5 +435,7 @@ def test_mistakes_in_several_processes_are_told_once(monkeypatch, tmp_path):
 def test_more_processes_than_a_batch_can_serve(refused, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '8')
     refused(main_supcon.main, '--batch_size', '15', words=['--batch_size 15', 'each of 8 processes'])
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '0')
+    refused(main_supcon.main, words=['LOCAL_WORLD_SIZE', "'0'", 'at least 1'])
     monkeypatch.setenv('WORLD_SIZE', 'many')
     refused(main_supcon.main, words=['WORLD_SIZE', "'many'"])

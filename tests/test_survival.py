@@ -20,6 +20,7 @@ import main_ce
 import main_linear
 import main_supcon
 import util
+from datasets import loader
 from util.checkpoints import kept_checkpoints
 
 FOLDER = Path('output/a/trial=0')
@@ -94,6 +95,14 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(monkeypatch, tmp_pa
     assert not list(FOLDER.glob('*.partial'))
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C is ignored in what a script starts in the background, as the tests may be."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def stop_at(monkeypatch):
     """stop_at(step, number): send this process a signal during a step, counted from 1 over all epochs."""
@@ -118,7 +127,8 @@ def scalars(name, tag):
 
 @pytest.mark.parametrize('number, status', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize('program, extra, step', [
-    (main_supcon, ['--accum_steps', '2'], 5), (main_supcon, ['--method', 'GenSCL', '--mix', 'mixup_cutmix'], 7),
+    (main_supcon, ['--accum_steps', '2'], 5), (main_supcon, [], 3), (main_ce, [], 3),
+    (main_supcon, ['--method', 'GenSCL', '--mix', 'mixup_cutmix'], 7),
     (main_supcon, ['--moco', '--moco_k', '64', '--amp'], 6),
     (main_ce, ['--loader', 'per_sample', '--num_workers', '2'], 4),
     (main_ce, ['--loader', 'workers', '--optim_kind', 'AdamW', '--mix', 'cutmix'], 8)])
@@ -156,7 +166,7 @@ def test_a_second_signal_ends_at_once(call, monkeypatch):
     update = util.update
 
     def twice(*args):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         return update(*args)
     monkeypatch.setattr(util, 'update', twice)
@@ -188,6 +198,22 @@ def test_workers_leave_signals_to_the_program(monkeypatch, tmp_path):
             os.killpg(child, 0)
             time.sleep(0.1)
         raise AssertionError('workers are left')
+
+
+def test_a_run_whose_workers_outlive_it_for_a_moment_can_be_resumed_at_once(call, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    arguments = [*RUN[:-4], '--num_workers', 2, '--output_name', 'a', '--loader', 'per_sample', '--eval_freq', 0]
+    child = forked(main_ce.main, *arguments, '--epochs', 10000, before=lambda: os.setpgid(0, 0))
+    while not (FOLDER / 'last.ckpt').exists():
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    ended(child)
+    os.killpg(child, signal.SIGSTOP)                    # the workers are still there
+    try:
+        status, _, err = call(main_ce.main, *arguments, '--epochs', states()['epoch'] + 1, '--resume')
+        assert status == 0, err
+    finally:
+        os.killpg(child, signal.SIGKILL)
 
 
 def test_every_random_number_of_a_step_is_the_same_after_resuming(call, stop_at, monkeypatch):
@@ -268,6 +294,47 @@ def test_a_truncated_checkpoint_is_named_and_a_whole_one_offered(call, refused, 
     refused(main_ce.main, *arguments, '--resume', FOLDER / 'ckpt_epoch_3.ckpt', words=['ckpt_epoch_3.ckpt: not a read'])
 
 
+def test_a_run_that_goes_on_from_an_earlier_epoch_keeps_its_own_checkpoints(call):
+    assert call(main_ce.main, *RUN, '--epochs', 5, '--save_freq', 1)[0] == 0
+    assert call(main_ce.main, *RUN, '--epochs', 4, '--save_freq', 1, '--keep_ckpts', 1, '--resume',
+                FOLDER / 'ckpt_epoch_2.ckpt')[0] == 0
+    assert [file.name for file in kept_checkpoints(FOLDER)] == ['ckpt_epoch_5.ckpt', 'ckpt_epoch_4.ckpt']
+
+
+def test_another_process_that_was_faster_is_not_overwritten(call, monkeypatch):
+    set_model = main_ce.set_model
+
+    def slow(*args):
+        FOLDER.mkdir(parents=True)
+        (FOLDER / 'last.ckpt').write_bytes(b'of the other')
+        return set_model(*args)
+    monkeypatch.setattr(main_ce, 'set_model', slow)
+    status, _, err = call(main_ce.main, *RUN, '--epochs', 1)
+    assert status == 2 and err.count('\n') == 1 and 'another process has written' in err
+    assert (FOLDER / 'last.ckpt').read_bytes() == b'of the other'
+
+
+def test_a_run_goes_on_with_the_loader_it_began_with(call, stop_at, monkeypatch):
+    """Whatever memory is free then: another loader draws other views."""
+    arguments = [*TINY, '--epochs', 2]
+    assert call(main_ce.main, *arguments, '--output_name', 'whole')[0] == 0
+    stop_at(2, signal.SIGTERM)
+    assert call(main_ce.main, *arguments, '--output_name', 'a')[0] == 143
+    monkeypatch.setattr(loader, 'available_memory', lambda: 1000)
+    assert call(main_ce.main, *arguments, '--output_name', 'a', '--resume')[0] == 0
+    assert same(states(), states('whole'))
+    assert util.load_checkpoint(FOLDER / 'last.ckpt')['opt']['loader_chosen'] == 'batched'
+
+
+def test_forced_options_begin_the_epoch_again(call, stop_at):
+    stop_at(5, signal.SIGTERM)
+    assert call(main_ce.main, *RUN, '--epochs', 2)[0] == 143
+    forced = '--resume', '--force', '--batch_size', 48, '--print_freq', 1
+    status, out, err = call(main_ce.main, *RUN, '--epochs', 2, *forced)
+    assert status == 0, err
+    assert '--force: epoch 2 begins again' in out and 'Train: [2][1/2]' in out
+
+
 def test_a_run_goes_on_in_another_folder(call):
     assert call(main_ce.main, *RUN, '--epochs', 2)[0] == 0
     assert call(main_ce.main, *TINY, '--epochs', 3, '--output_name', 'b', '--resume', FOLDER / 'last.ckpt')[0] == 0
@@ -294,7 +361,8 @@ def test_a_finished_run_resumed_tells_its_result_and_exports(call, tmp_path):
     assert status == 0, err
     assert again.splitlines()[-1] == out.splitlines()[-1] and 'Train:' not in again and (tmp_path / 'x.pth').exists()
     assert call(main_supcon.main, *TINY, '--epochs', 1, '--output_name', 'b')[0] == 0
-    assert call(main_supcon.main, *TINY, '--epochs', 1, '--output_name', 'b', '--resume')[0] == 0
+    status, out, err = call(main_supcon.main, *TINY, '--epochs', 1, '--output_name', 'b', '--resume')
+    assert status == 0 and re.search(r'kNN accuracy \d+\.\d\d', out), err
 
 
 def test_two_processes_do_not_write_one_run(monkeypatch, refused, tmp_path):

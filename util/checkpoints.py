@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from networks.resnet_big import make_encoder
-from util.options import POSITIVE, UserError, channels, network, number, stem
+from util.options import POSITIVE, UserError, channels, loader, network, number, stem
 
 
 def write_checkpoint(state, file):
@@ -43,11 +43,11 @@ def stored_bytes(file):
     return size if stored and size <= os.path.getsize(file) else None
 
 
-def kept_checkpoints(folder):
-    """The files ckpt_epoch_<N>.ckpt of a run's folder, the newest first."""
+def kept_checkpoints(folder, up_to=math.inf):
+    """The files ckpt_epoch_<N>.ckpt of a run's folder, up to an epoch, the newest first."""
     found = [(int(match[1]), file) for file in folder.glob('ckpt_epoch_*.ckpt')
              if (match := re.fullmatch(r'ckpt_epoch_(\d+)\.ckpt', file.name))]
-    return [file for _, file in sorted(found, reverse=True)]
+    return [file for epoch, file in sorted(found, reverse=True) if epoch <= up_to]
 
 
 def newest_whole_checkpoint(folder):
@@ -143,7 +143,7 @@ def check_recorded(checkpoint, file):
         raise UserError(f'{file}: its recorded options are damaged')
     types = {'model': network, 'stem': stem, 'method': str, 'width': number(float, 1 / 64, 16),
              'size': number(int, 8, 4096), 'mean': channels(number(float, -math.inf)), 'std': channels(POSITIVE),
-             'dataset': str, 'split_seed': number(int, 0, 2**31)}
+             'dataset': str, 'split_seed': number(int, 0, 2**31), 'loader_chosen': loader}
     try:
         for name in types:
             _check_plain(opt.get(name))

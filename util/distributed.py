@@ -34,10 +34,13 @@ def end_processes():
         dist.destroy_process_group()
 
 
-def leave_processes(status):
+def leave_processes(status, traceback=False):
     """End this process at once, if it is one of several: what waits for the others would wait in vain."""
     if _started():
+        if traceback:
+            sys.excepthook(*sys.exc_info())
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
 
 
@@ -47,10 +50,11 @@ def lost(error):
 
 
 def _number(name, default):
-    """An environment variable that torchrun sets."""
+    """An environment variable that torchrun sets, of at least its default."""
     text = os.environ.get(name) or str(default)
-    if not text.isdecimal():
-        raise UserError(f'{name} is {text!r} in the environment, expected a whole number, as torchrun sets it')
+    if not text.isdecimal() or int(text) < default:
+        raise UserError(f'{name} is {text!r} in the environment, expected a whole number of at least {default}, as '
+                        'torchrun sets it')
     return int(text)
 
 

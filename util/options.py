@@ -36,10 +36,14 @@ def run(main):
         elif lost(error):
             message = f'another process has ended: its own lines tell why ({error})'
         else:
+            leave_processes(1, traceback=True)
             raise
         status = 2
     except KeyboardInterrupt:
         message, status = None, 130
+    except BaseException:
+        leave_processes(1, traceback=True)
+        raise
     else:
         return
     if message:
@@ -119,6 +123,13 @@ def stem(text):
     """A type: cifar or imagenet."""
     if text not in ('cifar', 'imagenet'):
         raise argparse.ArgumentTypeError(f'found {text!r}, expected cifar or imagenet')
+    return text
+
+
+def loader(text):
+    """A type: what --loader auto has chosen."""
+    if text not in ('batched', 'workers'):
+        raise argparse.ArgumentTypeError(f'found {text!r}, expected batched or workers')
     return text
 
 
@@ -534,7 +545,7 @@ def _complete(opt, program, given):
                         f'{expected_processes()} processes')
     cores = max(1, (os.cpu_count() or 1) // local_processes())
     opt.num_workers = cores if opt.num_workers is None else min(opt.num_workers, cores)
-    opt.split_seed = None
+    opt.split_seed = opt.loader_chosen = None           # see datasets
     return opt
 
 

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import reprlib
 import signal
 import sys
@@ -72,11 +73,16 @@ def writing(file):
 
 log = Log()
 
+# The files by which this process holds the folders of its runs. A worker process must not: it may live a little longer.
+LOCKS = set()
+if fcntl:
+    os.register_at_fork(after_in_child=lambda: [file.close() for file in LOCKS])
+
 # Options that may differ when a run is resumed; the others decide what the run computes.
 MAY_CHANGE = {'epochs', 'warm_epochs', 'num_workers', 'print_freq', 'save_freq', 'save_steps', 'keep_ckpts',
               'eval_freq', 'per_class', 'resume', 'force', 'overwrite', 'device', 'data_folder', 'aug_root',
-              'cache_dir', 'output_name', 'trial', 'debug', 'wandb', 'wandb_entity', 'wandb_project', 'num_classes',
-              'evaluate', 'export'}
+              'cache_dir', 'loader_chosen', 'output_name', 'trial', 'debug', 'wandb', 'wandb_entity', 'wandb_project',
+              'num_classes', 'evaluate', 'export'}
 
 
 def plain(values):
@@ -118,6 +124,7 @@ class Run:
         self.last = self.folder / 'last.ckpt'
         self.checkpoint, self.lock, self.signal, self.handlers = None, None, 0, {}
         self.step, self.best_acc, self.meters_so_far = 0, 0., {}
+        self.seen = self._stamp()
         try:
             used = self.folder.exists() and any(self.folder.iterdir())
             if getattr(opt, 'evaluate', False):
@@ -134,6 +141,14 @@ class Run:
         except OSError as error:
             raise UserError(f'{self.folder}: not a folder of a run ({error})') from error
 
+    def _stamp(self):
+        """Tells whether last.ckpt has been written since."""
+        try:
+            status = self.last.stat()
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns
+
     def _checkpoint_to_resume(self, used):
         """What --resume names; None for `auto` in a folder that has no checkpoint yet."""
         self.source = self.last if self.opt.resume == 'auto' else Path(self.opt.resume)
@@ -143,7 +158,9 @@ class Run:
             raise UserError(f'--resume {self.source}: {self.folder} holds another run, expected a checkpoint of it, or '
                             'another --trial or --output_name')
         try:
-            return load_checkpoint(self.source)
+            checkpoint = load_checkpoint(self.source)
+            self.opt.loader_chosen = checkpoint['opt'].get('loader_chosen')     # it decides which views are drawn
+            return checkpoint
         except UserError as error:
             whole = newest_whole_checkpoint(self.folder)
             raise UserError(f'--resume: {error}' + f'; the newest whole checkpoint is {whole}: continue with --resume '
@@ -162,9 +179,11 @@ class Run:
                             '--trial or --output_name') from None
         except OSError:                                                 # a file system without locks
             pass
+        LOCKS.add(self.lock)
 
     def _leave(self):
         if self.lock:
+            LOCKS.discard(self.lock)
             self.lock.close()
             self.lock = None
 
@@ -172,8 +191,11 @@ class Run:
         """Load the checkpoint into model and optimizer, if the run resumes: -> the epoch to go on with."""
         epoch = 0
         if self.checkpoint is not None:
-            self._check_options('--resume')
+            changed = self._check_options('--resume')
             epoch = self._load(model, optimizer)
+            if changed and self.step:                   # its steps may have other batches now
+                log(f'--force: epoch {epoch + 1} begins again')
+                self.step, self.meters_so_far = 0, {}
         if largest(epoch) != -largest(-epoch):
             raise UserError('--resume: the processes see different checkpoints, expected output/ on a file system that '
                             'all machines share')
@@ -197,6 +219,7 @@ class Run:
             raise
         except Exception as error:                      # what is missing or of another kind can raise anything
             raise UserError(f'--resume: {self.source} is no whole checkpoint of a run ({error!r})') from error
+        del self.checkpoint['model'], self.checkpoint['optimizer']      # their memory is not needed twice
         return epoch
 
     def load(self, model, classes):
@@ -216,6 +239,7 @@ class Run:
             raise UserError(message + '; expected the same, or --force' * (why == '--resume'))
         if changed:
             log(message)
+        return bool(changed)
 
     def start(self, classes):
         """Make the folder and what is in it: -> this run, as a context that signals end after the next step."""
@@ -228,10 +252,13 @@ class Run:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take()
-            if self.checkpoint is None:                                 # what an overwritten run left
-                for pattern in ('*.ckpt', '*.partial', 'events.out.tfevents.*', 'views.png'):
-                    for file in self.folder.glob(pattern):
-                        file.unlink()
+            if self._stamp() != self.seen:
+                raise UserError(f'{self.folder}: another process has written this run while this one was starting')
+            overwritten = ('*.ckpt', 'events.out.tfevents.*', 'views.png') if self.checkpoint is None else ()
+            for pattern in ('*.partial', *overwritten):                 # what a killed or an overwritten run left
+                for file in self.folder.glob(pattern):
+                    file.unlink()
+            if self.checkpoint is None:
                 (self.folder / 'log.txt').write_text('')
             values = {name: 'inf' if value == math.inf else value for name, value in plain(vars(self.opt)).items()}
             (self.folder / 'options.json').write_text(json.dumps(values, indent=2) + '\n')
@@ -246,17 +273,21 @@ class Run:
     def __enter__(self):
         def remember(number, _):
             self.signal = number
-            signal.signal(number, self.handlers[number])                # a second one ends the program at once
+            self._restore_signals()                                     # a second one ends the program at once
 
         with contextlib.suppress(ValueError):                           # not in the main thread
             for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, remember)
+                if signal.getsignal(number) is not signal.SIG_IGN:      # as for what a script runs in the background
+                    self.handlers[number] = signal.signal(number, remember)
         return self
 
     def __exit__(self, *error):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        self._restore_signals()
         self._leave()
+
+    def _restore_signals(self):
+        while self.handlers:
+            signal.signal(*self.handlers.popitem())
 
     def _start_wandb(self):
         import wandb
@@ -306,7 +337,7 @@ class Run:
             write_checkpoint(state, self.folder / name)
         if self.opt.keep_ckpts and len(names) > 1:
             with writing(self.folder):
-                for file in kept_checkpoints(self.folder)[self.opt.keep_ckpts:]:
+                for file in kept_checkpoints(self.folder, up_to=epoch)[self.opt.keep_ckpts:]:
                     file.unlink()
 
     def log_values(self, values, step):

@@ -52,8 +52,8 @@ def set_device(opt):
 
 
 def several_devices(opt):
-    """Whether this process is alone with several GPUs, which DataParallel uses."""
-    return opt.device == 'cuda' and torch.cuda.device_count() > 1 and world_size() == 1
+    """Whether this process uses several GPUs, with DataParallel: not one that torchrun started, even alone."""
+    return opt.device == 'cuda' and torch.cuda.device_count() > 1 and 'LOCAL_RANK' not in os.environ
 
 
 def keep_freed_memory():
