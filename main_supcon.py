@@ -103,7 +103,7 @@ def momentum_keys(images, labels, model, opt, rng):
     sizes = util.sizes_of(len(images))
     order = torch.from_numpy(rng.permutation(sum(sizes)))
     shuffled = util.exchanged(images, order, sizes)
-    with util.autocast(opt):
+    with util.autocast(opt, images):
         keys = torch.cat([model.moco(piece.flatten(0, 1)) for piece in util.pieces_of(shuffled, opt)])
     keys = util.gather(keys, sizes)[util.moved(order.argsort(), keys.device)]
     labels = util.gather(labels, sizes)

@@ -111,9 +111,13 @@ def precision(opt, mixed=None):
     return torch.bfloat16 if opt.device == 'cpu' or torch.cuda.is_bf16_supported(False) else torch.float16
 
 
-def autocast(opt):
-    """The context of --amp."""
-    return torch.autocast(opt.device, precision(opt), enabled=opt.amp)
+@contextlib.contextmanager
+def autocast(opt, images):
+    """The context in which networks see pictures: --amp; without --compile for an empty part, which fails compiled."""
+    eager = opt.compile and len(images) == 0
+    with (torch.compiler.set_stance('force_eager') if eager else contextlib.nullcontext(),
+          torch.autocast(opt.device, precision(opt), enabled=opt.amp)):
+        yield
 
 
 def fused(opt):
@@ -167,13 +171,13 @@ def forward(model, images, opt, n_views=1):
     """
     pieces, replica = pieces_of(images, opt, n_views), getattr(model, 'replicas', [model])[0]
     if len(pieces) == 1:
-        with autocast(opt):
+        with autocast(opt, images):
             return replica(images), None
     seeds = torch.randint(2**62, (len(pieces),)).tolist()               # dropout is the same both times
 
     def of(piece, seed):
         torch.manual_seed(seed)
-        with autocast(opt):
+        with autocast(opt, images):
             output = replica(piece.flatten(0, 1))
         return output if isinstance(output, tuple) else (output,)
 
@@ -282,7 +286,7 @@ def forward_all(model, loader, opt):
     for images, target in progress(loader, 'evaluation'):
         sizes, parts = sizes_of(len(target)), []
         for piece in pieces_of(images, opt):            # as in training
-            with autocast(opt):
+            with autocast(opt, images):
                 parts.append(model(piece.flatten(0, 1)).float())
         outputs.append(gather(torch.cat(parts), sizes))
         labels.append(gather(target, sizes))
