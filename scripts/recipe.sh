@@ -1,7 +1,8 @@
 # Sourced by the launch files of the SupCon paper's recipes. They set `pretraining` and `linear`, the options of the two
 # stages (without pretraining: `program` and its options in `linear`), and call: recipe NAME "$@". Further options override
 # those of both stages, as far as a stage knows them; --mode is train, eval or train_then_eval (the default);
-# --use_labels=False makes SupCon SimCLR. A learning rate is overridden with --base_lr.
+# --use_labels=False makes SupCon SimCLR. A learning rate is overridden with --base_lr. LAUNCH is what starts a program:
+# LAUNCH="torchrun --nproc_per_node 8", instead of python.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -49,6 +50,6 @@ stage() {           # program, its options; then those words of the command line
     mapfile -d '' -t mine < <(python util/options.py "$program" ${words[@]+"${words[@]}"} && printf 'whole\0')
     [ "${mine[${#mine[@]}-1]:-}" = whole ] || refuse 'the options could not be sorted'
     unset 'mine[${#mine[@]}-1]'
-    echo "python $program.py $* --trial $trial ${mine[*]:-}"
-    python "$program.py" "$@" --trial "$trial" ${mine[@]+"${mine[@]}"}
+    echo "${LAUNCH:-python} $program.py $* --trial $trial ${mine[*]:-}"
+    ${LAUNCH:-python} "$program.py" "$@" --trial "$trial" ${mine[@]+"${mine[@]}"}
 }

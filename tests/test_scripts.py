@@ -189,6 +189,13 @@ def test_recipes_of_the_paper_run(call, tmp_path, script):
             assert program == 'main_linear.py' and call(main_linear.main, *arguments)[0] == 0
 
 
+def test_a_recipe_is_launched_as_asked():
+    done = shell(['bash', 'scripts/supcon_cifar10_resnet50.sh', '--mode=train', '--epochs', '3'], ROOT,
+                 LAUNCH='echo torchrun --nproc_per_node 2')
+    assert done.returncode == 0, done.stderr
+    assert 'torchrun --nproc_per_node 2 main_supcon.py' in done.stdout and '--epochs 3' in done.stdout
+
+
 def test_a_recipe_through_its_own_command_line(copy):
     small = [*TINY, '--epochs', '1']
     result = shell(['bash', 'scripts/simclr_cifar10_resnet50.sh', '--mode=train_then_eval', *small], copy)

@@ -80,16 +80,17 @@ def load_parameters(model, state, source):
 
 
 def load_optimizer(optimizer, saved):
-    """Load what an optimizer's state_dict() holds of the parameters; its settings stay those of the options.
+    """Load what an optimizer's state_dict() holds of the parameters; its settings but the learning rate, which a schedule
+    sets, stay those of the options.
 
     Raises an exception of some kind where it does not fit.
     """
     settings = [{name: value for name, value in group.items() if name != 'params'} for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     for group, values in zip(optimizer.param_groups, settings):
-        params = group['params']
+        params, lr = group['params'], float(group['lr'])
         group.clear()
-        group.update(values, params=params)
+        group.update(values, params=params, lr=lr)
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if torch.is_tensor(value) and value.dim() and value.shape != parameter.shape:

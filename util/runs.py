@@ -196,11 +196,12 @@ class Run:
             if changed and self.step:                   # its steps may have other batches now
                 log(f'--force: epoch {epoch + 1} begins again')
                 self.step, self.meters_so_far = 0, {}
-        if largest(epoch) != -largest(-epoch):
+        if largest(epoch) != -largest(-epoch) or largest(self.step) != -largest(-self.step):
             raise UserError('--resume: the processes see different checkpoints, expected output/ on a file system that '
                             'all machines share')
-        if epoch > self.opt.epochs:
-            raise UserError(f'--resume: {self.source} has {epoch} epochs, expected --epochs of at least that')
+        begun = epoch + (self.step > 0)
+        if begun > self.opt.epochs:
+            raise UserError(f'--resume: {self.source} has {begun} epochs, expected --epochs of at least that')
         return epoch + 1
 
     def _load(self, model, optimizer):
