@@ -138,6 +138,15 @@ def picture_folder(tmp_path):
     return make
 
 
+@pytest.fixture
+def two_threads():
+    """Threads whose order could change what is computed; scripts/test.sh gives each test one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _fresh():
     """Each test has its own random numbers and no run's log."""

@@ -405,6 +405,7 @@ def test_memory_is_linear(monkeypatch, soft):
 @pytest.mark.parametrize('loss', [
     SupConLoss(), lambda f: SupConLoss()(f, torch.arange(512) % 10),
     lambda f: GenSupConLoss()(f.unbind(1), torch.eye(512)[:, :10].repeat(2, 1, 1) + 0.1)])
+@pytest.mark.usefixtures('two_threads')
 def test_gradients_are_the_same_every_time(loss):
     features = random_features(512, 2, (128,), torch.float32)
     gradients = [torch.autograd.grad(loss(features), features)[0] for _ in range(10)]

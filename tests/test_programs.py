@@ -68,6 +68,7 @@ def test_pretraining_run(call, tmp_path, method):
     assert {key.split('.')[0] for key in checkpoint['model']} == {'encoder', 'head'}
 
 
+@pytest.mark.usefixtures('two_threads')
 def test_the_same_seed_gives_the_same_run(call, tmp_path):
     for name, seed in (('a', 1), ('b', 1), ('c', 2)):
         assert call(main_supcon.main, *TINY, '--epochs', 2, '--seed', seed, '--output_name', name)[0] == 0

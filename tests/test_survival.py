@@ -433,6 +433,7 @@ def test_a_thousand_steps_take_no_more_memory(monkeypatch, tmp_path):
     (main_supcon, ['--method', 'GenSCL', '--mix', 'mixup_cutmix', '--cutout', '--cutout_length', 4]),
     (main_supcon, ['--loader', 'per_sample', '--num_workers', 2, '--deterministic']),
     (main_ce, ['--loader', 'workers', '--num_workers', 2, '--augment_policy', 'rand']), (main_ce, ['--deterministic'])])
+@pytest.mark.usefixtures('two_threads')
 def test_the_same_seed_gives_the_same_bits(call, program, extra):
     for name in 'ab':
         assert call(program.main, *TINY, *extra, '--epochs', 2, '--output_name', name)[0] == 0

@@ -80,10 +80,9 @@ def load_parameters(model, state, source):
 
 
 def load_optimizer(optimizer, saved):
-    """Load what an optimizer's state_dict() holds of the parameters; its settings but the learning rate, which a schedule
-    sets, stay those of the options.
+    """Load an optimizer's state_dict(): what it holds of the parameters, and the learning rate, which a schedule sets.
 
-    Raises an exception of some kind where it does not fit.
+    Its other settings stay those of the options. Raises an exception of some kind where it does not fit.
     """
     settings = [{name: value for name, value in group.items() if name != 'params'} for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)

@@ -21,38 +21,44 @@ def run(main):
     warnings.filterwarnings('ignore', module='PIL')             # of pictures that are readable all the same
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='backslashreplace')       # class names may be any bytes
-    from util.distributed import end_processes, leave_processes, lost
+    from util.distributed import end_processes, leave_processes
+    message, status, together = None, 2, False                  # together: all processes end here
     try:
         main()
-        end_processes()
-    except SystemExit:
-        end_processes()
-        raise
+        status, together = 0, True
+    except SystemExit as stop:
+        status, together = stop.code, True
     except UserError as error:
-        message, status = str(error), 2
-    except (MemoryError, RuntimeError) as error:
-        if 'out of memory' in str(error) or 'allocate memory' in str(error):
-            message = f'out of memory: try a smaller --batch_size, --size or --model, or --amp ({error})'
-        elif lost(error):
-            message = f'another process has ended: its own lines tell why ({error})'
-        else:
+        message = str(error)
+    except KeyboardInterrupt:
+        status = 130
+    except BaseException as error:
+        message = _explained(error)
+        if message is None:
             leave_processes(1, traceback=True)
             raise
-        status = 2
-    except KeyboardInterrupt:
-        message, status = None, 130
-    except BaseException:
-        leave_processes(1, traceback=True)
-        raise
-    else:
-        return
+    if together:
+        end_processes()
     if message:
-        if os.environ.get('RANK', '0') != '0':          # torchrun ends the others when the first has said the same
+        if os.environ.get('RANK', '0') != '0':                  # torchrun ends the others when the first has said it
             time.sleep(3)
         line = f"{os.path.basename(sys.argv[0])}: error: {printable(' '.join(message.split()))}"
         print(line, file=sys.stderr, flush=True)
-    leave_processes(status)
-    sys.exit(status)
+    if not together:
+        leave_processes(status)
+    if status:
+        sys.exit(status)
+
+
+def _explained(error):
+    """What to tell instead of a traceback; None where that is needed."""
+    from util.distributed import lost
+    if isinstance(error, (MemoryError, RuntimeError)):
+        if 'out of memory' in str(error) or 'allocate memory' in str(error):
+            return f'out of memory: try a smaller --batch_size, --size or --model, or --amp ({error})'
+        if lost(error):
+            return f'another process has ended: its own lines tell why ({error})'
+    return None
 
 
 def printable(line):
