@@ -76,8 +76,9 @@ class Batches:
 
     def generator(self, *of):
         """Random numbers of the epoch, or of a batch: (step,) or (step, what it draws)."""
-        seed = np.random.SeedSequence([self.seed, self.epoch, *of]).generate_state(1, np.uint64)
-        return torch.Generator().manual_seed(int(seed[0]))
+        of = [number + 1 for number in of]              # to NumPy [a, b] and [a, b, 0] are the same
+        seed, = np.random.SeedSequence([self.seed, self.epoch, *of]).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(seed))
 
 
 class Loader:

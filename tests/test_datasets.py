@@ -227,6 +227,17 @@ def test_auto_takes_batched_where_the_pictures_fit(monkeypatch, picture_folder):
     assert opt.loader_chosen == 'workers'
 
 
+def test_every_batch_has_its_own_random_numbers():
+    """The permutation of an epoch and what each of its batches draws: all different, and the same again."""
+    def numbers():
+        for epoch in (1, 2):
+            batches = loaders.Batches(40, util.defaults(batch_size=10), train=True)
+            batches.epoch = epoch
+            for of in ((), (0,), (0, 0), (0, 1), (1,), (2,), (3,)):
+                yield torch.rand((), generator=batches.generator(*of)).item()
+    assert len(set(numbers())) == 14 and list(numbers()) == list(numbers())
+
+
 def test_available_memory_is_that_of_this_machine():
     assert 2**26 < loaders.available_memory() < 2**45
 
