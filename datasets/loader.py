@@ -183,7 +183,7 @@ def _leave_signals(_):
 @atexit.register
 def _end_workers():
     """Without this Python would end with SIGTERM those that an error left, and wait for them."""
-    workers = multiprocessing.active_children()
+    workers = [child for child in multiprocessing.active_children() if child.daemon]        # as DataLoader makes them
     if workers and hasattr(signal, 'SIGCHLD'):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)                   # where PyTorch reports workers that died
     for worker in workers:

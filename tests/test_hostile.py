@@ -122,11 +122,13 @@ def run_folder(tmp_path_factory):
 
 
 def contents(whole):
-    return [*foreign().values(), *damaged(whole, 20, seed=len(whole))]
+    """300 files: all foreign ones, and damaged copies of a whole one."""
+    others = list(foreign().values())
+    return [*others, *damaged(whole, 300 - len(others), seed=len(whole))]
 
 
 def test_checkpoints(nothing_happens, run_folder):
-    """Of an encoder, of a run to go on with, to evaluate, of a teacher: 172 files."""
+    """Of an encoder, of a run to go on with, to evaluate, of a teacher: 300 files each."""
     whole = (run_folder / 'output/a/trial=0/last.ckpt').read_bytes()
     last = Path('output/a/trial=0/last.ckpt')
     last.parent.mkdir(parents=True)
@@ -149,11 +151,12 @@ def test_checkpoints(nothing_happens, run_folder):
         opt = main_supcon.parse_option([*TINY, '--method', 'GenSCL', '--KD', '--teacher_path', str(last.parent)])
         opt.device = 'cpu'
         util.load_teacher(util.read_teacher(opt), opt, [str(i) for i in range(10)])
+    others = list(foreign().values())
     for content in contents(whole):
         last.write_bytes(content)
         for function, *args in ((resume, '--resume'), (resume, '--evaluate'), (encoder,), (teacher,)):
             # Changed bytes of a parameter are a parameter; a picture of the run's options may be gone.
-            nothing_happens(function, *args, may_work=content not in foreign().values())
+            nothing_happens(function, *args, may_work=content not in others)
 
 
 def test_options_without_end_in_a_checkpoint(nothing_happens, run_folder, refused):
@@ -170,7 +173,7 @@ def test_options_without_end_in_a_checkpoint(nothing_happens, run_folder, refuse
 
 @pytest.mark.parametrize('kind', ['batched', 'workers', 'per_sample'])
 def test_pictures(nothing_happens, kind, tmp_path):
-    """99 files among whole pictures of a folder, in every loader."""
+    """300 files among whole pictures of a folder, in every loader."""
     whole = stored(lambda buffer: Image.effect_noise((20, 20), 90).convert('RGB').save(buffer, 'jpeg'))
     for label in 'ab':
         (tmp_path / 'data' / label).mkdir(parents=True)
@@ -184,20 +187,22 @@ def test_pictures(nothing_happens, kind, tmp_path):
         for images, _ in loader:
             assert images.isfinite().all()
     read()
+    others, picture = list(foreign().values()), foreign()['picture']
     for content in contents(whole):
-        for suffix in ('jpg', 'png', 'gif') if content in foreign().values() else ('jpg',):
+        for suffix in ('jpg', 'png', 'gif') if content in others else ('jpg',):
             file = tmp_path / 'data' / 'a' / f'x.{suffix}'
             file.write_bytes(content)
-            nothing_happens(read, may_work=content == foreign()['picture'] or content not in foreign().values())
+            nothing_happens(read, may_work=content == picture or content not in others)
             file.unlink()
 
 
 def test_masks_and_descriptions_of_mvip(nothing_happens, tmp_path):
     folder = tmp_path / 'data' / 'part'
+    others = list(foreign().values())
     for content in contents(json.dumps({'super_class': 'CarComponent', 'name': 'x' * 99}).encode()):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / 'meta.json').write_bytes(content)
-        nothing_happens(super_classes, folder, may_work=content not in foreign().values())
+        nothing_happens(super_classes, folder, may_work=content not in others)
 
 
 def test_caches(nothing_happens, tmp_path):
