@@ -94,8 +94,10 @@ def load_pictures(opt):
         parts = train, val, *load_augmentations(opt, train.classes)
     except OSError as error:                            # a folder that may not be listed, a disk that fails
         raise UserError(f'--data_folder {opt.data_folder}: cannot be read ({error})') from error
-    train, val, extra_id, extra_ood = (part and replace(part.sample(opt.max_samples, opt.seed), cache_dir=cache_dir)
-                                       for part in parts)
+    per_class = opt.samples_per_class, None, None, None
+    train, val, extra_id, extra_ood = (
+        part and replace(part.sample(opt.max_samples, opt.seed, number), cache_dir=cache_dir)
+        for part, number in zip(parts, per_class))
     opt.size = opt.size or info.size
     if opt.mean is None or opt.std is None:
         mean, std = (info.mean, info.std) if info.mean else train.statistics()

@@ -61,15 +61,20 @@ class Pictures:
             source = self.source + other.source
         return replace(self, source=source, labels=torch.cat([self.labels, other.labels]), _decoded={})
 
-    def sample(self, count, seed):
-        """At most `count` pictures, as many of each class as of any other while they last, drawn with `seed`."""
-        if count is None or count >= len(self):
+    def sample(self, count, seed, per_class=None):
+        """At most `count` pictures, as many of each class as of any other while they last, drawn with `seed`.
+
+        per_class: at most so many of each class; None as either: all.
+        """
+        if per_class is None and (count is None or count >= len(self)):
             return self
         order = np.random.default_rng(seed).permutation(len(self))
         labels = self.labels.numpy()[order]
         rank = np.zeros(len(self), dtype=int)                           # the how-manieth of its class
         for c in np.unique(labels):
             rank[labels == c] = np.arange((labels == c).sum())
+        if per_class is not None:
+            order, rank = order[rank < per_class], rank[rank < per_class]
         return self.select(np.sort(order[np.argsort(rank, kind='stable')[:count]]))
 
     def decode(self, short_side):

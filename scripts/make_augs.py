@@ -30,6 +30,7 @@ def parse_option():
     parser.add_argument('--data_folder', metavar='FOLDER', help='default: ./data, mvip ./data/MVIP/sets')
     parser.add_argument('--max_samples', type=number(int, 1),
                         metavar='N', help='as in the training runs; default: all')
+    parser.add_argument('--samples_per_class', type=number(int, 1), metavar='N', help='the same')
     parser.add_argument('--aug_root', default='./da_fusion/output', metavar='FOLDER', help='default: %(default)s')
     parser.add_argument('--aug_output_name', required=True, metavar='NAME')
     parser.add_argument('--aug_name_id', default='augs-id', metavar='NAME', help='default: %(default)s')
@@ -65,7 +66,8 @@ def shuffle_patches(picture, patches, rng):
 
 def main():
     args = parse_option()
-    opt = util.defaults(dataset=args.dataset, seed=args.seed, max_samples=args.max_samples)
+    opt = util.defaults(dataset=args.dataset, seed=args.seed, max_samples=args.max_samples,
+                        samples_per_class=args.samples_per_class)
     opt.data_folder = args.data_folder or util.options.data_folder(args.dataset)
     folders = [Path(args.aug_root) / args.aug_output_name / name for name in (args.aug_name_id, args.aug_name_ood)]
     for folder in folders:

@@ -39,8 +39,7 @@ def features_of(ckpt, args):
     """Title, features [n, dim], labels [n], class names and the run's name of one checkpoint."""
     checkpoint = util.load_checkpoint(ckpt)
     given = {name: value for name, value in vars(args).items() if name in ('dataset', 'data_folder') and value}
-    opt = util.defaults(**{**checkpoint['opt'], **given, 'batch_size': 256, 'loader': 'auto', 'num_workers': 0,
-                           'amp': False, 'compile': False, 'syncBN': False})
+    opt = util.evaluation_options(checkpoint, **given)
     util.set_device(opt)
     encoder = util.load_encoder(checkpoint, opt, ckpt).to(opt.device)
     data = load_pictures(opt)

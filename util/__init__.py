@@ -11,7 +11,7 @@ MODULES = {
     'distributed': ('exchanged', 'gather', 'mean', 'moved', 'rank', 'share', 'sizes_of'),
     'export': ('Exporter',),
     'metrics': ('AverageMeter', 'accuracy', 'check_finite', 'knn_accuracy', 'ood_metrics', 'ood_report'),
-    'options': ('UserError', 'defaults', 'parse', 'run'),
+    'options': ('UserError', 'defaults', 'evaluation_options', 'parse', 'run'),
     'runs': ('Run', 'log', 'progress'),
     'teachers': ('load_teacher', 'read_teacher'),
     'training': ('autocast', 'forward', 'forward_all', 'keep_freed_memory', 'learning_rate', 'pieces_of', 'prepare',

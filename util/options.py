@@ -206,6 +206,8 @@ OPTIONS = {
                                      help='side of the views; default: 32, digits 16, imagenet and mvip 224')),
         ('--max_samples', dict(type=COUNT, metavar='N', help='use at most N training and N validation pictures, '
                                'spread over the classes; default: all')),
+        ('--samples_per_class', dict(type=COUNT, metavar='N', help='train on at most N pictures of each class, drawn '
+                                     'with --seed; validation and augmentation folders stay whole; default: all')),
         ('--loader', dict(choices=('auto', 'batched', 'workers', 'per_sample'), default='auto',
                           help='batched: all pictures in memory, views drawn on the device; workers: worker processes '
                                'read and crop, colours on the device; per_sample: torchvision transforms in worker '
@@ -499,6 +501,12 @@ def defaults(**changes):
     opt = parse('main_ce', '', [])
     vars(opt).update(changes)
     return opt
+
+
+def evaluation_options(checkpoint, **changes):
+    """The options of a checkpoint's run, but for `changes` and for what only training needs: for scripts."""
+    return defaults(**{**checkpoint['opt'], 'batch_size': 256, 'loader': 'auto', 'num_workers': 0, 'accum_steps': 1,
+                       'amp': False, 'compile': False, 'syncBN': False, **changes})
 
 
 def _of_program(value, column):

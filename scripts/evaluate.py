@@ -1,0 +1,116 @@
+"""Evaluate a classifier of main_ce.py or main_linear.py: top-1, kNN accuracy of its encoder, top-1 on damaged pictures.
+
+    python scripts/evaluate.py --ckpt output/<run>/trial=0/last.ckpt [--corruptions]
+
+The validation pictures are those of the checkpoint's run; the kNN classifier remembers its training pictures.
+--corruptions damages the validation pictures by Gaussian noise and blur, less contrast and JPEG, at the strengths of
+CIFAR-10-C (Hendrycks & Dietterich, 2019, https://arxiv.org/abs/1903.12261): a line of five accuracies for each.
+"""
+import argparse
+import io
+import math
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as tvf
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import util  # noqa: E402
+from datasets import evaluation_view, load_pictures, make_loader  # noqa: E402
+from datasets.pictures import Pictures  # noqa: E402
+from util.options import Parser, dataset, number  # noqa: E402
+
+STRENGTHS = {
+    'noise': (0.04, 0.06, 0.08, 0.09, 0.10),        # standard deviation, of channels in 0..1
+    'blur': (0.4, 0.6, 0.7, 0.8, 1.),               # standard deviation in pixels
+    'contrast': (0.75, 0.5, 0.4, 0.3, 0.15),        # factor of the distance from the picture's mean colour
+    'jpeg': (80, 65, 58, 50, 40),                   # quality
+}
+
+
+def parse_option():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--ckpt', required=True, metavar='FILE', help='checkpoint of main_ce.py or main_linear.py')
+    parser.add_argument('--corruptions', action='store_true', help='damaged pictures too')
+    parser.add_argument('--dataset', type=dataset, metavar='NAME', help="default: the checkpoint's")
+    parser.add_argument('--data_folder', metavar='FOLDER', help="default: the checkpoint's")
+    parser.add_argument('--max_pictures', type=number(int, 1), metavar='N', help='validation pictures, spread over the '
+                        'classes; default: all')
+    return parser.parse_args()
+
+
+def noise(picture, strength, rng):
+    return picture + 255 * strength * rng.standard_normal(picture.shape)
+
+
+def blur(picture, strength, rng):
+    kernel = 2 * math.ceil(4 * strength) + 1
+    image = torch.from_numpy(picture).permute(2, 0, 1)
+    return tvf.gaussian_blur(image, [kernel, kernel], [strength, strength]).permute(1, 2, 0).numpy()
+
+
+def contrast(picture, strength, rng):
+    mean = picture.mean((0, 1))
+    return mean + strength * (picture - mean)
+
+
+def jpeg(picture, strength, rng):
+    file = io.BytesIO()
+    Image.fromarray(picture.astype(np.uint8)).save(file, 'JPEG', quality=strength)
+    return np.asarray(Image.open(file))
+
+
+@dataclass
+class Damaged:
+    """Picture i of Pictures, damaged when it is read: a source of Pictures. kind: a key of STRENGTHS."""
+    pictures: Pictures
+    i: int
+    kind: str
+    strength: float
+
+    def read(self):
+        damage = {'noise': noise, 'blur': blur, 'contrast': contrast, 'jpeg': jpeg}[self.kind]
+        picture = np.asarray(self.pictures.load(self.i)).astype(np.float64)
+        values = damage(picture, self.strength, np.random.default_rng(self.i))
+        return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+
+    def size(self):
+        return self.pictures.load(self.i).size
+
+
+def main():
+    args = parse_option()
+    checkpoint = util.load_checkpoint(args.ckpt)
+    given = {name: value for name, value in vars(args).items() if name in ('dataset', 'data_folder') and value}
+    opt = util.evaluation_options(checkpoint, teacher_kind=None, **given)
+    util.set_device(opt)
+    data = load_pictures(opt)
+    classifier = util.load_teacher({**checkpoint, 'file': args.ckpt, 'classes': checkpoint.get('classes')}, opt,
+                                   data.train.classes)
+    view, val = evaluation_view(opt), data.val.sample(args.max_pictures, 0)
+
+    def top1(pictures):
+        logits, labels = util.forward_all(classifier, make_loader(pictures, view, opt, train=False), opt)
+        return util.accuracy(logits, labels)
+
+    encoder = classifier.classifier.encoder
+    memory, features = (util.forward_all(encoder, make_loader(part, view, opt, train=False), opt)
+                        for part in (data.train, val))
+    print(f'top-1 {top1(val):.2f}')
+    print(f'kNN accuracy {util.knn_accuracy(*memory, *features):.2f}', flush=True)
+    if args.corruptions:
+        for kind, strengths in STRENGTHS.items():
+            print(kind, end='')
+            for strength in strengths:
+                source = [Damaged(val, i, kind, strength) for i in range(len(val))]
+                print(f' {top1(replace(val, source=source, cache_dir=None, _decoded={})):.2f}', end='', flush=True)
+            print()
+
+
+if __name__ == '__main__':
+    util.run(main)

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Table 1: cross-entropy, SimCLR, SupCon and GenSCL with the same network, epochs and pictures; top-1 and kNN accuracy.
+#   bash scripts/results/methods.sh --budget cpu         handwritten digits, and CIFAR-10 with 100 pictures of each class
+#   bash scripts/results/methods.sh --budget gpu         CIFAR-10, all pictures; `timeout 9m bash ...`, repeated, in parts
+# Options, and what is written where: rows.sh. A seed draws the pictures of each class, the weights and the views.
+source "$(dirname "$0")/rows.sh"
+
+methods() {         # name, options of data and network, of training the network, of the linear stage
+    local name=$1 data=$2 train=$3 linear=$4 run=output/$runs-$1 seed
+    for seed in $seeds; do
+        classifier "$name-ce" $seed "$data $train"
+        pretrained "$name-simclr" $seed "$data" "$train --method SimCLR --temp 0.5" "$linear"
+        pretrained "$name-supcon" $seed "$data" "$train --temp 0.1" "$linear"
+        pretrained "$name-supcon-ce" $seed "$data" "$train --temp 0.1 --ce_weight 1" "$linear"
+        pretrained "$name-supcon-in" $seed "$data" "$train --temp 0.1 --summation_location in" "$linear"
+        pretrained "$name-genscl-mix" $seed "$data" "$train --method GenSCL --mix mixup_cutmix --temp 0.1" "$linear"
+    done
+    wait            # the classifiers are the teachers
+    for seed in $seeds; do
+        pretrained "$name-genscl-kd" $seed "$data" "$train --method GenSCL --mix mixup_cutmix --temp 0.1 \
+--KD --teacher_path $run-ce/trial=$seed" "$linear"
+    done
+    row "$name-features" 0 "scripts/plot_features.py --output $into/$name-features.png \
+--ckpt $run-ce/trial=0/last.ckpt $run-simclr/trial=0/last.ckpt $run-supcon/trial=0/last.ckpt"
+}
+
+if [ $budget = cpu ]; then
+    seeds='0 1 2'
+    methods digits '--dataset digits --model resnet18 --width 0.25' '--epochs 40 --batch_size 128 --lr 0.1 --cosine --warm' \
+        '--epochs 20 --batch_size 128 --lr 1 --cosine --no_warm'
+    methods cifar "$cifar_small" "--epochs 150 $train_small" "$linear_small"
+else
+    seeds=0
+    methods cifar "$cifar --model resnet18 --amp" '--epochs 20 --batch_size 512 --lr 0.3 --cosine --warm' \
+        '--epochs 10 --batch_size 512 --lr 1 --cosine --no_warm'
+fi
+finish

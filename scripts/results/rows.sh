@@ -1,0 +1,72 @@
+# Sourced by the tables of this folder. Each is rows: `row NAME SEED COMMAND...` runs the commands of a row, as many rows at
+# once as there are cores (on a GPU one), and writes what they print to <into>/<table>/NAME-SEED.log; a row whose log is
+# there is left alone. `finish` waits for all and makes the table and its figures of the logs.
+#   bash scripts/results/<table>.sh --budget cpu|gpu [--data FOLDER] [--into FOLDER] [--with "OPTIONS"]
+# --data: an ImageFolder copy of CIFAR-10 (train/ and test/); default: data/cifar10_jpeg where that is, else the published
+# CIFAR-10, downloaded into data/. --into: logs, table and figures, default scripts/results/<budget>; its name is a part of
+# the runs' names, so that another folder trains everything anew. --with: options for every training command.
+# Stopped by Ctrl-C, or by `timeout 9m bash ...`, a table goes on where it was when the command is repeated.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+table=$(basename "$0" .sh) budget='' data='' into='' with=''
+
+refuse() { echo "$table.sh: error: $1" >&2; exit 2; }
+
+while (($#)); do
+    (($# > 1)) || refuse "$1: no value is given"
+    case $1 in
+        --budget) budget=$2 ;;
+        --data) data=${2%/} ;;
+        --into) into=${2%/} ;;
+        --with) with=" $2" ;;
+        *) refuse "$1: unknown, expected --budget, --data, --into or --with" ;;
+    esac
+    shift 2
+done
+case $budget in
+    cpu) export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=''       # a thread for each row: the same bits on any number of cores
+         jobs=$(getconf _NPROCESSORS_ONLN) ;;
+    gpu) jobs=1 ;;
+    *) refuse "--budget '$budget', expected cpu or gpu" ;;
+esac
+python -c 'import torch, torchvision, sklearn' 2> /dev/null || source scripts/env.sh requirements.txt
+[ $budget = cpu ] || python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+    refuse '--budget gpu: no GPU is found'
+into=${into:-scripts/results/$budget}
+runs=results-$(basename "$into")        # how the names of the runs begin
+failures=$(mktemp)
+trap 'rm -f "$failures"' EXIT
+
+archive=../shared/data/cifar10_jpeg.tar.xz
+[ -n "$data" ] || [ -d data/cifar10_jpeg ] || [ ! -f $archive ] || { mkdir -p data && tar xJf $archive -C data; }
+[ -n "$data" ] || [ ! -d data/cifar10_jpeg ] || data=data/cifar10_jpeg
+[ -z "$data" ] || [ -d "$data/train" -a -d "$data/test" ] || refuse "--data $data: expected a folder with train/ and test/"
+cifar=${data:+--dataset path --data_folder $data --cache_dir data/cache}
+cifar=${cifar:---dataset cifar10}
+# What two cores can train in minutes: 100 pictures of each class, at 16 pixels, where the same time has four times the steps
+# of 32 pixels; contrastive learning needs some thousand.
+cifar_small="$cifar --samples_per_class 100 --size 16 --model resnet18 --width 0.25"
+train_small='--batch_size 64 --lr 0.1 --cosine --warm'
+linear_small='--epochs 30 --batch_size 64 --lr 1 --cosine --no_warm'
+
+row() {             # name, seed, commands
+    while (($(jobs -rp | wc -l) >= jobs)); do wait -n || true; done
+    { python scripts/results/row.py "$into/$table/$1-$2.log" "${@:3}" || echo "$1-$2" >> "$failures"; } &
+}
+
+pretrained() {      # name, seed, options of both stages, of pretraining, of the linear stage
+    row "$1" "$2" "main_supcon.py $3 $4 $(of_run "$1" "$2")" \
+        "main_linear.py $3 --ckpt output/$runs-$1/trial=$2/last.ckpt $5 $(of_run "$1-linear" "$2")"
+}
+
+classifier() {      # name, seed, options
+    row "$1" "$2" "main_ce.py $3 $(of_run "$1" "$2")" "scripts/evaluate.py --ckpt output/$runs-$1/trial=$2/last.ckpt"
+}
+
+of_run() { echo "--seed $2 --eval_freq 0 --print_freq 1000 --output_name $runs-$1 --trial $2 --resume$with"; }
+
+finish() {
+    wait
+    python scripts/results/report.py "$table" "$into"
+    [ ! -s "$failures" ] || { echo "$table.sh: error: not filled: $(tr '\n' ' ' < "$failures")" >&2; exit 1; }
+}
