@@ -20,8 +20,20 @@ methods() {         # name, options of data and network, of training the network
         pretrained "$name-genscl-kd" $seed "$data" "$train --method GenSCL --mix mixup_cutmix --temp 0.1 \
 --KD --teacher_path $run-ce/trial=$seed" "$linear"
     done
-    row "$name-features" 0 "scripts/plot_features.py --output $into/$name-features.png \
---ckpt $run-ce/trial=0/last.ckpt $run-simclr/trial=0/last.ckpt $run-supcon/trial=0/last.ckpt"
+    wait
+    after "$name-features" 0 "scripts/plot_features.py --output $into/$name-features.png --ckpt $run-ce/trial=0/last.ckpt \
+$run-simclr/trial=0/last.ckpt $run-supcon/trial=0/last.ckpt" "$name-ce-0" "$name-simclr-0" "$name-supcon-0"
+    wait
+}
+
+corruptions() {     # name
+    local run seed
+    for seed in $seeds; do
+        for run in $1-ce $1-simclr-linear $1-supcon-linear; do
+            after "${run%-linear}-damaged" $seed "scripts/evaluate.py --ckpt output/$runs-$run/trial=$seed/last.ckpt \
+--corruptions --max_pictures 2000" "${run%-linear}-$seed"
+        done
+    done
 }
 
 if [ $budget = cpu ]; then
@@ -29,9 +41,11 @@ if [ $budget = cpu ]; then
     methods digits '--dataset digits --model resnet18 --width 0.25' '--epochs 40 --batch_size 128 --lr 0.1 --cosine --warm' \
         '--epochs 20 --batch_size 128 --lr 1 --cosine --no_warm'
     methods cifar "$cifar_small" "--epochs 150 $train_small" "$linear_small"
+    corruptions cifar
 else
     seeds=0
     methods cifar "$cifar --model resnet18 --amp" '--epochs 20 --batch_size 512 --lr 0.3 --cosine --warm' \
         '--epochs 10 --batch_size 512 --lr 1 --cosine --no_warm'
+    corruptions cifar
 fi
 finish

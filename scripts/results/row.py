@@ -10,9 +10,11 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 
@@ -22,15 +24,16 @@ class Failure(Exception):
 
 def machine():
     """Two lines: date, processor and GPU; versions."""
-    import torch
-    import torchvision
     info = Path('/proc/cpuinfo')
     names = re.findall(r'model name\s*: (.*)', info.read_text()) if info.exists() else []
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'
+    gpu = 'no GPU'
+    if os.environ.get('CUDA_VISIBLE_DEVICES') != '' and shutil.which('nvidia-smi'):
+        import torch  # here, since it takes seconds
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else gpu
     git = subprocess.run(['git', 'describe', '--always', '--dirty'], capture_output=True, text=True)
     return [f'{datetime.date.today()}, {os.cpu_count()} cores of {(names or [platform.machine()])[0]}, {gpu}',
-            f'Python {platform.python_version()}, PyTorch {torch.__version__}, torchvision {torchvision.__version__}, '
-            f'commit {git.stdout.strip() or "unknown"}']
+            f'Python {platform.python_version()}, PyTorch {version("torch")}, '
+            f'torchvision {version("torchvision")}, commit {git.stdout.strip() or "unknown"}']
 
 
 def output_of(command):

@@ -29,11 +29,13 @@ case $budget in
     gpu) jobs=1 ;;
     *) refuse "--budget '$budget', expected cpu or gpu" ;;
 esac
-python -c 'import torch, torchvision, sklearn' 2> /dev/null || source scripts/env.sh requirements.txt
+python -c 'from importlib.util import find_spec as f; import sys; sys.exit(not all(map(f, ("torch", "sklearn"))))' ||
+    source scripts/env.sh requirements.txt
 [ $budget = cpu ] || python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
     refuse '--budget gpu: no GPU is found'
 into=${into:-scripts/results/$budget}
 runs=results-$(basename "$into")        # how the names of the runs begin
+[[ $into$data != *[[:space:]]* ]] || refuse "--into $into, --data $data: expected folders without spaces in their names"
 failures=$(mktemp)
 trap 'rm -f "$failures"' EXIT
 
@@ -41,15 +43,20 @@ archive=../shared/data/cifar10_jpeg.tar.xz
 [ -n "$data" ] || [ -d data/cifar10_jpeg ] || [ ! -f $archive ] || { mkdir -p data && tar xJf $archive -C data; }
 [ -n "$data" ] || [ ! -d data/cifar10_jpeg ] || data=data/cifar10_jpeg
 [ -z "$data" ] || [ -d "$data/train" -a -d "$data/test" ] || refuse "--data $data: expected a folder with train/ and test/"
-cifar=${data:+--dataset path --data_folder $data --cache_dir data/cache}
-cifar=${cifar:---dataset cifar10}
+pictures=${data:+--dataset path --data_folder $data}
+pictures=${pictures:---dataset cifar10}
+cifar="$pictures${data:+ --cache_dir data/cache}"
 # What two cores can train in minutes: 100 pictures of each class, at 16 pixels, where the same time has four times the steps
 # of 32 pixels; contrastive learning needs some thousand.
-cifar_small="$cifar --samples_per_class 100 --size 16 --model resnet18 --width 0.25"
+network_small='--size 16 --model resnet18 --width 0.25'
+cifar_small="$cifar --samples_per_class 100 $network_small"
 train_small='--batch_size 64 --lr 0.1 --cosine --warm'
 linear_small='--epochs 30 --batch_size 64 --lr 1 --cosine --no_warm'
 
+declare -A commands_of                  # of rows by NAME-SEED, one in a line
+
 row() {             # name, seed, commands
+    commands_of[$1-$2]=$(printf '%s\n' "${@:3}")
     while (($(jobs -rp | wc -l) >= jobs)); do wait -n || true; done
     { python scripts/results/row.py "$into/$table/$1-$2.log" "${@:3}" || echo "$1-$2" >> "$failures"; } &
 }
@@ -63,10 +70,18 @@ classifier() {      # name, seed, options
     row "$1" "$2" "main_ce.py $3 $(of_run "$1" "$2")" "scripts/evaluate.py --ckpt output/$runs-$1/trial=$2/last.ckpt"
 }
 
+after() {           # name, seed, command, rows whose runs it looks at: theirs come first, as they may be elsewhere or deleted
+    local commands=() needed
+    for needed in "${@:4}"; do mapfile -t -O ${#commands[@]} commands <<< "${commands_of[$needed]}"; done
+    row "$1" "$2" "${commands[@]}" "$3"
+}
+
 of_run() { echo "--seed $2 --eval_freq 0 --print_freq 1000 --output_name $runs-$1 --trial $2 --resume$with"; }
 
 finish() {
     wait
-    python scripts/results/report.py "$table" "$into"
-    [ ! -s "$failures" ] || { echo "$table.sh: error: not filled: $(tr '\n' ' ' < "$failures")" >&2; exit 1; }
+    local status=0
+    python scripts/results/report.py "$table" "$into" || status=1
+    [ ! -s "$failures" ] || { echo "$table.sh: error: not filled: $(tr '\n' ' ' < "$failures")" >&2; status=1; }
+    exit $status
 }

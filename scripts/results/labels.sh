@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Accuracy of SupCon and cross-entropy against the number of labelled pictures of each class, with the same number of steps.
+#   bash scripts/results/labels.sh --budget cpu          10 to 250 pictures of each class of CIFAR-10, 2,400 steps
+#   bash scripts/results/labels.sh --budget gpu          50 to 5,000 pictures of each class, 2,000 steps of 250 pictures
+# Options, and what is written where: rows.sh. A seed draws the pictures, the weights and the views.
+source "$(dirname "$0")/rows.sh"
+
+if [ $budget = cpu ]; then      # pictures of each class : epochs : epochs of warm-up : epochs of the linear stage
+    seeds=0 network="$cifar $network_small" train=$train_small linear='--batch_size 64 --lr 1 --cosine --no_warm'
+    points='10:1200:80:240 25:600:40:120 50:300:20:60 100:150:10:30 250:60:4:12'
+else
+    seeds=0 network="$cifar --model resnet18 --amp" train='--batch_size 250 --lr 0.2 --cosine --warm'
+    linear='--batch_size 250 --lr 1 --cosine --no_warm'
+    points='50:1000:100:400 200:250:25:100 1000:50:5:20 5000:10:1:4'
+fi
+
+for seed in $seeds; do
+    for point in $points; do
+        IFS=: read -r count epochs warm linear_epochs <<< "$point"
+        options="--epochs $epochs $train --warm_epochs $warm"
+        pretrained "supcon-labels-$count" $seed "$network --samples_per_class $count" "$options --temp 0.1" \
+            "--epochs $linear_epochs $linear"
+        classifier "ce-labels-$count" $seed "$network --samples_per_class $count $options"
+    done
+done
+finish

@@ -1,0 +1,249 @@
+"""The tables of scripts/results: rows that run once, resume and refuse; their numbers; damaged pictures."""
+import re
+import shlex
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from scipy.ndimage import gaussian_filter  # comes with scikit-learn
+from test_scripts import ROOT, copy, shell  # noqa: F401, a fixture
+
+import main_ce
+import main_linear
+import main_supcon
+import util
+from scripts import evaluate
+
+RESULTS = ROOT / 'scripts' / 'results'
+TABLES = sorted(file.stem for file in RESULTS.glob('*.sh') if file.stem != 'rows')
+PROGRAMS = {'main_supcon.py': main_supcon, 'main_ce.py': main_ce, 'main_linear.py': main_linear}
+
+# Stands in for every program: it counts its runs, and prints and writes what they would.
+FAKE = '''
+import sys
+from pathlib import Path
+words = sys.argv[1:]
+with open('ran', 'a') as file:
+    print(' '.join([sys.argv[0], *words]), file=file)
+if 'broken' in words:
+    sys.exit('it broke')
+lines = ['confidence id 0.668 ood 0.525 difference 0.143 AUROC 61.80 FPR95 91.09', ' * kNN accuracy 41.25']
+if not 'main_supcon' in sys.argv[0]:
+    lines.append(f"best accuracy: {40 + len(' '.join(words)) % 7}.50")
+if 'evaluate' in sys.argv[0]:
+    lines = ['top-1 47.00', 'kNN accuracy 43.75'] + [f'{kind} 5 4 3 2 1' for kind in (
+        'noise', 'blur', 'contrast', 'jpeg') if '--corruptions' in words]
+if '--output_name' in words:
+    folder = Path('output', words[words.index('--output_name') + 1], 'trial=' + words[words.index('--trial') + 1])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'log.txt').write_text('\\n'.join(lines) + '\\n')
+if '--output' in words:
+    Path(words[words.index('--output') + 1]).write_bytes(b'picture')
+if '--aug_root' in words:
+    Path(words[words.index('--aug_root') + 1], words[words.index('--aug_output_name') + 1]).mkdir(
+        parents=True, exist_ok=True)
+print('\\n'.join(lines))
+'''
+
+
+@pytest.fixture
+def fake(copy):  # noqa: F811
+    """A copy of the repository without results, whose programs are all FAKE, with a folder of pictures."""
+    for name in (*PROGRAMS, 'scripts/evaluate.py', 'scripts/plot_features.py', 'scripts/make_augs.py'):
+        (copy / name).write_text(FAKE)
+    for budget in ('cpu', 'gpu'):
+        shutil.rmtree(copy / 'scripts' / 'results' / budget, ignore_errors=True)
+    for part in ('train', 'test'):
+        (copy / 'data' / 'cifar10_jpeg' / part).mkdir(parents=True)
+    return copy
+
+
+def fill(folder, table, *arguments, budget='cpu'):
+    done = shell(['bash', f'scripts/results/{table}.sh', '--budget', budget, *arguments], folder)
+    ran = (folder / 'ran').read_text().splitlines() if (folder / 'ran').exists() else []
+    (folder / 'ran').unlink(missing_ok=True)
+    return done, ran
+
+
+def commands_in(log):
+    return re.findall(r'^\$ python (.*)$', log.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize('table', TABLES)
+def test_a_table_runs_once_and_fills_the_row_that_is_deleted(fake, table):
+    done, ran = fill(fake, table)
+    assert done.returncode == 0, done.stderr
+    folder = fake / 'scripts' / 'results' / 'cpu'
+    logs = sorted((folder / table).glob('*.log'))
+    text = (folder / f'{table}.md').read_text()
+    assert logs and 'not run' not in text and text.strip() in done.stdout
+    done, again = fill(fake, table)
+    assert done.returncode == 0 and again == [] and (folder / f'{table}.md').read_text() == text
+    log = logs[0]
+    commands = commands_in(log)
+    log.unlink()
+    done, again = fill(fake, table)
+    assert done.returncode == 0 and again == commands and commands_in(log) == commands
+    assert (folder / f'{table}.md').read_text() == text
+    # Every command is one that the programs take, and each row names its seed.
+    for command in {command for log in logs for command in commands_in(log)}:
+        program, *words = shlex.split(command)
+        if program in PROGRAMS:
+            opt = util.parse(program.removesuffix('.py'), '', words)
+            assert str(opt.seed) == opt.trial and opt.output_name.startswith('results-cpu-') and opt.resume
+            assert opt.eval_freq == 0                                   # the accuracy is that of the last epoch
+
+
+def test_rows_of_other_commands_and_failures_are_told(fake):
+    assert fill(fake, 'labels')[0].returncode == 0
+    done, ran = fill(fake, 'labels', '--with', '--width 0.5')
+    assert done.returncode == 1 and ran == [] and 'is of other commands' in done.stderr
+    done, ran = fill(fake, 'labels', '--with', 'broken', '--into', 'broken')
+    assert done.returncode == 1 and 'it broke' in done.stderr and 'not filled: supcon-labels-10-0' in done.stderr
+    assert not (fake / 'broken').exists() and ran
+    done, ran = fill(fake, 'labels', '--into', 'elsewhere')
+    assert done.returncode == 0 and all('results-elsewhere-' in line for line in ran)       # everything anew
+    assert (fake / 'elsewhere' / 'labels.md').exists()
+
+
+@pytest.mark.parametrize('arguments, words', [
+    ([], "--budget ''"), (['--budget', 'tpu'], 'cpu or gpu'), (['--budget'], '--budget: no value'),
+    (['--seed', '1'], '--seed: unknown'), (['--budget', 'cpu', '--data', 'nowhere'], '--data nowhere'),
+    (['--budget', 'cpu', '--into', 'else where'], '--into else where'), (['--budget', 'gpu'], 'no GPU')])
+def test_wrong_options_of_tables(fake, arguments, words):
+    if words == 'no GPU' and torch.cuda.is_available():
+        pytest.skip('there is a GPU')
+    done = shell(['bash', 'scripts/results/methods.sh', *arguments], fake)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count('\n') == 1
+    assert not (fake / 'ran').exists()
+
+
+def test_commands_for_a_gpu_are_taken(fake):
+    """As far as they can be tested without one: the programs know the options."""
+    for table in TABLES:
+        script = fake / 'scripts' / 'results' / 'rows.sh'
+        script.write_text(script.read_text().replace('not torch.cuda.is_available()', 'False'))
+        done, ran = fill(fake, table, budget='gpu')
+        assert done.returncode == 0, done.stderr
+        for program, *words in map(shlex.split, ran):
+            if program in PROGRAMS:
+                assert util.parse(program.removesuffix('.py'), '', words).output_name.startswith('results-gpu-')
+
+
+@pytest.mark.parametrize('table', TABLES)
+def test_tables_in_the_repository_are_those_of_its_logs_and_commands(fake, table):
+    """The README shows the tables that the logs give; the logs are of the commands that the scripts would run now."""
+    folder, readme = RESULTS / 'cpu', (ROOT / 'README.md').read_text()
+    text = (folder / f'{table}.md').read_text()
+    assert 'not run' not in text
+    for line in text.splitlines():
+        assert not line.startswith('|') or line in readme, line
+    shutil.copytree(folder, fake / 'scripts' / 'results' / 'cpu')
+    (fake / 'scripts' / 'results' / 'cpu' / f'{table}.md').unlink()
+    done, ran = fill(fake, table)
+    assert done.returncode == 0 and ran == [], done.stderr
+    assert (fake / 'scripts' / 'results' / 'cpu' / f'{table}.md').read_text() == text
+    assert fill(fake, table, '--into', 'elsewhere')[0].returncode == 0
+    assert {log.name for log in (fake / 'elsewhere' / table).glob('*')} == {
+        log.name for log in (folder / table).glob('*')}
+
+
+def test_figures_that_the_readme_shows_are_there():
+    shown = re.findall(r'!\[[^]]*\]\(([^)]+)\)', (ROOT / 'README.md').read_text())
+    assert {f'scripts/results/cpu/{name}.png' for name in (
+        'cifar-features', 'corruptions', 'labels', 'stability')} <= set(shown)
+    assert all((ROOT / file).exists() for file in shown)
+
+
+def test_a_row_with_the_real_programs(copy):  # noqa: F811
+    """Pretraining, linear stage and damaged pictures; finished runs are not trained again."""
+    run = '--seed 1 --trial 1 --eval_freq 0 --resume --epochs 1'
+    commands = [f"main_supcon.py {' '.join(TINY)} {run} --samples_per_class 5 --output_name a",
+                f"main_linear.py {' '.join([*TINY[:2], *TINY[6:]])} {run} --ckpt output/a/trial=1/last.ckpt "
+                '--output_name b',
+                'scripts/evaluate.py --ckpt output/b/trial=1/last.ckpt --corruptions --max_pictures 40']
+    row = [sys.executable, 'scripts/results/row.py', 'logs/a b-1.log', *commands]
+    done = shell(row, copy)
+    assert done.returncode == 0, done.stderr
+    text = (copy / 'logs' / 'a b-1.log').read_text()
+    assert 'PyTorch' in text and commands_in(copy / 'logs' / 'a b-1.log') == commands
+    for line in (r' \* contrastive accuracy .*kNN accuracy [\d.]+', r'best accuracy: [\d.]+', r'top-1 [\d.]+',
+                 r'noise( [\d.]+){5}', r'jpeg( [\d.]+){5}'):
+        assert re.search(f'^{line}$', text, re.MULTILINE), line
+    accuracy = re.search('best accuracy: (.*)', text)[1]
+    (copy / 'logs' / 'a b-1.log').unlink()
+    assert shell(row, copy).returncode == 0
+    again = (copy / 'logs' / 'a b-1.log').read_text()
+    assert again.count('Train: ') == text.count('Train: ') and f'best accuracy: {accuracy}' in again
+
+
+def classifier(call):
+    assert call(main_ce.main, *TINY, '--epochs', 1, '--output_name', 'a', '--samples_per_class', 4)[0] == 0
+    return 'output/a/trial=0/last.ckpt'
+
+
+def test_evaluation_is_that_of_the_run(call, monkeypatch):
+    """Top-1 as validation has it, kNN as the plain function on the pictures of the run, clean without corruptions."""
+    ckpt = classifier(call)
+    out = call(main_ce.main, *TINY, '--output_name', 'a', '--samples_per_class', 4, '--evaluate')[1]
+    monkeypatch.setattr(sys, 'argv', ['evaluate.py', '--ckpt', ckpt])
+    status, found, err = call(lambda argv: evaluate.main())
+    assert status == 0, err
+    assert float(re.search(r'^top-1 (.*)$', found, re.MULTILINE)[1]) == pytest.approx(
+        float(re.search(r'Acc@1 (\S+)', out)[1]), abs=0.006)
+    assert 'noise' not in found and re.search(r'^kNN accuracy \d+\.\d\d$', found, re.MULTILINE)
+    monkeypatch.setattr(sys, 'argv', ['evaluate.py', '--ckpt', 'nowhere.ckpt'])
+    status, _, err = call(lambda argv: evaluate.main())
+    assert status == 2 and err.count('\n') == 1 and 'nowhere.ckpt' in err
+
+
+def damaged(pictures, kind, strength):
+    source = [evaluate.Damaged(pictures, i, kind, strength) for i in range(len(pictures))]
+    return replace(pictures, source=source, cache_dir=None, _decoded={})
+
+
+def test_damages_are_what_they_say(real_pictures):
+    pictures = real_pictures.sample(20, 0)
+    clean = np.stack([np.asarray(pictures.load(i)) for i in range(20)]).astype(float)
+    for kind, strengths in evaluate.STRENGTHS.items():
+        changes = []
+        for strength in strengths:
+            part = damaged(pictures, kind, strength)
+            values = np.stack([np.asarray(part.load(i)) for i in range(20)]).astype(float)
+            assert np.array_equal(values[3], np.asarray(damaged(pictures, kind, strength).load(3)))     # every time
+            changes.append(np.abs(values - clean).mean())
+            if kind == 'noise':
+                inner = (clean > 80) & (clean < 175)            # nothing is cut off there
+                assert (values - clean)[inner].std() == pytest.approx(255 * strength, rel=0.05)
+            elif kind == 'contrast':
+                mean = clean.mean((1, 2), keepdims=True)
+                assert np.abs(values - (mean + strength * (clean - mean))).max() <= 0.51
+            elif kind == 'blur':
+                theirs = gaussian_filter(clean, (0, strength, strength, 0), mode='mirror')
+                assert np.abs(values - theirs).max() < 1
+        assert changes == sorted(changes) and changes[0] > 0.5, kind
+
+
+def test_samples_per_class(call):
+    def load(**changes):
+        return main_ce.load_pictures(util.defaults(dataset='digits', **changes))
+    data, whole = load(samples_per_class=7), load()
+    assert data.train.labels.bincount().tolist() == [7] * 10 and len(data.val) == len(whole.val)
+    assert torch.equal(data.train.labels, load(samples_per_class=7).train.labels)
+    assert not np.array_equal(data.train.source, load(samples_per_class=7, seed=1).train.source)
+    assert len(load(samples_per_class=10**6).train) == len(whole.train)
+    data = load(samples_per_class=7, max_samples=20)
+    assert data.train.labels.bincount().tolist() == [2] * 10 and len(data.val) == 20
+
+
+@pytest.mark.parametrize('name', ['README.md'])
+def test_tests_that_the_documentation_names_are_there(name):
+    named = re.findall(r'`(test_\w+)\.py::(\w+)`', (ROOT / name).read_text())
+    assert len(named) > 15
+    for file, test in named:
+        assert f'def {test}(' in Path(ROOT, 'tests', f'{file}.py').read_text(), (file, test)
