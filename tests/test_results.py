@@ -179,6 +179,7 @@ def test_a_row_with_the_real_programs(copy):  # noqa: F811
     (copy / 'logs' / 'a b-1.log').unlink()
     assert shell(row, copy).returncode == 0
     again = (copy / 'logs' / 'a b-1.log').read_text()
+    assert 'before' not in text and 'before: output/a/trial=1, output/b/trial=1\n' in again
     assert again.count('Train: ') == text.count('Train: ') and f'best accuracy: {accuracy}' in again
 
 

@@ -2,8 +2,9 @@
 
     python scripts/results/row.py <file>.log 'main_supcon.py --output_name a --trial 0 ...' 'main_linear.py ...'
 
-A log holds machine, versions and date, and of each command the words and what its run has printed, also before it was
-stopped and resumed. Nothing is run where the log is there; one of other commands is refused.
+A log holds machine, versions and date, the runs that were there before, and of each command the words and what its run
+has printed, also before it was stopped and resumed. Nothing is run where the log is there; one of other commands is
+refused.
 """
 import datetime
 import os
@@ -36,17 +37,23 @@ def machine():
             f'torchvision {version("torchvision")}, commit {git.stdout.strip() or "unknown"}']
 
 
+def folder_of(command):
+    """The folder of a command's run, or None for a script that has none."""
+    words = shlex.split(command)
+    if '--output_name' not in words:
+        return None
+    name, trial = (words[words.index(option) + 1] for option in ('--output_name', '--trial'))
+    return Path('output', name, f'trial={trial}')
+
+
 def output_of(command):
     """Run a command; what it has printed, of a resumed run from its beginning."""
-    words = shlex.split(command)
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *shlex.split(command)], capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip().splitlines()[-1:]
         raise Failure(f"{''.join(said)} (exit status {done.returncode} of: python {command})")
-    if '--output_name' not in words:
-        return done.stdout
-    name, trial = (words[words.index(option) + 1] for option in ('--output_name', '--trial'))
-    return Path('output', name, f'trial={trial}', 'log.txt').read_text()
+    folder = folder_of(command)
+    return (folder / 'log.txt').read_text() if folder else done.stdout
 
 
 def main():
@@ -57,13 +64,15 @@ def main():
         return
     start = time.time()
     print(f'{log.stem}: begins', flush=True)
+    earlier = [str(folder) for folder in map(folder_of, commands) if folder and folder.exists()]
     parts = [f'$ python {command}\n{output_of(command)}' for command in commands]
-    minutes = (time.time() - start) / 60
+    minutes = f'{(time.time() - start) / 60:.1f} minutes'
+    begun = f", begun or finished before: {', '.join(earlier)}" if earlier else ''
     log.parent.mkdir(parents=True, exist_ok=True)
     partial = log.with_suffix('.partial')
-    partial.write_text('\n'.join([*machine(), f'{minutes:.1f} minutes', '', *parts]))
+    partial.write_text('\n'.join([*machine(), minutes + begun, '', *parts]))
     os.replace(partial, log)
-    print(f'{log.stem}: done in {minutes:.1f} minutes', flush=True)
+    print(f'{log.stem}: done in {minutes}', flush=True)
 
 
 if __name__ == '__main__':
