@@ -90,8 +90,8 @@ def main():
     opt = util.evaluation_options(checkpoint, teacher_kind=None, **given)
     util.set_device(opt)
     data = load_pictures(opt)
-    classifier = util.load_teacher({**checkpoint, 'file': args.ckpt, 'classes': checkpoint.get('classes')}, opt,
-                                   data.train.classes)
+    classifier = util.load_classifier({**checkpoint, 'file': args.ckpt, 'classes': checkpoint.get('classes')}, opt,
+                                      data.train.classes)
     view, val = evaluation_view(opt), data.val.sample(args.max_pictures, 0)
 
     def top1(pictures):

@@ -1,5 +1,6 @@
 """The tables of scripts/results: rows that run once, resume and refuse; their numbers; damaged pictures."""
 import re
+import runpy
 import shlex
 import shutil
 import sys
@@ -81,15 +82,19 @@ def test_a_table_runs_once_and_fills_the_row_that_is_deleted(fake, table):
     folder = fake / 'scripts' / 'results' / 'cpu'
     logs = sorted((folder / table).glob('*.log'))
     text = (folder / f'{table}.md').read_text()
-    assert logs and 'not run' not in text and text.strip() in done.stdout
+    assert logs and 'Not run' not in text and text.strip() in done.stdout
     done, again = fill(fake, table)
     assert done.returncode == 0 and again == [] and (folder / f'{table}.md').read_text() == text
-    log = logs[0]
-    commands = commands_in(log)
-    log.unlink()
-    done, again = fill(fake, table)
-    assert done.returncode == 0 and again == commands and commands_in(log) == commands
-    assert (folder / f'{table}.md').read_text() == text
+    shutil.rmtree(fake / 'output')                                      # as in a fresh clone
+    kinds = ['cifar-genscl-kd-1', 'digits-features-0', 'cifar-simclr-damaged-2'] if table == 'methods' else [
+        logs[0].stem]
+    for log in (folder / table / f'{name}.log' for name in kinds):
+        commands = commands_in(log)
+        log.unlink()
+        done, again = fill(fake, table)
+        assert done.returncode == 0 and commands_in(log) == commands
+        assert [line for line in again if 'make_augs' not in line] == commands
+        assert (folder / f'{table}.md').read_text() == text
     # Every command is one that the programs take, and each row names its seed.
     for command in {command for log in logs for command in commands_in(log)}:
         program, *words = shlex.split(command)
@@ -101,11 +106,26 @@ def test_a_table_runs_once_and_fills_the_row_that_is_deleted(fake, table):
 
 def test_rows_of_other_commands_and_failures_are_told(fake):
     assert fill(fake, 'labels')[0].returncode == 0
+    folder = fake / 'scripts' / 'results' / 'cpu'
     done, ran = fill(fake, 'labels', '--with', '--width 0.5')
     assert done.returncode == 1 and ran == [] and 'is of other commands' in done.stderr
+    assert 'no logs of this table' in done.stderr
+    for log in (folder / 'labels').glob('supcon*'):
+        log.unlink()
+    done, ran = fill(fake, 'labels', '--with', '--width 0.5')           # what has begun goes on only as it began
+    assert done.returncode == 1 and ran == [] and 'is of another command' in done.stderr
+    (folder / 'labels' / 'ce-labels-25-0.log').unlink()
+    shutil.rmtree(fake / 'output')
+    (fake / 'main_supcon.py').write_text('import sys; sys.exit("it broke")')
+    done, ran = fill(fake, 'labels')
+    text = (folder / 'labels.md').read_text()
+    assert done.returncode == 1 and len(ran) == 2 and 'labels-25' in ran[0] and '| SupCon |' not in text
+    assert 'Not run: supcon-labels-10-0, supcon-labels-100-0' in text
+    assert 'labels/supcon-labels-10-0.err: exit status 1: it broke\n' in done.stderr
+    (fake / 'main_supcon.py').write_text(FAKE)
     done, ran = fill(fake, 'labels', '--with', 'broken', '--into', 'broken')
-    assert done.returncode == 1 and 'it broke' in done.stderr and 'not filled: supcon-labels-10-0' in done.stderr
-    assert not (fake / 'broken').exists() and ran
+    assert done.returncode == 1 and 'it broke' in done.stderr and 'not filled: ce-labels-10-0 ' in done.stderr
+    assert not list(fake.glob('broken/labels/*.log')) and 'results-broken-' in ran[0]
     done, ran = fill(fake, 'labels', '--into', 'elsewhere')
     assert done.returncode == 0 and all('results-elsewhere-' in line for line in ran)       # everything anew
     assert (fake / 'elsewhere' / 'labels.md').exists()
@@ -121,6 +141,23 @@ def test_wrong_options_of_tables(fake, arguments, words):
     done = shell(['bash', 'scripts/results/methods.sh', *arguments], fake)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count('\n') == 1
     assert not (fake / 'ran').exists()
+
+
+def test_a_loss_that_is_not_finite_is_a_result(fake):
+    (fake / 'main_ce.py').write_text(FAKE + "\nif '--lr 1 ' in ' '.join(words):\n    sys.exit('the loss is nan, "
+                                     "expected a finite number')\n")
+    assert fill(fake, 'stability')[0].returncode == 0
+    text = (fake / 'scripts' / 'results' / 'cpu' / 'stability.md').read_text()
+    assert re.search(r'^\| cross-entropy \| .* \| diverged \| diverged \|$', text, re.MULTILINE), text
+    assert 'Not run' not in text
+
+
+def test_spread_over_seeds():
+    report = runpy.run_path(str(RESULTS / 'report.py'))
+    row = {0: {'top1': 40.}, 1: {'top1': 43.}, 2: {'top1': 41.5}}
+    assert report['spread'](row, 'top1') == '41.50 ± 1.50'
+    assert report['spread']({**row, 3: {'diverged': True}}, 'top1') == '41.50 ± 1.50 (3 of 4 runs)'
+    assert report['spread']({0: {'top1': 40.}}, 'top1', 1) == '40.0'
 
 
 def test_commands_for_a_gpu_are_taken(fake):
@@ -140,7 +177,7 @@ def test_tables_in_the_repository_are_those_of_its_logs_and_commands(fake, table
     """The README shows the tables that the logs give; the logs are of the commands that the scripts would run now."""
     folder, readme = RESULTS / 'cpu', (ROOT / 'README.md').read_text()
     text = (folder / f'{table}.md').read_text()
-    assert 'not run' not in text
+    assert 'Not run' not in text
     for line in text.splitlines():
         assert not line.startswith('|') or line in readme, line
     shutil.copytree(folder, fake / 'scripts' / 'results' / 'cpu')

@@ -13,7 +13,7 @@ MODULES = {
     'metrics': ('AverageMeter', 'accuracy', 'check_finite', 'knn_accuracy', 'ood_metrics', 'ood_report'),
     'options': ('UserError', 'defaults', 'evaluation_options', 'parse', 'run'),
     'runs': ('Run', 'log', 'progress'),
-    'teachers': ('load_teacher', 'read_teacher'),
+    'teachers': ('load_classifier', 'load_teacher', 'read_teacher'),
     'training': ('autocast', 'forward', 'forward_all', 'keep_freed_memory', 'learning_rate', 'pieces_of', 'prepare',
                  'release_freed_memory', 'seed_step', 'set_device', 'set_learning_rate', 'set_optimizer',
                  'set_warmup', 'update'),

@@ -60,7 +60,20 @@ def read_teacher(opt):
 def load_teacher(checkpoint, opt, classes):
     """The teacher of read_teacher's checkpoint for pictures of these classes, on opt.device, spread over the GPUs.
 
-    A checkpoint of main_ce.py or main_linear.py tells what network it holds; any other must hold the parameters of
+    Raises UserError as load_classifier.
+    """
+    teacher = load_classifier(checkpoint, opt, classes)
+    log(f"{checkpoint['file']}: {teacher.kind} as teacher")
+    # It learns nothing, so reduced precision costs only the rounding of its logits; a GPU is much faster with it.
+    teacher.precision = precision(opt, opt.amp or opt.device == 'cuda' and torch.cuda.is_bf16_supported(False))
+    return spread(teacher, opt)
+
+
+def load_classifier(checkpoint, opt, classes):
+    """A frozen classifier for pictures of these classes, on opt.device.
+
+    checkpoint: {'file': its name, 'opt': the options of its run or {}, 'model': its parameters, 'classes': their names
+    or None}. One of main_ce.py or main_linear.py tells what network it holds; any other must hold the parameters of
     timm's --teacher_kind, with the stem of --stem, trained on pictures with the statistics of this run. Raises
     UserError where it does not fit.
     """
@@ -79,10 +92,8 @@ def load_teacher(checkpoint, opt, classes):
     load_parameters(classifier, state, file)
     teacher = Teacher(classifier, recorded.get('mean') or opt.mean, recorded.get('std') or opt.std, opt.mean, opt.std)
     _try(teacher, opt, len(classes), f'{file}: the teacher {kind}')
-    log(f"{file}: {kind} as teacher")
-    # It learns nothing, so reduced precision costs only the rounding of its logits; a GPU is much faster with it.
-    teacher.precision = precision(opt, opt.amp or opt.device == 'cuda' and torch.cuda.is_bf16_supported(False))
-    return spread(teacher.to(opt.device, memory_format=torch.channels_last), opt)
+    teacher.kind = kind
+    return teacher.to(opt.device, memory_format=torch.channels_last)
 
 
 def _ours(recorded, state, num_classes, opt):

@@ -1,39 +1,51 @@
 #!/usr/bin/env bash
-# Table 2: the three experiments with synthetic pictures (../mvip_experiments.sh) on CIFAR-10, and experiment 2 with as many
-# steps as experiment 3 has, whose hard negatives make its epochs longer.
-#   bash scripts/results/hard_negatives.sh --budget cpu  100 pictures of each class, 16 of them with synthetic ones
+# Table 2: the three experiments with synthetic pictures (../mvip_experiments.sh) on CIFAR-10, with as many steps in each, so
+# that only the pictures differ. Out-of-distribution detection is measured on ood pictures that are made of other pictures
+# than those of pretraining.
+#   bash scripts/results/hard_negatives.sh --budget cpu  100 pictures of each class, 16 of them with 4 synthetic ones each
 #   bash scripts/results/hard_negatives.sh --budget gpu  1,000 of each class, 160 of them; `timeout 9m bash ...` for parts
 # Options, and what is written where: rows.sh. A seed draws the pictures, the synthetic ones made of them, weights and views.
 source "$(dirname "$0")/rows.sh"
 
-if [ $budget = cpu ]; then
-    seeds='0 1 2' count=100 sources=16 epochs=80 more_epochs=111          # 80 * 2280 / 1640
-    data=$cifar_small train=$train_small linear=$linear_small
+experiments='1-real 2-id 3-id-ood'
+if [ $budget = cpu ]; then              # epochs of pretraining and of the linear stage, for 1000, 1640 and 2280 pictures
+    seeds='0 1 2' count=100 sources=16 epochs=(182 111 80) linear_epochs=(49 30 30)
+    data=$cifar_small train=$train_small linear=${linear_small#--epochs 30 }
 else
-    seeds=0 count=1000 sources=160 epochs=60 more_epochs=83               # 60 * 22800 / 16400
+    seeds=0 count=1000 sources=160 epochs=(46 28 20) linear_epochs=(16 10 10)
     data="$cifar --samples_per_class 1000 --model resnet18 --amp"
-    train='--batch_size 256 --lr 0.2 --cosine --warm' linear='--epochs 20 --batch_size 256 --lr 1 --cosine --no_warm'
+    train='--batch_size 256 --lr 0.2 --cosine --warm' linear='--batch_size 256 --lr 1 --cosine --no_warm'
 fi
 
-synthetic() {       # seed: make the pictures, unless they are there
-    local made=data/augs/$runs-$1
-    [ -d "$made" ] && return
-    rm -rf "$made-partial"
+make_augs() {       # seed of the pictures, names of the folders, where
     python scripts/make_augs.py $pictures --samples_per_class $count --per_class $sources --seed "$1" \
-        --aug_root data/augs --aug_output_name "$runs-$1-partial"
-    mv "$made-partial" "$made"
+        --aug_name_id "$2" --aug_name_ood "$3" --aug_root data/augs --aug_output_name "$4"
 }
 
-experiment() {      # name, seed, --aug_mode of pretraining, of the linear stage, epochs of pretraining
-    local augs="$data --aug_root data/augs --aug_output_name $runs-$2 --aug_name_id augs-id --aug_name_ood augs-ood"
-    pretrained "$1" "$2" "$augs" "--epochs $5 $train --temp 0.1 --aug_mode $3" "$linear --aug_mode $4"
+synthetic() {       # seed: make the pictures, unless they are there or no row needs them
+    local experiment folder=$(augs_of "$1")
+    for experiment in $experiments; do
+        if [ ! -e "$into/$table/$experiment-$1.log" ] && [ ! -d "data/augs/$folder" ]; then
+            rm -rf "data/augs/$folder-partial"
+            make_augs "$1" augs-id augs-ood "$folder-partial"
+            make_augs $(($1 + 1000)) new-id new-ood "$folder-partial"
+            mv "data/augs/$folder-partial" "data/augs/$folder"
+        fi
+    done
 }
 
+augs_of() { echo "$runs-$1-$(cksum <<< "$pictures $count $sources" | cut -d ' ' -f 1)"; }
+
+experiment() {      # name, seed, --aug_mode of pretraining, of the linear stage, epochs of both
+    local augs="$data --aug_root data/augs --aug_output_name $(augs_of "$2") --aug_name_id augs-id"
+    pretrained "$1" "$2" "$augs" "--epochs $5 $train --temp 0.1 --aug_mode $3 --aug_name_ood augs-ood" \
+        "--epochs $6 $linear --aug_mode $4 --aug_name_ood new-ood"
+}
+
+for seed in $seeds; do synthetic $seed; done
 for seed in $seeds; do
-    synthetic $seed
-    experiment 1-real $seed none none $epochs
-    experiment 2-id $seed with_id with_id $epochs
-    experiment 3-id-ood $seed with_both with_id $epochs
-    experiment 2-id-steps $seed with_id with_id $more_epochs
+    experiment 1-real $seed none none ${epochs[0]} ${linear_epochs[0]}
+    experiment 2-id $seed with_id with_id ${epochs[1]} ${linear_epochs[1]}
+    experiment 3-id-ood $seed with_both with_id ${epochs[2]} ${linear_epochs[2]}
 done
 finish

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Accuracy of SupCon and cross-entropy against the number of labelled pictures of each class, with the same number of steps.
 #   bash scripts/results/labels.sh --budget cpu          10 to 250 pictures of each class of CIFAR-10, 2,400 steps
-#   bash scripts/results/labels.sh --budget gpu          50 to 5,000 pictures of each class, 2,000 steps of 250 pictures
+#   bash scripts/results/labels.sh --budget gpu          200 to 5,000 pictures of each class, 2,000 steps of 250 pictures
 # Options, and what is written where: rows.sh. A seed draws the pictures, the weights and the views.
 source "$(dirname "$0")/rows.sh"
 
@@ -11,7 +11,7 @@ if [ $budget = cpu ]; then      # pictures of each class : epochs : epochs of wa
 else
     seeds=0 network="$cifar --model resnet18 --amp" train='--batch_size 250 --lr 0.2 --cosine --warm'
     linear='--batch_size 250 --lr 1 --cosine --no_warm'
-    points='50:1000:100:400 200:250:25:100 1000:50:5:20 5000:10:1:4'
+    points='200:250:25:100 1000:50:5:20 5000:10:1:4'
 fi
 
 for seed in $seeds; do

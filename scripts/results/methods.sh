@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# Table 1: cross-entropy, SimCLR, SupCon and GenSCL with the same network, epochs and pictures; top-1 and kNN accuracy.
+# Table 1: cross-entropy, SimCLR, SupCon and GenSCL with the same network, epochs and pictures; top-1 and kNN accuracy; top-1 on
+# damaged pictures; what t-SNE makes of the features.
 #   bash scripts/results/methods.sh --budget cpu         handwritten digits, and CIFAR-10 with 100 pictures of each class
 #   bash scripts/results/methods.sh --budget gpu         CIFAR-10, all pictures; `timeout 9m bash ...`, repeated, in parts
 # Options, and what is written where: rows.sh. A seed draws the pictures of each class, the weights and the views.
 source "$(dirname "$0")/rows.sh"
 
 methods() {         # name, options of data and network, of training the network, of the linear stage
-    local name=$1 data=$2 train=$3 linear=$4 run=output/$runs-$1 seed
+    local name=$1 data=$2 train=$3 linear=$4 seed run
+    local ckpt=output/$runs-$name
     for seed in $seeds; do
         classifier "$name-ce" $seed "$data $train"
+        classifier "$name-ce-sim" $seed "$data $train --augment_policy sim"
         pretrained "$name-simclr" $seed "$data" "$train --method SimCLR --temp 0.5" "$linear"
         pretrained "$name-supcon" $seed "$data" "$train --temp 0.1" "$linear"
         pretrained "$name-supcon-ce" $seed "$data" "$train --temp 0.1 --ce_weight 1" "$linear"
@@ -18,20 +21,21 @@ methods() {         # name, options of data and network, of training the network
     wait            # the classifiers are the teachers
     for seed in $seeds; do
         pretrained "$name-genscl-kd" $seed "$data" "$train --method GenSCL --mix mixup_cutmix --temp 0.1 \
---KD --teacher_path $run-ce/trial=$seed" "$linear"
+--KD --teacher_path $ckpt-ce/trial=$seed" "$linear" "@$name-ce-$seed"
     done
     wait
-    after "$name-features" 0 "scripts/plot_features.py --output $into/$name-features.png --ckpt $run-ce/trial=0/last.ckpt \
-$run-simclr/trial=0/last.ckpt $run-supcon/trial=0/last.ckpt" "$name-ce-0" "$name-simclr-0" "$name-supcon-0"
+    row "$name-features" 0 "@$name-ce-0" "@$name-simclr-0" "@$name-supcon-0" \
+        "scripts/plot_features.py --output $into/$name-features.png \
+--ckpt $ckpt-ce/trial=0/last.ckpt $ckpt-simclr/trial=0/last.ckpt $ckpt-supcon/trial=0/last.ckpt"
     wait
 }
 
 corruptions() {     # name
-    local run seed
+    local seed run
     for seed in $seeds; do
-        for run in $1-ce $1-simclr-linear $1-supcon-linear; do
-            after "${run%-linear}-damaged" $seed "scripts/evaluate.py --ckpt output/$runs-$run/trial=$seed/last.ckpt \
---corruptions --max_pictures 2000" "${run%-linear}-$seed"
+        for run in $1-ce $1-ce-sim $1-simclr-linear $1-supcon-linear; do
+            row "${run%-linear}-damaged" $seed "@${run%-linear}-$seed" \
+                "scripts/evaluate.py --ckpt output/$runs-$run/trial=$seed/last.ckpt --corruptions --max_pictures 2000"
         done
     done
 }
@@ -41,11 +45,10 @@ if [ $budget = cpu ]; then
     methods digits '--dataset digits --model resnet18 --width 0.25' '--epochs 40 --batch_size 128 --lr 0.1 --cosine --warm' \
         '--epochs 20 --batch_size 128 --lr 1 --cosine --no_warm'
     methods cifar "$cifar_small" "--epochs 150 $train_small" "$linear_small"
-    corruptions cifar
 else
     seeds=0
     methods cifar "$cifar --model resnet18 --amp" '--epochs 20 --batch_size 512 --lr 0.3 --cosine --warm' \
         '--epochs 10 --batch_size 512 --lr 1 --cosine --no_warm'
-    corruptions cifar
 fi
+corruptions cifar
 finish

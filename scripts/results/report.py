@@ -1,9 +1,10 @@
-"""Make a table, and its figures, of the logs that its rows have left.
+"""Make a table, and its figures, of the logs that its rows have left. Called by `finish` of rows.sh:
 
-    python scripts/results/report.py methods|hard_negatives|stability|labels scripts/results/cpu
+    python scripts/results/report.py <table> <folder> <file> NAME-SEED...
 
-Writes <folder>/<table>.md and figures beside it, from <folder>/<table>/NAME-SEED.log alone, and prints the table. What
-has not been run is told, never filled in.
+Reads <folder>/<table>/NAME-SEED.log of the rows that are named, but for those in the file, which could not be filled;
+writes <folder>/<table>.md and figures beside it, and prints the table. Rows without a log are named below it; nothing
+is filled in. The spread is the standard deviation over seeds.
 """
 import re
 import sys
@@ -16,62 +17,69 @@ matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402
 
 METHODS = {
-    'ce': 'cross-entropy', 'simclr': 'SimCLR', 'supcon': 'SupCon', 'supcon-ce': 'SupCon with cross-entropy',
-    'supcon-in': 'SupCon, `in` (Eq. 3)', 'genscl-mix': 'GenSCL, mixup-cutmix',
-    'genscl-kd': 'GenSCL, mixup-cutmix, teacher',
+    'ce': 'cross-entropy', 'ce-sim': 'cross-entropy, views of SupCon', 'simclr': 'SimCLR', 'supcon': 'SupCon',
+    'supcon-ce': 'SupCon with cross-entropy', 'supcon-in': 'SupCon, `in` (Eq. 3)',
+    'genscl-mix': 'GenSCL, mixup-cutmix', 'genscl-kd': 'GenSCL, mixup-cutmix, teacher',
 }
 EXPERIMENTS = {
     '1-real': '1 real pictures', '2-id': '2 + id pictures, both stages', '3-id-ood': '3 + ood pictures in pretraining',
-    '2-id-steps': '2 again, with as many steps as 3',
 }
-SETS = {'digits': 'handwritten digits', 'cifar': 'CIFAR-10'}
-COLOURS = {'ce': 'tab:gray', 'simclr': 'tab:orange', 'supcon': 'tab:blue'}
+COLOURS = {'ce': 'tab:gray', 'ce-sim': 'tab:green', 'simclr': 'tab:orange', 'supcon': 'tab:blue'}
 DAMAGES = {'noise': 'Gaussian noise', 'blur': 'Gaussian blur', 'contrast': 'less contrast', 'jpeg': 'JPEG'}
 
 
 def values_of(text):
-    """The numbers of a log: of each kind the last, since a resumed run prints its result again."""
+    """The numbers of a log, of each kind the last, since a resumed run prints its result again; options of training."""
     found = {'top1': re.findall(r'^best accuracy: (\S+)$', text, re.MULTILINE),
              'knn': re.findall(r'kNN accuracy (\S+)$', text, re.MULTILINE),
              'clean': re.findall(r'^top-1 (\S+)$', text, re.MULTILINE)}
     values = {name: float(numbers[-1]) for name, numbers in found.items() if numbers}
-    ood = re.findall(r'^confidence id (\S+) ood (\S+) .* AUROC (\S+) FPR95 (\S+)$', text, re.MULTILINE)
-    if ood:
+    if 'diverged: ' in text:
+        values = {'diverged': True}
+    if ood := re.findall(r'^confidence id (\S+) ood (\S+) .* AUROC (\S+) FPR95 (\S+)$', text, re.MULTILINE):
         values.update(zip(('id', 'ood', 'auroc', 'fpr95'), map(float, ood[-1])))
-    command = text.partition('\n$ ')[2].partition('\n')[0]                 # the first: of training
-    values.update({option: float(value) for option, value in re.findall(r'--(\w+) ([\d.]+)(?= |$)', command)})
     for kind in DAMAGES:
         if line := re.findall(rf'^{kind} ([\d. ]+)$', text, re.MULTILINE):
             values[kind] = [float(number) for number in line[-1].split()]
-    return values
+    command = re.search(r'^\$ (.*)$', text, re.MULTILINE)[1]                    # the first: of training
+    return {**dict(re.findall(r'--(\w+) ([^-\s]\S*)', command)), **values}
 
 
-def read(folder):
-    """All logs of a table: -> {name: {seed: values}}, and the machines that they begin with."""
-    rows, machines = {}, set()
-    for file in sorted(folder.glob('*.log')):
-        name, _, seed = file.stem.rpartition('-')
+def read(folder, names):
+    """The logs of a table: {name: {seed: values}}, the machines that they begin with, and the names without one."""
+    rows, machines, missing = {}, set(), []
+    for name in names:
+        file = folder / f'{name}.log'
+        if not file.exists():
+            missing.append(name)
+            continue
+        row, _, seed = name.rpartition('-')
         text = file.read_text()
-        rows.setdefault(name, {})[int(seed)] = values_of(text)
+        rows.setdefault(row, {})[int(seed)] = values_of(text)
         machines.add(text.partition('\n')[0] + re.search(r', PyTorch [\d.]+', text)[0])
-    return rows, sorted(machines)
+    return rows, sorted(machines), missing
+
+
+def data_of(row):
+    """What a row was trained on, in words."""
+    options = next(iter(row.values()))
+    names = {'path': 'JPEG copies of CIFAR-10', 'cifar10': 'CIFAR-10', 'digits': 'handwritten digits'}
+    limit = options.get('samples_per_class')
+    return names[options['dataset']] + (f', {limit} of each class' if limit else '')
 
 
 def spread(row, name, digits=2):
     """Mean and standard deviation over the seeds, as text."""
-    values = [values[name] for values in (row or {}).values() if name in values]
+    values = [values[name] for values in row.values() if name in values]
     if not values:
-        return 'not run'
-    return f'{mean(values):.{digits}f}' + (f' ± {stdev(values):.{digits}f}' if len(values) > 1 else '')
-
-
-def seeds(row, name):
-    return ', '.join(f'{values[name]:.2f}' for _, values in sorted((row or {}).items()) if name in values)
+        return 'diverged' if any('diverged' in values for values in row.values()) else ''
+    text = f'{mean(values):.{digits}f}' + (f' ± {stdev(values):.{digits}f}' if len(values) > 1 else '')
+    return text + (f' ({len(values)} of {len(row)} runs)' if len(values) < len(row) else '')
 
 
 def of_seeds(rows):
     numbers = sorted({seed for row in rows.values() for seed in row})
-    return f'seeds {", ".join(map(str, numbers))}' if len(numbers) > 1 else 'one seed'
+    return f"seed{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
 def save(fig, file):
@@ -82,16 +90,18 @@ def save(fig, file):
 
 def methods(rows, folder):
     lines = []
-    for name, title in SETS.items():
-        part = {method: rows.get(f'{name}-{method}') for method in METHODS}
-        if any(part.values()):
-            lines += ['', f'| {title} | top-1 % | kNN % | top-1 of {of_seeds({m: r for m, r in part.items() if r})} |',
+    for name in ('digits', 'cifar'):
+        part = {method: rows[f'{name}-{method}'] for method in METHODS if f'{name}-{method}' in rows}
+        if part:
+            lines += ['', f'| {data_of(next(iter(part.values())))} | top-1 % | kNN % | top-1 of {of_seeds(part)} |',
                       '|---|---|---|---|']
-            lines += [f"| {METHODS[m]} | {spread(row, 'top1')} | {spread(row, 'knn')} | {seeds(row, 'top1')} |"
-                      for m, row in part.items()]
-    damaged = {method: row for method in COLOURS if (row := rows.get(f'cifar-{method}-damaged'))}
+            lines += [f"| {METHODS[method]} | {spread(row, 'top1')} | {spread(row, 'knn')} | "
+                      + ', '.join(f"{values['top1']:.2f}" if 'top1' in values else 'diverged'
+                                  for _, values in sorted(row.items())) + ' |' for method, row in part.items()]
+    damaged = {method: rows[f'cifar-{method}-damaged'] for method in COLOURS if f'cifar-{method}-damaged' in rows}
     if damaged:
-        lines += ['', '| CIFAR-10, top-1 % | clean | ' + ' | '.join(DAMAGES.values()) + ' |', '|---|---|' + '---|' * 4]
+        lines += ['', '| top-1 %, mean of five strengths | clean | ' + ' | '.join(DAMAGES.values()) + ' |',
+                  '|---|---|' + '---|' * 4]
         for method, row in damaged.items():
             average = {seed: {'clean': values['clean'], **{kind: mean(values[kind]) for kind in DAMAGES}}
                        for seed, values in row.items()}
@@ -116,29 +126,32 @@ def draw_damages(damaged, file):
 
 
 def hard_negatives(rows, folder):
-    lines = [f'| CIFAR-10, {of_seeds(rows)} | top-1 % | confidence id | ood | AUROC | FPR95 |', '|---|' + '---|' * 5]
-    return lines + [f"| {title} | {spread(row, 'top1')} | {spread(row, 'id', 3)} | {spread(row, 'ood', 3)} | "
-                    f"{spread(row, 'auroc')} | {spread(row, 'fpr95')} |"
-                    for name, title in EXPERIMENTS.items() for row in [rows.get(name)]]
+    title = f'{data_of(next(iter(rows.values())))}, {of_seeds(rows)}'
+    lines = [f'| {title} | top-1 % | confidence id | ood | AUROC | FPR95 |', '|---|---|---|---|---|---|']
+    return lines + [f"| {title} | {spread(rows[name], 'top1')} | {spread(rows[name], 'id', 3)} | "
+                    f"{spread(rows[name], 'ood', 3)} | {spread(rows[name], 'auroc')} | {spread(rows[name], 'fpr95')} |"
+                    for name, title in EXPERIMENTS.items() if name in rows]
 
 
 def curves_of(rows, variable, option):
-    """Of the rows METHOD and METHOD-VARIABLE-...: {method: [(value of the option, [top-1 of each seed])]}."""
+    """Of the rows METHOD and METHOD-VARIABLE-...: {method: {value of the option: row}}, by value."""
     curves = {}
     for name, row in rows.items():
         method, _, varied = name.partition('-')
-        points = [values for values in row.values() if option in values and 'top1' in values]
-        if varied.partition('-')[0] in ('', variable) and points:
-            curves.setdefault(method, []).append((points[0][option], [values['top1'] for values in points]))
-    return {method: sorted(curves[method]) for method in ('ce', 'supcon') if method in curves}
+        options = next(iter(row.values()))
+        if varied.partition('-')[0] in ('', variable) and option in options:
+            curves.setdefault(method, {})[float(options[option])] = row
+    return {method: dict(sorted(points.items())) for method, points in curves.items()}
 
 
 def draw_curves(ax, curves, label):
     for method, points in curves.items():
-        x, y = zip(*points)
-        ax.plot(x, list(map(mean, y)), 'o-', ms=4, color=COLOURS[method], label=METHODS[method])
-        ax.fill_between(x, list(map(min, y)), list(map(max, y)), color=COLOURS[method], alpha=0.2, lw=0)
-    ticks = sorted({value for points in curves.values() for value, _ in points})
+        known = {value: accuracies for value, row in points.items()
+                 if (accuracies := [values['top1'] for values in row.values() if 'top1' in values])}
+        ax.plot(known.keys(), list(map(mean, known.values())), 'o-', ms=4, color=COLOURS[method], label=METHODS[method])
+        ax.fill_between(known.keys(), list(map(min, known.values())), list(map(max, known.values())),
+                        color=COLOURS[method], alpha=0.2, lw=0)
+    ticks = sorted({value for points in curves.values() for value in points})
     ax.set_xscale('log')
     ax.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
     ax.minorticks_off()
@@ -146,14 +159,16 @@ def draw_curves(ax, curves, label):
 
 
 def curve_table(curves, label, distance=False):
-    """A table with the values as columns; with distance also of the best from the worst."""
-    ticks = sorted({value for points in curves.values() for value, _ in points})
-    lines = ['', f'| {label} | ' + ' | '.join([*(f'{tick:g}' for tick in ticks), *['best - worst'] * distance]) + ' |',
-             '|---|' + '---|' * (len(ticks) + distance)]
+    """A table with the values as columns; with distance also that of the best from the worst."""
+    ticks = sorted({value for points in curves.values() for value in points})
+    columns = [*(f'{tick:g}' for tick in ticks), *['best - worst'] * distance]
+    lines = ['', f'| top-1 % by {label} | ' + ' | '.join(columns) + ' |', '|---|' + '---|' * len(columns)]
     for method, points in curves.items():
-        means = {value: mean(numbers) for value, numbers in points}
-        cells = [f'{means[tick]:.2f}' if tick in means else 'not run' for tick in ticks]
-        cells += [f'{max(means.values()) - min(means.values()):.2f}'] * distance
+        cells = [spread(points[tick], 'top1') if tick in points else '' for tick in ticks]
+        if distance:
+            means = [mean(values['top1'] for values in row.values()) for row in points.values()
+                     if not any('diverged' in values for values in row.values())]
+            cells.append(f'{max(means) - min(means):.2f}' if len(means) == len(points) else 'diverged')
         lines.append(f'| {METHODS[method]} | ' + ' | '.join(cells) + ' |')
     return lines
 
@@ -161,15 +176,15 @@ def curve_table(curves, label, distance=False):
 def stability(rows, folder):
     variables = {'temperature': curves_of(rows, 'temp', 'temp'), 'batch size': curves_of(rows, 'batch', 'batch_size'),
                  'learning rate': curves_of(rows, 'lr', 'lr')}
-    fig, axes = plt.subplots(1, len(variables), figsize=(3.6 * len(variables), 3.2), sharey=True, layout='constrained',
-                             squeeze=False)
-    for ax, (label, curves) in zip(axes[0], variables.items()):
+    fig, axes = plt.subplots(1, len(variables), figsize=(3.6 * len(variables), 3.2), sharey=True, layout='constrained')
+    lines = ['', f'{data_of(next(iter(rows.values())))}, {of_seeds(rows)}']
+    for ax, (label, curves) in zip(axes, variables.items()):
         draw_curves(ax, curves, label)
-    axes[0, 0].set_ylabel('top-1 %')
-    axes[0, -1].legend(frameon=False, fontsize='small')
+        lines += curve_table(curves, label, distance=True)
+    axes[0].set_ylabel('top-1 %')
+    axes[-1].legend(frameon=False, fontsize='small')
     save(fig, folder / 'stability.png')
-    return [line for label, curves in variables.items()
-            for line in curve_table(curves, f'top-1 %, {label}', distance=True)]
+    return lines
 
 
 def labels(rows, folder):
@@ -179,16 +194,19 @@ def labels(rows, folder):
     ax.set_ylabel('top-1 %')
     ax.legend(frameon=False)
     save(fig, folder / 'labels.png')
-    return curve_table(curves, f'top-1 % ({of_seeds(rows)}), pictures of each class')
+    return curve_table(curves, f'pictures of each class, {of_seeds(rows)}')
 
 
 def main():
-    table, folder = sys.argv[1], Path(sys.argv[2])
-    rows, machines = read(folder / table)
+    table, folder, failures = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]).read_text().split()
+    rows, machines, missing = read(folder / table, [name for name in sys.argv[4:] if name not in failures])
+    missing += failures
     if not rows:
-        sys.exit(f'report.py: error: {folder / table}: no logs in it')
-    lines = TABLES[table](rows, folder)
-    text = '\n'.join([f'`bash scripts/results/{table}.sh`', '', *machines, '', *lines]).replace('\n' * 3, '\n' * 2)
+        sys.exit(f'report.py: error: {folder / table}: no logs of this table in it')
+    lines = [f'`bash scripts/results/{table}.sh`', '', *machines, '', *TABLES[table](rows, folder)]
+    if missing:
+        lines += ['', f"Not run: {', '.join(missing)}"]
+    text = '\n'.join(lines).replace('\n\n\n', '\n\n')
     (folder / f'{table}.md').write_text(text + '\n')
     print(text)
 

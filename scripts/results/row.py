@@ -3,8 +3,8 @@
     python scripts/results/row.py <file>.log 'main_supcon.py --output_name a --trial 0 ...' 'main_linear.py ...'
 
 A log holds machine, versions and date, the runs that were there before, and of each command the words and what its run
-has printed, also before it was stopped and resumed. Nothing is run where the log is there; one of other commands is
-refused.
+has printed, also before it was stopped and resumed. A run whose loss is not finite is a result too: its row ends with
+`diverged`. Nothing is run where the log is there; a log, or an unfinished run, of other commands is refused.
 """
 import datetime
 import os
@@ -12,6 +12,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,16 +26,17 @@ class Failure(Exception):
 
 def machine():
     """Two lines: date, processor and GPU; versions."""
-    info = Path('/proc/cpuinfo')
+    info, gpu, commit = Path('/proc/cpuinfo'), 'no GPU', 'unknown'
     names = re.findall(r'model name\s*: (.*)', info.read_text()) if info.exists() else []
-    gpu = 'no GPU'
     if os.environ.get('CUDA_VISIBLE_DEVICES') != '' and shutil.which('nvidia-smi'):
         import torch  # here, since it takes seconds
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else gpu
-    git = subprocess.run(['git', 'describe', '--always', '--dirty'], capture_output=True, text=True)
+    if shutil.which('git'):
+        git = subprocess.run(['git', 'describe', '--always', '--dirty'], capture_output=True, text=True)
+        commit = git.stdout.strip() or commit
     return [f'{datetime.date.today()}, {os.cpu_count()} cores of {(names or [platform.machine()])[0]}, {gpu}',
-            f'Python {platform.python_version()}, PyTorch {version("torch")}, '
-            f'torchvision {version("torchvision")}, commit {git.stdout.strip() or "unknown"}']
+            f'Python {platform.python_version()}, PyTorch {version("torch")}, torchvision {version("torchvision")}, '
+            f'commit {commit}']
 
 
 def folder_of(command):
@@ -46,14 +48,35 @@ def folder_of(command):
     return Path('output', name, f'trial={trial}')
 
 
-def output_of(command):
-    """Run a command; what it has printed, of a resumed run from its beginning."""
-    done = subprocess.run([sys.executable, *shlex.split(command)], capture_output=True, text=True)
-    if done.returncode:
-        said = done.stderr.strip().splitlines()[-1:]
-        raise Failure(f"{''.join(said)} (exit status {done.returncode} of: python {command})")
+def claim(command):
+    """Make the folder of a command's run, with the command in it; whether it was there. Another command is refused."""
     folder = folder_of(command)
-    return (folder / 'log.txt').read_text() if folder else done.stdout
+    if folder is None:
+        return False
+    file, there = folder / 'command', folder.exists()
+    if there and (not file.exists() or file.read_text() != command):
+        raise Failure(f'{folder} is of another command, expected: delete it, or choose another folder with --into')
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(command)
+    return there
+
+
+def output_of(command, errors):
+    """Run a command: what it has printed, of a resumed run from its beginning, and whether its loss was finite.
+
+    errors: the file that keeps what a command says when it fails.
+    """
+    done = subprocess.run([sys.executable, *shlex.split(command)], capture_output=True, text=True)
+    folder = folder_of(command)
+    output = (folder / 'log.txt').read_text() if folder and (folder / 'log.txt').exists() else done.stdout
+    if not done.returncode:
+        return output, True
+    said = (done.stderr.strip().splitlines() or ['nothing is said'])[-1]
+    if 'expected a finite' in said:
+        return f'{output}diverged: {said}\n', False
+    errors.parent.mkdir(parents=True, exist_ok=True)
+    errors.write_text(f'$ python {command}\n{done.stderr}')
+    raise Failure(f'{errors}: exit status {done.returncode}: {said}')
 
 
 def main():
@@ -62,15 +85,24 @@ def main():
         if re.findall(r'^\$ python (.*)$', log.read_text(), re.MULTILINE) != commands:
             raise Failure(f'{log} is of other commands, expected: delete it, or choose another folder with --into')
         return
-    start = time.time()
+    for number in (signal.SIGINT, signal.SIGTERM):              # the program stops by itself, with a checkpoint
+        signal.signal(number, lambda *_: None)
+    header, start, errors = machine(), time.time(), log.with_suffix('.err')
     print(f'{log.stem}: begins', flush=True)
-    earlier = [str(folder) for folder in map(folder_of, commands) if folder and folder.exists()]
-    parts = [f'$ python {command}\n{output_of(command)}' for command in commands]
+    earlier = [str(folder_of(command)) for command in commands if claim(command)]
+    parts = []
+    for command in commands:
+        output, finite = output_of(command, errors)
+        parts.append(f'$ python {command}\n{output}')
+        if not finite:
+            parts += [f'$ python {command}\nnot run\n' for command in commands[len(parts):]]
+            break
     minutes = f'{(time.time() - start) / 60:.1f} minutes'
     begun = f", begun or finished before: {', '.join(earlier)}" if earlier else ''
+    errors.unlink(missing_ok=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     partial = log.with_suffix('.partial')
-    partial.write_text('\n'.join([*machine(), minutes + begun, '', *parts]))
+    partial.write_text('\n'.join([*header, minutes + begun, '', *parts]))
     os.replace(partial, log)
     print(f'{log.stem}: done in {minutes}', flush=True)
 

@@ -1,11 +1,11 @@
 # Sourced by the tables of this folder. Each is rows: `row NAME SEED COMMAND...` runs the commands of a row, as many rows at
 # once as there are cores (on a GPU one), and writes what they print to <into>/<table>/NAME-SEED.log; a row whose log is
-# there is left alone. `finish` waits for all and makes the table and its figures of the logs.
+# there is left alone. `finish` waits for all and makes the table, and the figures of the logs.
 #   bash scripts/results/<table>.sh --budget cpu|gpu [--data FOLDER] [--into FOLDER] [--with "OPTIONS"]
 # --data: an ImageFolder copy of CIFAR-10 (train/ and test/); default: data/cifar10_jpeg where that is, else the published
-# CIFAR-10, downloaded into data/. --into: logs, table and figures, default scripts/results/<budget>; its name is a part of
-# the runs' names, so that another folder trains everything anew. --with: options for every training command.
-# Stopped by Ctrl-C, or by `timeout 9m bash ...`, a table goes on where it was when the command is repeated.
+# CIFAR-10, downloaded into data/. --into: logs, table and figures, default scripts/results/<budget>; it is a part of the
+# runs' names, so that another folder trains everything anew. Both are relative to the repository. --with: options for every
+# training command. Stopped by Ctrl-C, or by `timeout 9m bash ...`, a table goes on where it was when it is called again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 table=$(basename "$0" .sh) budget='' data='' into='' with=''
@@ -23,24 +23,28 @@ while (($#)); do
     esac
     shift 2
 done
+[[ $into$data != *[[:space:]]* ]] || refuse "--into $into, --data $data: expected folders without spaces in their names"
+into=${into:-scripts/results/$budget}
+runs=results-${into#scripts/results/}   # how the names of the runs begin
+runs=${runs//\//-}
+python -c 'from importlib.util import find_spec as f; import sys
+sys.exit(not all(map(f, ("torch", "torchvision", "sklearn", "matplotlib", "tensorboard_logger", "tqdm", "timm"))))' ||
+    source scripts/env.sh requirements.txt
 case $budget in
     cpu) export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=''       # a thread for each row: the same bits on any number of cores
-         jobs=$(getconf _NPROCESSORS_ONLN) ;;
-    gpu) jobs=1 ;;
+         jobs=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)') ;;
+    gpu) python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || refuse '--budget gpu: no GPU is found'
+         jobs=1 ;;
     *) refuse "--budget '$budget', expected cpu or gpu" ;;
 esac
-python -c 'from importlib.util import find_spec as f; import sys; sys.exit(not all(map(f, ("torch", "sklearn"))))' ||
-    source scripts/env.sh requirements.txt
-[ $budget = cpu ] || python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
-    refuse '--budget gpu: no GPU is found'
-into=${into:-scripts/results/$budget}
-runs=results-$(basename "$into")        # how the names of the runs begin
-[[ $into$data != *[[:space:]]* ]] || refuse "--into $into, --data $data: expected folders without spaces in their names"
-failures=$(mktemp)
-trap 'rm -f "$failures"' EXIT
 
-archive=../shared/data/cifar10_jpeg.tar.xz
-[ -n "$data" ] || [ -d data/cifar10_jpeg ] || [ ! -f $archive ] || { mkdir -p data && tar xJf $archive -C data; }
+archive=../shared/data/cifar10_jpeg.tar.xz      # where it lies beside the repository, it is unpacked
+if [ -z "$data" ] && [ ! -d data/cifar10_jpeg ] && [ -f $archive ]; then
+    unpacked=$(mkdir -p data && mktemp -d data/unpacking.XXXX)
+    tar xJf $archive -C "$unpacked"
+    mv "$unpacked/cifar10_jpeg" data/
+    rmdir "$unpacked"
+fi
 [ -n "$data" ] || [ ! -d data/cifar10_jpeg ] || data=data/cifar10_jpeg
 [ -z "$data" ] || [ -d "$data/train" -a -d "$data/test" ] || refuse "--data $data: expected a folder with train/ and test/"
 pictures=${data:+--dataset path --data_folder $data}
@@ -53,16 +57,29 @@ cifar_small="$cifar --samples_per_class 100 $network_small"
 train_small='--batch_size 64 --lr 0.1 --cosine --warm'
 linear_small='--epochs 30 --batch_size 64 --lr 1 --cosine --no_warm'
 
-declare -A commands_of                  # of rows by NAME-SEED, one in a line
+failures=$(mktemp)
+trap 'rm -f "$failures"' EXIT
+trap 'wait; exit 143' TERM              # programs that are stopped write a checkpoint first
+trap 'wait; exit 130' INT
+names=()                                # of all rows, NAME-SEED
+declare -A commands_of                  # of each, one in a line
 
-row() {             # name, seed, commands
-    commands_of[$1-$2]=$(printf '%s\n' "${@:3}")
+row() {             # name, seed, commands; @NAME-SEED stands for those of another row, which has been waited for
+    local commands=() command
+    for command in "${@:3}"; do
+        case $command in
+            @*) mapfile -t -O ${#commands[@]} commands <<< "${commands_of[${command#@}]}" ;;
+            *) commands+=("$command") ;;
+        esac
+    done
+    names+=("$1-$2")
+    commands_of[$1-$2]=$(printf '%s\n' "${commands[@]}")
     while (($(jobs -rp | wc -l) >= jobs)); do wait -n || true; done
-    { python scripts/results/row.py "$into/$table/$1-$2.log" "${@:3}" || echo "$1-$2" >> "$failures"; } &
+    { python scripts/results/row.py "$into/$table/$1-$2.log" "${commands[@]}" || echo "$1-$2" >> "$failures"; } &
 }
 
-pretrained() {      # name, seed, options of both stages, of pretraining, of the linear stage
-    row "$1" "$2" "main_supcon.py $3 $4 $(of_run "$1" "$2")" \
+pretrained() {      # name, seed, options of both stages, of pretraining, of the linear stage; rows that come first
+    row "$1" "$2" "${@:6}" "main_supcon.py $3 $4 $(of_run "$1" "$2")" \
         "main_linear.py $3 --ckpt output/$runs-$1/trial=$2/last.ckpt $5 $(of_run "$1-linear" "$2")"
 }
 
@@ -70,18 +87,13 @@ classifier() {      # name, seed, options
     row "$1" "$2" "main_ce.py $3 $(of_run "$1" "$2")" "scripts/evaluate.py --ckpt output/$runs-$1/trial=$2/last.ckpt"
 }
 
-after() {           # name, seed, command, rows whose runs it looks at: theirs come first, as they may be elsewhere or deleted
-    local commands=() needed
-    for needed in "${@:4}"; do mapfile -t -O ${#commands[@]} commands <<< "${commands_of[$needed]}"; done
-    row "$1" "$2" "${commands[@]}" "$3"
-}
-
 of_run() { echo "--seed $2 --eval_freq 0 --print_freq 1000 --output_name $runs-$1 --trial $2 --resume$with"; }
 
 finish() {
-    wait
     local status=0
-    python scripts/results/report.py "$table" "$into" || status=1
+    wait
+    sort -o "$failures" "$failures"
+    python scripts/results/report.py "$table" "$into" "$failures" "${names[@]}" || status=1
     [ ! -s "$failures" ] || { echo "$table.sh: error: not filled: $(tr '\n' ' ' < "$failures")" >&2; status=1; }
     exit $status
 }
