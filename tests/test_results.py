@@ -1,9 +1,13 @@
 """The tables of scripts/results: rows that run once, resume and refuse; their numbers; damaged pictures."""
+import os
 import re
 import runpy
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,9 +130,40 @@ def test_rows_of_other_commands_and_failures_are_told(fake):
     done, ran = fill(fake, 'labels', '--with', 'broken', '--into', 'broken')
     assert done.returncode == 1 and 'it broke' in done.stderr and 'not filled: ce-labels-10-0 ' in done.stderr
     assert not list(fake.glob('broken/labels/*.log')) and 'results-broken-' in ran[0]
-    done, ran = fill(fake, 'labels', '--into', 'elsewhere')
-    assert done.returncode == 0 and all('results-elsewhere-' in line for line in ran)       # everything anew
-    assert (fake / 'elsewhere' / 'labels.md').exists()
+    done, ran = fill(fake, 'labels', '--into', 'else/where', '--only', 'supcon-*-0')
+    assert done.returncode == 0 and all('results-else-where-supcon' in line for line in ran)        # everything anew
+    assert '| SupCon |' in (fake / 'else' / 'where' / 'labels.md').read_text() and len(ran) == 2 * 5
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_table_that_is_stopped_waits_for_checkpoints_and_goes_on(fake, number):
+    """As `timeout` and Ctrl-C stop it: with a signal to the whole process group."""
+    waits = '''
+import signal, sys, time
+from pathlib import Path
+def save(number, frame):
+    time.sleep(0.5)
+    Path('saved').touch()
+    sys.exit(128 + number)
+if not Path('saved').exists():
+    signal.signal(signal.SIGTERM, save)
+    signal.signal(signal.SIGINT, save)
+    Path('waits').touch()
+    time.sleep(60)
+'''
+    (fake / 'main_ce.py').write_text(waits + FAKE)
+    command = ['bash', 'scripts/results/labels.sh', '--budget', 'cpu', '--only', 'ce-labels-10-0']
+    environment = {**os.environ, 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
+    process = subprocess.Popen(command, cwd=fake, env=environment, start_new_session=True, stderr=subprocess.PIPE)
+    while not (fake / 'waits').exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and (fake / 'saved').exists() and b'the same command goes on' in said
+    assert not list(fake.glob('scripts/results/cpu/labels/*'))
+    assert shell(command, fake).returncode == 0
+    assert [file.name for file in fake.glob('scripts/results/cpu/labels/*')] == ['ce-labels-10-0.log']
 
 
 @pytest.mark.parametrize('arguments, words', [

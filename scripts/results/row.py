@@ -19,6 +19,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+STOPPED = {code for number in (signal.SIGINT, signal.SIGTERM) for code in (-number, 128 + number)}
+
 
 class Failure(Exception):
     """Why a row is not filled, in one line."""
@@ -67,6 +69,8 @@ def output_of(command, errors):
     errors: the file that keeps what a command says when it fails.
     """
     done = subprocess.run([sys.executable, *shlex.split(command)], capture_output=True, text=True)
+    if done.returncode in STOPPED:
+        raise Failure('stopped; the same command goes on')
     folder = folder_of(command)
     output = (folder / 'log.txt').read_text() if folder and (folder / 'log.txt').exists() else done.stdout
     if not done.returncode:
@@ -85,13 +89,16 @@ def main():
         if re.findall(r'^\$ python (.*)$', log.read_text(), re.MULTILINE) != commands:
             raise Failure(f'{log} is of other commands, expected: delete it, or choose another folder with --into')
         return
+    stopped = []
     for number in (signal.SIGINT, signal.SIGTERM):              # the program stops by itself, with a checkpoint
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, lambda *_: stopped.append(True))
     header, start, errors = machine(), time.time(), log.with_suffix('.err')
     print(f'{log.stem}: begins', flush=True)
     earlier = [str(folder_of(command)) for command in commands if claim(command)]
     parts = []
     for command in commands:
+        if stopped:
+            raise Failure('stopped; the same command goes on')
         output, finite = output_of(command, errors)
         parts.append(f'$ python {command}\n{output}')
         if not finite:

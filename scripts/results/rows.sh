@@ -1,14 +1,15 @@
 # Sourced by the tables of this folder. Each is rows: `row NAME SEED COMMAND...` runs the commands of a row, as many rows at
 # once as there are cores (on a GPU one), and writes what they print to <into>/<table>/NAME-SEED.log; a row whose log is
 # there is left alone. `finish` waits for all and makes the table, and the figures of the logs.
-#   bash scripts/results/<table>.sh --budget cpu|gpu [--data FOLDER] [--into FOLDER] [--with "OPTIONS"]
+#   bash scripts/results/<table>.sh --budget cpu|gpu [--data FOLDER] [--into FOLDER] [--only PATTERN] [--with "OPTIONS"]
 # --data: an ImageFolder copy of CIFAR-10 (train/ and test/); default: data/cifar10_jpeg where that is, else the published
 # CIFAR-10, downloaded into data/. --into: logs, table and figures, default scripts/results/<budget>; it is a part of the
-# runs' names, so that another folder trains everything anew. Both are relative to the repository. --with: options for every
-# training command. Stopped by Ctrl-C, or by `timeout 9m bash ...`, a table goes on where it was when it is called again.
+# runs' names, so that another folder trains everything anew. Both are relative to the repository. --only: rows whose NAME-SEED
+# matches, such as '*-0'. --with: options for every training command. Stopped by Ctrl-C, or by `timeout 9m bash ...`, a table
+# goes on where it was when it is called again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-table=$(basename "$0" .sh) budget='' data='' into='' with=''
+table=$(basename "$0" .sh) budget='' data='' into='' only='*' with=''
 
 refuse() { echo "$table.sh: error: $1" >&2; exit 2; }
 
@@ -18,8 +19,9 @@ while (($#)); do
         --budget) budget=$2 ;;
         --data) data=${2%/} ;;
         --into) into=${2%/} ;;
+        --only) only=$2 ;;
         --with) with=" $2" ;;
-        *) refuse "$1: unknown, expected --budget, --data, --into or --with" ;;
+        *) refuse "$1: unknown, expected --budget, --data, --into, --only or --with" ;;
     esac
     shift 2
 done
@@ -72,10 +74,11 @@ row() {             # name, seed, commands; @NAME-SEED stands for those of anoth
             *) commands+=("$command") ;;
         esac
     done
-    names+=("$1-$2")
     commands_of[$1-$2]=$(printf '%s\n' "${commands[@]}")
+    [[ $1-$2 == $only ]] || return 0
+    names+=("$1-$2")
     while (($(jobs -rp | wc -l) >= jobs)); do wait -n || true; done
-    { python scripts/results/row.py "$into/$table/$1-$2.log" "${commands[@]}" || echo "$1-$2" >> "$failures"; } &
+    { trap '' INT TERM; python scripts/results/row.py "$into/$table/$1-$2.log" "${commands[@]}" || echo "$1-$2" >> "$failures"; } &
 }
 
 pretrained() {      # name, seed, options of both stages, of pretraining, of the linear stage; rows that come first
