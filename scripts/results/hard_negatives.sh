@@ -14,7 +14,7 @@ if [ $budget = cpu ]; then              # epochs of pretraining and of the linea
 else
     seeds=0 count=1000 sources=160 epochs=(46 28 20) linear_epochs=(16 10 10)
     data="$cifar --samples_per_class 1000 --model resnet18 --amp"
-    train='--batch_size 256 --lr 0.2 --cosine --warm' linear='--batch_size 256 --lr 1 --cosine --no_warm'
+    train='--batch_size 256 --lr 0.2 --cosine --warm' linear='--batch_size 256 --lr 0.1 --cosine --no_warm'
 fi
 
 make_augs() {       # seed of the pictures, names of the folders, where

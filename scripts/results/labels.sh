@@ -6,11 +6,11 @@
 source "$(dirname "$0")/rows.sh"
 
 if [ $budget = cpu ]; then      # pictures of each class : epochs : epochs of warm-up : epochs of the linear stage
-    seeds=0 network="$cifar $network_small" train=$train_small linear='--batch_size 64 --lr 1 --cosine --no_warm'
+    seeds=0 network="$cifar $network_small" train=$train_small linear='--batch_size 64 --lr 0.1 --cosine --no_warm'
     points='10:1200:80:240 25:600:40:120 50:300:20:60 100:150:10:30 250:60:4:12'
 else
     seeds=0 network="$cifar --model resnet18 --amp" train='--batch_size 250 --lr 0.2 --cosine --warm'
-    linear='--batch_size 250 --lr 1 --cosine --no_warm'
+    linear='--batch_size 250 --lr 0.1 --cosine --no_warm'
     points='200:250:25:100 1000:50:5:20 5000:10:1:4'
 fi
 

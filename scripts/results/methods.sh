@@ -43,12 +43,12 @@ corruptions() {     # name
 if [ $budget = cpu ]; then
     seeds='0 1 2'
     methods digits '--dataset digits --model resnet18 --width 0.25' '--epochs 40 --batch_size 128 --lr 0.1 --cosine --warm' \
-        '--epochs 20 --batch_size 128 --lr 1 --cosine --no_warm'
+        '--epochs 20 --batch_size 128 --lr 0.1 --cosine --no_warm'
     methods cifar "$cifar_small" "--epochs 150 $train_small" "$linear_small"
 else
     seeds=0
     methods cifar "$cifar --model resnet18 --amp" '--epochs 20 --batch_size 512 --lr 0.3 --cosine --warm' \
-        '--epochs 10 --batch_size 512 --lr 1 --cosine --no_warm'
+        '--epochs 10 --batch_size 512 --lr 0.1 --cosine --no_warm'
 fi
 corruptions cifar
 finish

@@ -57,7 +57,7 @@ cifar="$pictures${data:+ --cache_dir data/cache}"
 network_small='--size 16 --model resnet18 --width 0.25'
 cifar_small="$cifar --samples_per_class 100 $network_small"
 train_small='--batch_size 64 --lr 0.1 --cosine --warm'
-linear_small='--epochs 30 --batch_size 64 --lr 1 --cosine --no_warm'
+linear_small='--epochs 30 --batch_size 64 --lr 0.1 --cosine --no_warm'
 
 failures=$(mktemp)
 trap 'rm -f "$failures"' EXIT

@@ -11,7 +11,7 @@ if [ $budget = cpu ]; then
     batches='32:0.05 128:0.2 256:0.4' centre=64 rates='0.01 0.03 0.3 1'
 else
     data="$cifar --model resnet18 --amp" train='--epochs 5 --cosine --warm' centre=512
-    linear='--epochs 5 --batch_size 512 --lr 1 --cosine --no_warm'
+    linear='--epochs 5 --batch_size 512 --lr 0.1 --cosine --no_warm'
     batches='128:0.025 256:0.05 1024:0.2 2048:0.4' rates='0.01 0.03 0.3 1'
 fi
 
