@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Accuracy of SupCon and cross-entropy against the number of labelled pictures of each class, with the same number of steps.
+# Accuracy of SupCon and cross-entropy against the number of labelled pictures of each class, with as many steps for each and
+# SupCon's views for both.
 #   bash scripts/results/labels.sh --budget cpu          10 to 250 pictures of each class of CIFAR-10, 2,400 steps
 #   bash scripts/results/labels.sh --budget gpu          200 to 5,000 pictures of each class, 2,000 steps of 250 pictures
 # Options, and what is written where: rows.sh. A seed draws the pictures, the weights and the views.
@@ -20,7 +21,7 @@ for seed in $seeds; do
         options="--epochs $epochs $train --warm_epochs $warm"
         pretrained "supcon-labels-$count" $seed "$network --samples_per_class $count" "$options --temp 0.1" \
             "--epochs $linear_epochs $linear"
-        classifier "ce-labels-$count" $seed "$network --samples_per_class $count $options"
+        classifier "ce-labels-$count" $seed "$network --samples_per_class $count $options --augment_policy sim"
     done
 done
 finish

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Accuracy of SupCon and cross-entropy against temperature, batch size and learning rate, one varied at a time: the paper's
-# claim that SupCon is the more stable of the two. The learning rate follows the batch size.
+# claim that SupCon is the more stable of the two. Both see SupCon's views; the learning rate follows the batch size.
 #   bash scripts/results/stability.sh --budget cpu       CIFAR-10, 100 pictures of each class
 #   bash scripts/results/stability.sh --budget gpu       all pictures, 5 epochs; `timeout 9m bash ...` for parts
 # Options, and what is written where: rows.sh.
@@ -16,7 +16,7 @@ else
 fi
 
 supcon() { pretrained "supcon$1" 0 "$data" "$train --batch_size $2 --lr $3 --temp $4" "$linear"; }
-ce() { classifier "ce$1" 0 "$data $train --batch_size $2 --lr $3"; }
+ce() { classifier "ce$1" 0 "$data $train --batch_size $2 --lr $3 --augment_policy sim"; }
 
 supcon '' $centre 0.1 0.1
 ce '' $centre 0.1
