@@ -154,7 +154,8 @@ if not Path('saved').exists():
     (fake / 'main_ce.py').write_text(waits + FAKE)
     command = ['bash', 'scripts/results/labels.sh', '--budget', 'cpu', '--only', 'ce-labels-10-0']
     environment = {**os.environ, 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
-    process = subprocess.Popen(command, cwd=fake, env=environment, start_new_session=True, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, cwd=fake, env=environment, start_new_session=True, stderr=subprocess.PIPE,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))    # ignored under nohup
     while not (fake / 'waits').exists():
         assert process.poll() is None
         time.sleep(0.05)
