@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from conftest import TINY, close_log
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 
 import main_ce
 import main_linear
@@ -36,6 +38,7 @@ def forked(main, *arguments, before=lambda: None):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     sys.stdout, sys.stderr = open(1, 'w', closefd=False), open(2, 'w', closefd=False)   # noqa: SIM115
     torch.set_num_threads(1)                            # the threads of the parent are not in its copy
+    tqdm.set_lock(threading.RLock())                    # its own: a killed copy would keep a shared one
     code = 1
     try:
         close_log()
