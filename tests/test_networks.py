@@ -1,8 +1,12 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from networks.resnet_big import RESNETS, LinearProbe, ResNet, SupCEResNet, SupConResNet
+from networks.resnet_big import RESNETS, LinearProbe, ResNet, SupCEResNet, SupConResNet, ThinShortcut
 
 
 @pytest.mark.parametrize('name, dim, parameters', [       # parameters of the encoders with the 3x3 stem, in millions
@@ -97,3 +101,27 @@ def test_unknown_settings_are_refused(build):
 
 def test_every_network_is_known():
     assert list(RESNETS) == ['resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnet200']
+
+
+THIN = '''
+import torch
+from networks.resnet_big import ResNet
+network = ResNet("resnet18", width=1 / 16).to(memory_format=torch.channels_last)
+for _ in range(30):
+    images = torch.randn(32, 3, 8, 8).to(memory_format=torch.channels_last)
+    network(images).sum().backward()
+    network.zero_grad()
+'''
+
+
+def test_thin_networks_do_not_corrupt_memory():
+    """As on a CPU without AVX-512, where the gradient of PyTorch's own strided 1x1 convolution wrote beyond its memory."""
+    environment = {**os.environ, 'ONEDNN_MAX_CPU_ISA': 'AVX2', 'PYTHONPATH': '.'}
+    run = subprocess.run([sys.executable, '-c', THIN], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_thin_shortcut_is_the_convolution():
+    shortcut = ThinShortcut(4, 8, 1, 2, bias=False)
+    x = torch.randn(2, 4, 9, 8)
+    torch.testing.assert_close(shortcut(x), F.conv2d(x, shortcut.weight, stride=2))
