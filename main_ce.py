@@ -7,9 +7,9 @@
 Uses all GPUs in CUDA_VISIBLE_DEVICES, or the CPU; in several processes: torchrun --nproc_per_node 8 main_ce.py ...
 Writes output/<run>/trial=<trial>/last.ckpt.
 """
-if __name__ == '__main__':                      # --help does not wait for the imports below, which take seconds
-    from util.options import answer_help
-    answer_help('main_ce', __doc__)
+if __name__ == '__main__':                      # the imports below take seconds, --help and Ctrl-C should not
+    from util.options import answer_early
+    answer_early('main_ce', __doc__)
 
 import time
 
@@ -25,9 +25,14 @@ from util import AverageMeter, log
 
 def parse_option(argv=None):
     opt = util.parse('main_ce', __doc__, argv)
-    opt.output_name = opt.output_name or (
+    name = opt.output_name or (
         f'SupCE_{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}_bsz_{opt.batch_size}'
-        f'_trial_{opt.trial}' + '_cosine' * opt.cosine + '_warm' * opt.warm)
+        f'_trial_{opt.trial}' + '_cosine' * opt.cosine + '_warm' * opt.warm
+        + util.name_suffix('main_ce', opt, ('model',)))
+    if opt.evaluate:
+        last = util.run_folder(name, opt.trial) / 'last.ckpt'
+        opt = util.parse_recorded('main_ce', __doc__, argv, last, util.load_checkpoint(last)['opt'], util.EVALUATION)
+    opt.output_name = name
     if opt.method:
         log(f'--method {opt.method} is not used: this program trains with cross-entropy')
     return opt
@@ -48,6 +53,8 @@ def set_loader(opt, augment=True):
 
 def set_model(opt, classes):
     opt.num_classes = len(classes)
+    if opt.model.startswith('timm/'):
+        log(f'--model {opt.model}: starts from random weights')
     model = SupCEResNet(opt.model, len(classes), size=opt.size, stem=opt.stem, width=opt.width,
                         zero_init=opt.zero_init)
     return util.prepare(model, opt), nn.CrossEntropyLoss(label_smoothing=opt.label_smoothing, reduction='none')
@@ -84,7 +91,7 @@ def train(train_loader, model, criterion, optimizer, epoch, opt, run):
         run.after_step(epoch, idx + 1, model, optimizer, meters)
     log(f'Train epoch {epoch}, total time {time.time() - start:.2f}, accuracy:{top1.avg:.2f}')
     return {'train_loss': losses.avg, 'train_acc': top1.avg,
-            'pictures_per_second': (losses.count - before) / (time.time() - start)}
+            'pictures_per_second': (losses.count - before) / max(time.time() - start, 1e-9)}
 
 
 def validate(loaders, model, opt):

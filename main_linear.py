@@ -8,11 +8,13 @@
 Uses all GPUs in CUDA_VISIBLE_DEVICES, or the CPU; in several processes: torchrun --nproc_per_node 8 main_linear.py ...
 Writes output/<run>/trial=<trial>/last.ckpt.
 """
-if __name__ == '__main__':                      # --help does not wait for the imports below, which take seconds
-    from util.options import answer_help
-    answer_help('main_linear', __doc__)
+if __name__ == '__main__':                      # the imports below take seconds, --help and Ctrl-C should not
+    from util.options import answer_early
+    answer_early('main_linear', __doc__)
 
+import re
 import time
+from pathlib import Path
 
 from torch import nn
 
@@ -24,15 +26,19 @@ from util import UserError, log
 
 
 def parse_option(argv=None):
-    """The options, and the checkpoint: its network is the default, on the same dataset its size and statistics too."""
-    opt = util.parse('main_linear', __doc__, argv)
-    if (opt.ckpt is None) == (opt.pretrained is None):
+    """The options, and the checkpoint: its network and dataset are the defaults, on the same dataset its size and
+    statistics too."""
+    opt, names = util.parse('main_linear', __doc__, argv), util.DATA
+    if opt.evaluate and opt.output_name:
+        ckpt, names = util.run_folder(opt.output_name, opt.trial) / 'last.ckpt', util.EVALUATION
+    elif (opt.ckpt is None) == (opt.pretrained is None):
         raise UserError('expected the pretrained encoder, either --ckpt FILE or --pretrained NAME')
-    ckpt = opt.ckpt or f'output/{opt.pretrained}/trial={opt.trial}/{opt.pretrained_ckpt}'
+    else:
+        ckpt = opt.ckpt or util.run_folder(opt.pretrained, opt.trial) / opt.pretrained_ckpt
     checkpoint = util.load_checkpoint(ckpt)
     recorded = checkpoint['opt']
-    opt = util.parse('main_linear', __doc__, argv, method=recorded.get('method'))
-    opt.ckpt = ckpt
+    opt = util.parse_recorded('main_linear', __doc__, argv, ckpt, recorded, names, method=recorded.get('method'))
+    opt.ckpt = str(ckpt)
     for name, default in (('model', 'resnet50'), ('stem', 'cifar'), ('width', 1.)):
         known = recorded.get(name, default)
         if getattr(opt, name) is None:
@@ -45,8 +51,19 @@ def parse_option(argv=None):
         opt.split_seed = recorded.get('split_seed')     # held-out pictures must be those that pretraining held out
     opt.output_name = opt.output_name or (
         f'{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}_bsz_{opt.batch_size}'
-        + '_cosine' * opt.cosine + '_warm' * opt.warm)
+        + '_cosine' * opt.cosine + '_warm' * opt.warm
+        + util.name_suffix('main_linear', opt, ('model', 'width', 'stem', 'size')) + f'_of_{encoder_name(opt)}')
     return opt, checkpoint
+
+
+def encoder_name(opt):
+    """What tells the encoder from others in the run's name: output/NAME/trial=0/last.ckpt -> NAME."""
+    file = Path(opt.ckpt)
+    parts = [file.parent.name, file.stem]
+    if file.parent.name.startswith('trial='):
+        trial = file.parent.name.removeprefix('trial=')
+        parts = [file.parent.parent.name, f'trial_{trial}' * (trial != opt.trial), file.stem.removeprefix('last')]
+    return re.sub(r'[^\w.+=,@%-]+', '-', '_'.join(part for part in parts if part))
 
 
 def set_model(opt, checkpoint, classes):

@@ -8,9 +8,9 @@
 Uses all GPUs in CUDA_VISIBLE_DEVICES, or the CPU; in several processes: torchrun --nproc_per_node 8 main_supcon.py ...
 Writes output/<run>/trial=<trial>/last.ckpt for main_linear.py.
 """
-if __name__ == '__main__':                      # --help does not wait for the imports below, which take seconds
-    from util.options import answer_help
-    answer_help('main_supcon', __doc__)
+if __name__ == '__main__':                      # the imports below take seconds, --help and Ctrl-C should not
+    from util.options import answer_early
+    answer_early('main_supcon', __doc__)
 
 import math
 import time
@@ -34,10 +34,12 @@ def parse_option(argv=None):
     if opt.method == 'GenSCL':
         name = (f'{opt.dataset}_bsz_{opt.batch_size}_' + 'cutout_' * opt.cutout
                 + f'{opt.mix}_{opt.mix_alpha}_' * bool(opt.mix) + f'KD_{opt.KD_alpha}_' * opt.KD
-                + f"{'LARS' if opt.LARS else opt.optim_kind}_lr_{opt.learning_rate}")
+                + f"{'LARS' if opt.LARS else opt.optim_kind}_lr_{opt.learning_rate}"
+                + util.name_suffix('main_supcon', opt, ('mix',)))
     else:
         name = (f'{opt.method}_{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}_bsz_'
-                f'{opt.batch_size}_temp_{opt.temp}_trial_{opt.trial}' + '_cosine' * opt.cosine + '_warm' * opt.warm)
+                f'{opt.batch_size}_temp_{opt.temp}_trial_{opt.trial}' + '_cosine' * opt.cosine + '_warm' * opt.warm
+                + util.name_suffix('main_supcon', opt, ('model',)))
     opt.output_name = opt.output_name or name
     return opt
 
@@ -57,6 +59,8 @@ def set_loader(opt):
 def set_model(opt, classes, teacher_checkpoint=None):
     """The network, with its momentum copy if there is one, the loss, and the teacher of --KD or None."""
     opt.num_classes = len(classes)
+    if opt.model.startswith('timm/'):
+        log(f'--model {opt.model}: starts from random weights')
     model = SupConResNet(opt.model, opt.head, opt.feat_dim, num_classes=len(classes) if opt.ce_weight else 0,
                          head_bn=opt.head_bn, normalize_embedding=opt.normalize_embedding, size=opt.size, stem=opt.stem,
                          width=opt.width, zero_init=opt.zero_init)
@@ -185,7 +189,7 @@ def train(train_loader, model, criterion, optimizer, epoch, opt, run, teacher=No
     log(f'epoch {epoch}, total time {time.time() - start:.2f}')
     return {'loss': losses.avg, 'contrastive_acc': accuracies.avg,
             'collapsed': collapsed.avg == 1,                # always the loss that equal features would have
-            'pictures_per_second': (losses.count - before) / (time.time() - start)}
+            'pictures_per_second': (losses.count - before) / max(time.time() - start, 1e-9)}
 
 
 def validate(memory_loader, val_loader, model, opt):

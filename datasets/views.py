@@ -475,9 +475,11 @@ def compiled_operations(device):
     One by one: the order in which the colours follow each other changes from group to group, and one function for each
     of the 24 orders was no faster.
     """
-    compiled = {name: torch.compile(operation, dynamic=False) for name, operation in OPERATIONS.items()}
     try:
+        compiled = {name: torch.compile(operation, dynamic=False) for name, operation in OPERATIONS.items()}
         compiled['brightness'](torch.zeros(2, 3, 8, 8, device=device), torch.ones(2, device=device))
+    except MemoryError:
+        raise
     except Exception as error:          # of the compiler, of its search for a C++ compiler, of its cache folder
         log(f'Views are drawn without torch.compile, which does not work here ({type(error).__name__})')
         return OPERATIONS

@@ -163,7 +163,8 @@ def test_the_published_pair(call, teacher, tmp_path):
     out = ok(call, main_supcon, '--method', 'GenSCL', '--mix', 'mixup_cutmix', '--KD', '--KD-alpha', '1',
              '--teacher-path', TEACHER, *data, *small)
     assert f'{TEACHER}/last.ckpt: resnet18 as teacher' in out
-    name = 'digits_bsz_1024_mixup_cutmix_1.0_KD_1.0_SGD_lr_0.5'
+    name = 'digits_bsz_1024_mixup_cutmix_1.0_KD_1.0_SGD_lr_0.5'             # with resnet50 of the usual width and size
+    Path('output', name + '_model_resnet18_width_0.0625_size_8').rename(Path('output', name))
     out = ok(call, main_linear, '--pretrained', name, '--augment-policy', 'no', '--amp', *data, '--debug')
     assert f'output/{name}/trial=0/last.ckpt: resnet18 after 1 epochs' in out
     opt = json.loads(next(tmp_path.glob('output/digits_resnet18_*/trial=0/options.json')).read_text())

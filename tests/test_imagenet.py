@@ -490,9 +490,10 @@ def test_export_at_the_end_of_a_run(linear_run):
 
 def test_export_refuses_before_it_trains(refused, tmp_path, monkeypatch):
     monkeypatch.setattr(util.export.importlib.util, 'find_spec', lambda name: None)
+    (tmp_path / 'folder.pth').mkdir()
     for file, words in (('x.pt', 'ends in .pth, .pt2, .onnx'), ('nowhere/x.pth', 'nowhere'),
                         ('x.onnx', 'onnxscript is missing'), ('x' * 300 + '.pth', 'cannot be written'),
-                        ('/proc/x.pth', 'cannot be written')):
+                        ('/proc/x.pth', 'cannot be written'), ('folder.pth', 'found a folder')):
         refused(main_ce.main, *TINY, '--epochs', 1, '--export', file, words=[f'--export {file}', words])
 
 
@@ -507,8 +508,8 @@ def test_evaluation_alone(call, refused, linear_run, tmp_path):
 
 
 def test_evaluation_is_of_the_same_run(call, refused, picture_folder, linear_run):
-    refused(main_linear.main, *DATA, '--pretrained', 'a', '--output_name', 'linear', '--evaluate', '--seed', 3, words=[
-        '--evaluate', '--seed 3, was 0'])
+    out = ok(call, main_linear, *DATA, '--pretrained', 'a', '--output_name', 'linear', '--evaluate', '--seed', 3)
+    assert '--evaluate: not as in output/linear/trial=0/last.ckpt: --seed 3, was 0' in out
     picture_folder('one', {'a': 10, 'b': 10})
     picture_folder('two', {'x': 10, 'y': 10})
     arguments = ['--dataset', 'path', *TINY[2:6], '--epochs', 1, '--mean', '(0.5, 0.5, 0.5)', '--std',

@@ -115,7 +115,7 @@ for _ in range(30):
 
 
 def test_thin_networks_do_not_corrupt_memory():
-    """As on a CPU without AVX-512, where the gradient of PyTorch's own strided 1x1 convolution wrote beyond its memory."""
+    """On a CPU without AVX-512 the gradient of PyTorch's own strided 1x1 convolution wrote beyond its memory."""
     environment = {**os.environ, 'ONEDNN_MAX_CPU_ISA': 'AVX2', 'PYTHONPATH': '.'}
     run = subprocess.run([sys.executable, '-c', THIN], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -153,3 +153,11 @@ def test_wrong_options_are_refused_in_one_line(refused, arguments, words):
 def test_linear_needs_a_checkpoint(refused):
     refused(main_linear.main, words=['--ckpt'])
     refused(main_linear.main, '--ckpt', 'nowhere.pth', words=['nowhere.pth', 'no such checkpoint'])
+
+
+@pytest.mark.parametrize('typed, suggested', [
+    ('--gpu', None), ('--device', None), ('--local_rank', None), ('--batchsize', '--batch_size'), ('--epoch', '--epochs'),
+    ('--learning-rat', '--learning_rate'), ('--temperatur', '--temperature')])
+def test_only_options_of_like_names_are_suggested(refused, call, typed, suggested):
+    refused(main_supcon.main, typed, '0', words=[f'did you mean {suggested}?' if suggested else 'unrecognized'])
+    assert ('did you mean' in call(main_supcon.main, typed, '0')[2]) == bool(suggested)

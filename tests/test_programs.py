@@ -19,6 +19,7 @@ from networks.resnet_big import SupConResNet
 
 LINEAR = ['--dataset', 'digits', '--size', '8', '--max_samples', '96', '--num_workers', '0']
 PRETRAINED = 'output/a/trial=0/last.ckpt'
+SMALL = '_width_0.0625_size_8'                                  # of TINY, in default names
 
 
 def events(folder):
@@ -46,9 +47,10 @@ def test_pretraining_run(call, tmp_path, method):
     status, out, err = call(main_supcon.main, *TINY, '--method', method, '--epochs', 2, '--eval_freq', 1,
                             '--save_freq', 1, '--print_freq', 1, '--temp', 0.1)
     assert status == 0, err
-    folder = tmp_path / f'output/{method}_digits_resnet18_lr_0.05_decay_0.0001_bsz_32_temp_0.1_trial_0/trial=0'
+    folder = tmp_path / f'output/{method}_digits_resnet18_lr_0.05_decay_0.0001_bsz_32_temp_0.1_trial_0{SMALL}/trial=0'
     assert {file.name.split('.tfevents')[0] for file in folder.iterdir()} == {
-        'last.ckpt', 'ckpt_epoch_1.ckpt', 'ckpt_epoch_2.ckpt', 'options.json', 'log.txt', 'views.png', 'events.out'}
+        '.lock', 'last.ckpt', 'ckpt_epoch_1.ckpt', 'ckpt_epoch_2.ckpt', 'options.json', 'log.txt', 'views.png',
+        'events.out'}
     number = r'\d+\.\d{3}'
     assert re.search(rf'^Train: \[2\]\[3/3\]\tBT {number} \({number}\)\tDT {number} \({number}\)\t'
                      rf'loss {number} \({number}\)$', out, re.MULTILINE)
@@ -123,7 +125,7 @@ def test_cross_entropy_run(call, tmp_path):
     status, out, err = call(main_ce.main, *TINY, '--epochs', 2, '--method', 'SupCon', '--per_class')
     assert status == 0, err
     assert re.fullmatch(r'best accuracy: \d+\.\d\d', out.splitlines()[-1])
-    folder = tmp_path / 'output/SupCE_digits_resnet18_lr_0.2_decay_0.0001_bsz_32_trial_0/trial=0'
+    folder = tmp_path / 'output/SupCE_digits_resnet18_lr_0.2_decay_0.0001_bsz_32_trial_0_width_0.0625_size_8/trial=0'
     assert {'train_loss', 'train_acc', 'val_loss', 'val_acc', 'learning_rate'} <= set(events(folder).Tags()['scalars'])
     assert 'fc.weight' in parameters(folder / 'last.ckpt')
 
@@ -222,7 +224,7 @@ class Evil:
     ({'model': {'encoder.conv1.weight': torch.zeros(3)}, 'opt': {}}, ['holds another network']),
     ({'model': {3: torch.zeros(3)}}, ['not a checkpoint of these programs']),
     ({'model': {'encoder.conv1.weight': 'text'}}, ['not a checkpoint of these programs']),
-    ({'model': {'encoder.conv1.weight': torch.zeros(3).to_sparse()}}, ['not a checkpoint of these programs']),
+    ({'model': {'encoder.conv1.weight': torch.zeros(3).to_sparse()}}, ['not a readable checkpoint']),
     ({'model': {}, 'opt': 'text'}, ['options are damaged']),
     ({'model': {}, 'opt': {'model': 'resnet19'}}, ['options are damaged', 'resnet19']),
     ({'model': {}, 'opt': {'model': 'resnet18', 'width': -1}}, ['options are damaged', '-1']),
@@ -246,6 +248,104 @@ def test_damaged_checkpoints_are_refused(refused, pretrained, tmp_path):
                 damaged[position] = rng.integers(256)
         (tmp_path / 'x.ckpt').write_bytes(bytes(damaged))
         refused(main_linear.main, *LINEAR, '--ckpt', 'x.ckpt', words=['x.ckpt'])
+
+
+def test_linear_evaluation_finds_the_encoder_s_dataset(call, picture_folder, spy, monkeypatch, tmp_path):
+    """Without --dataset: no download of CIFAR-10 instead."""
+    picture_folder()
+    small = ['--size', 8, '--batch_size', 8, '--num_workers', 0]
+    status, _, err = call(main_supcon.main, *small, '--dataset', 'path', '--data_folder', 'pictures', '--model',
+                          'resnet18', '--width', 0.0625, '--epochs', 1, '--output_name', 'a')
+    assert status == 0, err
+    status, _, err = call(main_linear.main, *small, '--ckpt', PRETRAINED, '--epochs', 1, '--output_name', 'b')
+    assert status == 0, err
+    opt = json.loads((tmp_path / 'output/b/trial=0/options.json').read_text())
+    assert (opt['dataset'], opt['data_folder']) == ('path', 'pictures')
+    for arguments in ([], ['--dataset', 'path', '--data_folder', 'pictures']):
+        opt, _ = main_linear.parse_option(['--ckpt', PRETRAINED, *arguments])
+        assert (opt.dataset, opt.data_folder) == ('path', 'pictures')
+    opt, _ = main_linear.parse_option(['--ckpt', PRETRAINED, '--dataset', 'cifar100'])
+    assert (opt.dataset, opt.data_folder, opt.model, opt.width) == ('cifar100', './data', 'resnet18', 0.0625)
+    (tmp_path / 'pictures').rename(tmp_path / 'moved')
+    status, _, err = call(main_linear.main, '--ckpt', PRETRAINED)
+    assert status == 2 and 'pictures: no such folder' in err
+
+
+def test_recorded_dataset_that_cannot_be_used(refused, pretrained, tmp_path):
+    checkpoint = torch.load(PRETRAINED, weights_only=True)
+    for name, value in (('dataset', 'nothing'), ('mvip_num_classes', 'x'), ('data_folder', '')):
+        dataset = {'dataset': 'path'} if name == 'data_folder' else {}
+        torch.save({**checkpoint, 'opt': {**checkpoint['opt'], **dataset, name: value}}, tmp_path / 'x.ckpt')
+        refused(main_linear.main, '--ckpt', 'x.ckpt', words=['x.ckpt: its recorded options', name])
+
+
+def test_checkpoint_of_cifar_from_another_machine(pretrained, tmp_path):
+    checkpoint = torch.load(PRETRAINED, weights_only=True)
+    checkpoint['opt'].update(dataset='cifar100', data_folder='/nowhere/data')
+    torch.save(checkpoint, tmp_path / 'x.ckpt')
+    opt, _ = main_linear.parse_option(['--ckpt', 'x.ckpt'])
+    assert (opt.dataset, opt.data_folder) == ('cifar100', './data')
+
+
+@pytest.mark.parametrize('program', [main_supcon, main_ce])
+def test_cifar_is_not_downloaded_among_other_files_unasked(refused, picture_folder, tmp_path, program):
+    picture_folder()
+    refused(program.main, '--data_folder', 'pictures', words=['--data_folder pictures', '--dataset path'])
+    (tmp_path / 'pictures' / 'cifar-10-batches-py').mkdir()
+    assert program.parse_option(['--data_folder', 'pictures']).dataset == 'cifar10'
+    assert program.parse_option(['--data_folder', 'new']).dataset == 'cifar10'
+
+
+def test_evaluation_takes_the_options_of_the_run(call, refused, pretrained, tmp_path):
+    """--evaluate needs the run's name alone, whatever rate, batch size and image size it was trained with."""
+    trained = ['--learning_rate', 3, '--batch_size', 48, '--epochs', 1, '--output_name', 'b']
+    status, out, err = call(main_ce.main, *TINY, *trained)
+    assert status == 0, err
+    found = call(main_ce.main, '--output_name', 'b', '--evaluate', '--num_workers', 0)
+    assert found[0] == 0 and re.search(r' \* Acc@1 \S+', out)[0] in found[1] and 'not as in' not in found[1], found
+    status, changed, err = call(main_ce.main, '--output_name', 'b', '--evaluate', '--max_samples', 50, '--size', 16)
+    assert status == 0, err
+    assert '--evaluate: not as in output/b/trial=0/last.ckpt: --size 16, was 8; --max_samples 50, was 96' in changed
+
+    status, out, err = call(main_linear.main, *LINEAR, '--ckpt', PRETRAINED, *trained[:-1], 'c')
+    assert status == 0, err
+    for extra in ([], ['--ckpt', PRETRAINED], ['--pretrained', 'a']):
+        found = call(main_linear.main, *extra, '--output_name', 'c', '--evaluate', '--export', 'c.pth')
+        assert found[0] == 0 and re.search(r' \* Acc@1 \S+', out)[0] in found[1], found
+    assert (tmp_path / 'c.pth').exists()
+    refused(main_ce.main, '--output_name', 'b', '--evaluate', '--width', 1, words=['holds another network'])
+    refused(main_linear.main, '--evaluate', words=['--ckpt FILE or --pretrained NAME'])
+
+
+def test_default_names_tell_runs_apart(call, pretrained):
+    names = [main_supcon.parse_option([*arguments]).output_name for arguments in (
+        [], ['--width', '0.5'], ['--stem', 'imagenet'], ['--size', '64'], ['--head', '64,32'], ['--moco'],
+        ['--ce_weight', '1'], ['--samples_per_class', '9'], ['--method', 'GenSCL'],
+        ['--method', 'GenSCL', '--model', 'resnet18'])]
+    assert len(set(names)) == len(names)
+    assert names[1].endswith('_trial_0_width_0.5') and names[4].endswith('_head_64,32')
+    assert call(main_supcon.main, *TINY, '--epochs', 1, '--output_name', 'b', '--trial', 1, '--save_freq', 1)[0] == 0
+    encoders = [PRETRAINED, 'output/b/trial=1/last.ckpt', 'output/b/trial=1/ckpt_epoch_1.ckpt']
+    names = [main_linear.parse_option(['--dataset', 'digits', '--ckpt', file])[0].output_name for file in encoders]
+    assert [name.partition('_of_')[2] for name in names] == ['a', 'b_trial_1', 'b_trial_1_ckpt_epoch_1']
+    cached = main_linear.parse_option(['--dataset', 'digits', '--ckpt', PRETRAINED, '--cache_features'])[0].output_name
+    assert cached != names[0]
+
+
+@pytest.mark.parametrize('program', [main_supcon, main_ce])
+def test_settings_without_effect_are_printed(call, program):
+    status, out, err = call(program.main, *TINY, '--batch_size', 128, '--epochs', 1, '--warm')
+    assert status == 0, err
+    assert out.count('--batch_size 128: found 96 training pictures') == 1
+    assert 'No warm-up: a run of one epoch is too short' in out and 'over 0 epochs' not in out
+
+
+def test_timm_models_start_from_random_weights(call, refused):
+    status, out, err = call(main_ce.main, *TINY[:2], *TINY[8:], '--size', 32, '--model', 'timm/mobilenetv3_small_050',
+                            '--epochs', 1)
+    assert status == 0, err
+    assert '--model timm/mobilenetv3_small_050: starts from random weights' in out
+    refused(main_ce.main, '--model', 'timm/resnet18.a1_in1k', words=['a1_in1k', 'pretrained', 'random weights'])
 
 
 def test_checkpoint_of_another_architecture(refused, pretrained, tmp_path):

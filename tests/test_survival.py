@@ -6,6 +6,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -442,3 +443,131 @@ def test_the_same_seed_gives_the_same_bits(call, program, extra):
         assert call(program.main, *TINY, *extra, '--epochs', 2, '--output_name', name)[0] == 0
     assert same(states('a'), states('b'))
     assert torch.are_deterministic_algorithms_enabled() == ('--deterministic' in extra)
+
+
+def test_a_kept_checkpoint_is_there_before_the_last_one(call, monkeypatch):
+    """A program that dies between the two writes the kept one again when it resumes."""
+    write, written = util.runs.write_checkpoint, []
+
+    def dies(state, file):
+        if written:
+            raise KeyboardInterrupt
+        written.append(file.name)
+        write(state, file)
+    monkeypatch.setattr(util.runs, 'write_checkpoint', dies)
+    assert call(main_ce.main, *RUN, '--epochs', 2, '--save_freq', 1)[0] == 130
+    monkeypatch.setattr(util.runs, 'write_checkpoint', write)
+    assert call(main_ce.main, *RUN, '--epochs', 2, '--save_freq', 1, '--resume', '--overwrite')[0] == 2
+    assert call(main_ce.main, *RUN, '--epochs', 2, '--save_freq', 1, '--overwrite')[0] == 0
+    assert written == ['ckpt_epoch_1.ckpt']
+    assert {file.name for file in FOLDER.glob('*.ckpt')} == {'ckpt_epoch_1.ckpt', 'ckpt_epoch_2.ckpt', 'last.ckpt'}
+
+
+@pytest.mark.parametrize('rotate', [lambda file: file.unlink(), lambda file: file.rename(file.with_name('old.txt'))])
+def test_a_run_is_held_without_its_log(monkeypatch, refused, tmp_path, rotate):
+    """log.txt removed or rotated while the run is written."""
+    monkeypatch.chdir(tmp_path)
+    child = forked(main_ce.main, *RUN, '--epochs', 100000, '--save_freq', 1000000)
+    try:
+        while not (FOLDER / 'last.ckpt').exists():
+            time.sleep(0.05)
+        os.kill(child, signal.SIGSTOP)
+        rotate(FOLDER / 'log.txt')
+        refused(main_ce.main, *RUN, '--epochs', 100000, '--resume', words=[FOLDER, 'another process is writing'])
+    finally:
+        os.kill(child, signal.SIGKILL)
+        ended(child)
+
+
+@pytest.mark.parametrize('take', [
+    lambda: (FOLDER / '.lock').unlink(), lambda: shutil.rmtree('output'),
+    lambda: (FOLDER.parent.rename('output/moved'), FOLDER.mkdir(parents=True), (FOLDER / '.lock').write_text(''))])
+def test_a_run_whose_folder_is_taken_writes_no_more(call, monkeypatch, take):
+    save = util.Run.save
+
+    def taken(run, epoch, *rest):
+        if epoch == 2:
+            take()
+        return save(run, epoch, *rest)
+    monkeypatch.setattr(util.Run, 'save', taken)
+    status, _, err = call(main_ce.main, *RUN, '--epochs', 3, '--save_freq', 1)
+    assert status == 2 and err.count('\n') == 1 and 'removed or replaced during the run' in err
+    assert not (FOLDER / 'ckpt_epoch_2.ckpt').exists()
+
+
+@pytest.mark.parametrize('how', ['--overwrite', '--resume'])
+@pytest.mark.parametrize('link', [os.link, os.symlink])
+def test_links_in_a_run_s_folder_are_replaced(call, tmp_path, how, link):
+    """A backup of hard links, or links to other places, keep what they have."""
+    assert call(main_ce.main, *RUN, '--epochs', 1)[0] == 0
+    backup = tmp_path / 'backup'
+    backup.mkdir()
+    for file in FOLDER.iterdir():
+        if file.name != '.lock':
+            shutil.copy(file, backup)
+            file.unlink()
+            link(backup / file.name, file)
+    before = {file: file.read_bytes() for file in backup.iterdir()}
+    assert call(main_ce.main, *RUN, '--epochs', 2, how)[0] == 0
+    assert {file: file.read_bytes() for file in backup.iterdir()} == before
+    assert ('epoch 1,' in (FOLDER / 'log.txt').read_text()) and 'epoch 2,' in (FOLDER / 'log.txt').read_text()
+
+
+def test_a_clock_that_stands_still(call, monkeypatch):
+    for program in (main_supcon, main_ce):
+        monkeypatch.setattr(program.time, 'time', lambda: 1e9)
+        assert call(program.main, *TINY, '--epochs', 1, '--output_name', program.__name__)[0] == 0
+
+
+@pytest.mark.parametrize('error', [MemoryError(), np.zeros, RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_memory_that_is_not_enough_is_one_line(call, monkeypatch, error):
+    def fails(*args):
+        if error is np.zeros:
+            np.zeros(2**50)
+        raise error
+    monkeypatch.setattr(main_ce, 'set_model', fails)
+    status, _, err = call(main_ce.main, *RUN)
+    assert status == 2 and err.count('\n') == 1 and 'out of memory: try a smaller --batch_size' in err
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """shell(command, ...): run a program's command line in bash, in an empty folder -> (exit status, stderr)."""
+    root = Path(main_ce.__file__).parent
+
+    def shell(command, **environment):
+        program = f'{sys.executable} {root}/main_ce.py {" ".join(map(str, RUN))} --epochs 2 --print_freq 1'
+        run = subprocess.run(['bash', '-c', f'set -o pipefail; {command.format(program)}'], cwd=tmp_path, text=True,
+                             capture_output=True, env={**os.environ, **environment})
+        return run.returncode, run.stderr
+    return shell
+
+
+@pytest.mark.parametrize('command', ['{} | head -1', '{} >&-', '{} > /dev/full'])
+def test_a_reader_that_leaves_does_not_end_a_run(shell, tmp_path, command):
+    assert shell(command) == (0, '')
+    assert 'best accuracy' in (tmp_path / FOLDER / 'log.txt').read_text()
+
+
+@pytest.mark.parametrize('seconds', [0.3, 1.0])
+def test_ctrl_c_while_the_program_is_imported(tmp_path, seconds):
+    program = subprocess.Popen([sys.executable, main_ce.__file__, *map(str, RUN)], cwd=tmp_path, text=True,
+                               stderr=subprocess.PIPE)
+    time.sleep(seconds)
+    program.send_signal(signal.SIGINT)
+    assert program.communicate()[1] == '' and program.returncode in (-signal.SIGINT, 130)
+    assert not (tmp_path / 'output').exists()
+
+
+def test_compile_that_does_not_work_is_rejected(refused, monkeypatch):
+    def no_compiler(*args, **settings):
+        raise RuntimeError('No working C++ compiler found\nSet TORCHDYNAMO_VERBOSE=1 for more')
+    monkeypatch.setattr(torch, 'compile', no_compiler)
+    refused(main_ce.main, *RUN, '--compile', words=['--compile: torch.compile does not work here (No working C++ comp'])
+
+
+def test_a_compiler_s_cache_that_cannot_be_made(shell, tmp_path):
+    (tmp_path / 'file').write_text('')
+    status, err = shell('{}', TORCHINDUCTOR_CACHE_DIR=f'{tmp_path}/file/x')
+    assert status == 2 and err.count('\n') == 1 and 'TORCHINDUCTOR_CACHE_DIR cannot be made' in err
+    assert not (tmp_path / 'output').exists()

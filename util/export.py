@@ -40,6 +40,8 @@ class Exporter:
             raise UserError(f"--export {self.file}: expected a name that ends in {', '.join(SUFFIXES)}")
         if self.file.suffix == '.onnx' and not importlib.util.find_spec('onnxscript'):
             raise UserError(f'--export {self.file}: the package onnxscript is missing: pip install onnx onnxscript')
+        if os.path.isdir(self.file):
+            raise UserError(f'--export {self.file}: found a folder, expected the name of a file')
         self.partial = self.file.with_name(self.file.name + '.partial')
         self._contents()                                # whatever goes wrong does so before training
         try:

@@ -5,6 +5,7 @@ import importlib.util
 import math
 import os
 import re
+import signal
 import sys
 import time
 import warnings
@@ -19,11 +20,14 @@ class UserError(Exception):
 def run(main):
     """Run a program's main(); a UserError ends it with one line on stderr and exit status 2."""
     warnings.filterwarnings('ignore', module='PIL')             # of pictures that are readable all the same
+    sys.stdout = sys.stdout or open(os.devnull, 'w')            # noqa: SIM115, None where it is closed
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='backslashreplace')       # class names may be any bytes
     from util.distributed import end_processes, leave_processes
     message, status, together = None, 2, False                  # together: all processes end here
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:   # see answer_early
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
         status, together = 0, True
     except SystemExit as stop:
@@ -53,12 +57,20 @@ def run(main):
 def _explained(error):
     """What to tell instead of a traceback; None where that is needed."""
     from util.distributed import lost
-    if isinstance(error, (MemoryError, RuntimeError)):
-        if 'out of memory' in str(error) or 'allocate memory' in str(error):
-            return f'out of memory: try a smaller --batch_size, --size or --model, or --amp ({error})'
-        if lost(error):
-            return f'another process has ended: its own lines tell why ({error})'
+    text = str(error)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and (
+            'out of memory' in text or 'allocate memory' in text)):
+        return 'out of memory: try a smaller --batch_size, --size or --model, or --amp' + f' ({text})' * bool(text)
+    if isinstance(error, RuntimeError) and lost(error):
+        return f'another process has ended: its own lines tell why ({error})'
     return None
+
+
+def silence(stream):
+    """Let a stream whose reader has gone swallow what is still written to it."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def printable(line):
@@ -142,6 +154,10 @@ def loader(text):
 def timm_model(text):
     """A type: the name of a model of timm."""
     import timm
+    name, _, tag = text.partition('.')
+    if tag and timm.is_model(name):
+        raise argparse.ArgumentTypeError(f'found {text!r}: {tag} names pretrained weights, which cannot be loaded, '
+                                         f'expected {name}, with random weights')
     if not timm.is_model(text):
         close = difflib.get_close_matches(text, timm.list_models(), 1)
         raise argparse.ArgumentTypeError(f'found {text!r}, expected the name of a model of timm {timm.__version__}'
@@ -415,18 +431,31 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that refuses in one line."""
 
     def error(self, message):
-        unknown = re.match(r'unrecognized arguments: (--[\w-]+)', message)
-        known = [flag for action in self._actions for flag in action.option_strings]
-        if unknown and (close := difflib.get_close_matches(unknown[1], known, 1)):
-            message += f', did you mean {close[0]}?'
+        unknown = re.match(r'unrecognized arguments: --([\w-]+)', message)
+        known = [flag[2:] for action in self._actions for flag in action.option_strings if flag.startswith('--')]
+        if unknown and (close := difflib.get_close_matches(unknown[1], known, 1, cutoff=0.7)):
+            message += f', did you mean --{close[0]}?'
         raise UserError(message)
 
 
-def answer_help(program, description):
-    """Print the help and end, where the command line asks for it: to be called before the imports that take seconds."""
+def answer_early(program, description):
+    """What comes before the imports that take seconds: until `run` handles it Ctrl-C ends the program without a
+    traceback; --help is printed; a cache folder that PyTorch cannot make, which importing torchvision needs, is an
+    error.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if {'-h', '--help'} & set(sys.argv[1:]):
+        if hasattr(signal, 'SIGPIPE'):
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # main_ce.py --help | head -5
         make_parser(program, description).print_help()
         sys.exit()
+    if cache := os.environ.get('TORCHINDUCTOR_CACHE_DIR'):
+        try:
+            os.makedirs(cache, exist_ok=True)
+        except OSError as error:
+            print(f'{program}.py: error: TORCHINDUCTOR_CACHE_DIR cannot be made ({error})', file=sys.stderr)
+            sys.exit(2)
 
 
 def make_parser(program, description):
@@ -450,22 +479,58 @@ def make_parser(program, description):
     return parser
 
 
-def parse(program, description, argv=None, method=None):
+# Options that decide on which images a network is trained or evaluated, and how these are shown.
+DATA = ('dataset', 'data_folder', 'mvip_super_class', 'mvip_num_classes')
+NETWORK = ('model', 'stem', 'width')
+EVALUATION = (*DATA, 'size', 'mean', 'std', 'max_samples', 'seed', 'aug_mode', 'aug_root', 'aug_output_name',
+              'aug_name_id', 'aug_name_ood', 'aug_ex_id', 'aug_ex_ood', *NETWORK)
+
+
+def as_text(value):
+    """An option's value as on a command line: (0.1, 0.2) -> 0.1,0.2"""
+    return ','.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def as_words(recorded, names):
+    """The options `names` of a checkpoint as words of a command line, where they are checked like any others."""
+    values = {name: recorded.get(name) for name in names}
+    return [f'--{name}={as_text(value)}' for name, value in values.items() if value is not None]
+
+
+def parse_recorded(program, description, argv, file, recorded, names=DATA, method=None):
+    """As `parse`, but the options `names` of the checkpoint `file`, a dict `recorded`, come before other defaults; on
+    another dataset than the recorded one only those of the network."""
+    if recorded.get('dataset') in ('cifar10', 'cifar100') and not os.path.isdir(str(recorded.get('data_folder'))):
+        recorded = {**recorded, 'data_folder': None}            # of another machine: downloaded where it usually is
+    try:
+        opt = parse(program, description, argv, method, as_words(recorded, names))
+        if opt.dataset != recorded.get('dataset'):
+            opt = parse(program, description, argv, method, as_words(recorded, set(names) & set(NETWORK)))
+    except UserError as error:
+        parse(program, description, argv, method)               # whether the command line alone is wrong
+        raise UserError(f'{file}: its recorded options cannot be used here ({error})') from error
+    return opt
+
+
+def parse(program, description, argv=None, method=None, recorded=()):
     """Parse the command line of one of PROGRAMS: -> argparse.Namespace.
 
     `-` and `_` are the same in the name of an option. The defaults are those of `method` (of --method, if that is an
-    option) and of --dataset. Raises UserError for a mistake.
+    option) and of --dataset; `recorded`, words of a command line, come before these. Raises UserError for a mistake.
     """
     parser, column = make_parser(program, description), PROGRAMS.index(program)
     argv = [_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
-    opt = parser.parse_args(argv)
+    words = [*recorded, *argv]
+    opt = parser.parse_args(words)
     defaults = {**METHOD_DEFAULTS.get((program, method or getattr(opt, 'method', None)), {}),
                 **DATASET_DEFAULTS.get(opt.dataset, {})}
     parser.set_defaults(**{name: _of_program(value, column) for name, value in defaults.items()})
-    opt = parser.parse_args(argv)
+    opt = parser.parse_args(words)
     not_given = object()
     given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(opt), not_given)))
     given = {name for name, value in vars(given).items() if value is not not_given}
+    if 'data_folder' in given and 'dataset' not in given and not recorded:
+        _check_download(opt)
     _complete(opt, program, given)
     for name, (needed, values) in NEEDS.items():
         found = getattr(opt, needed, None)
@@ -496,17 +561,81 @@ def known_words(program, argv):
     return words
 
 
+# Options that tell runs apart although the published names of runs do not hold them.
+NAMED = ('model', 'width', 'stem', 'size', 'head', 'moco', 'ce_weight', 'mix', 'augment_policy', 'samples_per_class',
+         'aug_mode', 'cache_features')
+
+
+def name_suffix(program, opt, published=''):
+    """What a run's default name has after its published part: the options in NAMED that are not at their defaults, but
+    for those which the published part holds."""
+    standard = vars(make_parser(program, '').parse_args(['--dataset', opt.dataset]))
+    standard.update({name: _of_program(value, PROGRAMS.index(program))
+                     for name, value in DATASET_DEFAULTS.get(opt.dataset, {}).items()})
+    differing = {name: getattr(opt, name) for name in NAMED
+                 if name not in published and getattr(opt, name, None) != standard.get(name)}
+    parts = [f'_{name}' if value is True else f'_{name}_{as_text(value)}' for name, value in differing.items()]
+    return re.sub(r'[^\w.+=,@%-]+', '-', ''.join(parts))
+
+
 def defaults(**changes):
-    """The options of main_ce.py as they are by default, but for `changes`: for scripts that read pictures."""
+    """The options of main_ce.py as they are by default, but for `changes`: for scripts that read images.
+
+    Raises UserError for the dataset `path` without a data_folder.
+    """
     opt = parse('main_ce', '', [])
     vars(opt).update(changes)
+    if opt.dataset == 'path' and not changes.get('data_folder'):
+        raise UserError('--dataset path: --data_folder is missing, expected a folder of images')
+    opt.data_folder = changes.get('data_folder') or data_folder(opt.dataset)
     return opt
 
 
-def evaluation_options(checkpoint, **changes):
-    """The options of a checkpoint's run, but for `changes` and for what only training needs: for scripts."""
-    return defaults(**{**checkpoint['opt'], 'batch_size': 256, 'loader': 'auto', 'num_workers': 0, 'accum_steps': 1,
-                       'amp': False, 'compile': False, 'syncBN': False, **changes})
+# What evaluation takes from a checkpoint: which images, which network. Where another dataset is given: not the folders.
+EVALUATION = ('dataset', 'data_folder', 'size', 'mean', 'std', 'max_samples', 'samples_per_class', 'seed',
+              'mvip_super_class', 'mvip_num_classes', 'aug_mode', 'aug_root', 'aug_output_name', 'aug_name_id',
+              'aug_name_ood', 'aug_ex_id', 'aug_ex_ood', 'model', 'stem', 'width')
+FOLDERS = ('data_folder', 'aug_mode', 'aug_output_name', 'aug_name_id', 'aug_name_ood')
+DOWNLOADED = {'cifar10': 'cifar-10-batches-py', 'cifar100': 'cifar-100-python'}     # their folders in it
+
+
+def evaluation_options(checkpoint, file, **given):
+    """The options that evaluate a checkpoint's network on the images of its run, but for `given` ones: for scripts.
+
+    Only those that evaluation needs come from the checkpoint, whose name is `file`, each parsed as on a command line.
+    Raises UserError where one of them is wrong.
+    """
+    recorded = {'model': 'resnet50', 'stem': 'cifar', 'width': 1., **checkpoint['opt']}
+    same = given.get('dataset') in (None, recorded.get('dataset'))
+    recorded = {name: recorded[name] for name in EVALUATION if name in recorded and (same or name not in FOLDERS)}
+    try:
+        values = {**recorded, **given, 'batch_size': 256, 'num_workers': 0}
+        opt = parse('main_ce', '', [f'--{name}={_plain(value)}' for name, value in values.items() if value is not None])
+        if same and checkpoint['opt'].get('split_seed') is not None:
+            opt.split_seed = COUNT_OR_ZERO(_plain(checkpoint['opt']['split_seed']))
+    except (UserError, argparse.ArgumentTypeError, ValueError) as error:
+        raise UserError(f'{file}: its recorded options: {error}') from error
+    if opt.dataset in DOWNLOADED and 'data_folder' not in given and not os.path.isdir(
+            os.path.join(opt.data_folder, DOWNLOADED[opt.dataset])):
+        opt.data_folder = data_folder(opt.dataset)          # a file must not choose where a download goes
+    return opt
+
+
+def _plain(value):
+    """A recorded value as a text; ValueError for what no option can be, or what could be of any length."""
+    parts = value[:4] if isinstance(value, (list, tuple)) else [value]
+    text = f'{value}' if all(isinstance(part, (str, int, float)) for part in parts) and len(parts) < 4 else '\0'
+    if '\0' in text or len(os.fsencode(text)) > 4096:
+        raise ValueError(f'found a {type(value).__name__} that is no value of an option')
+    return text
+
+
+def _check_download(opt):
+    """UserError where nobody asked for CIFAR by name, and it would be downloaded into a folder of other things."""
+    names = os.listdir(opt.data_folder) if os.path.isdir(opt.data_folder) else []
+    if opt.dataset == 'cifar10' and names and not any(name.startswith('cifar-10-') for name in names):
+        raise UserError(f'--data_folder {opt.data_folder}: found other files than CIFAR-10, expected --dataset path to '
+                        'train on these, or --dataset cifar10 to download it there')
 
 
 def _of_program(value, column):

@@ -25,13 +25,16 @@ from util.checkpoints import (
     load_checkpoint,
     load_optimizer,
     load_parameters,
+    load_scaler,
     newest_whole_checkpoint,
+    plain_values,
     strip_wrappers,
+    whole_number,
     write_checkpoint,
 )
 from util.distributed import largest, rank
 from util.metrics import AverageMeter
-from util.options import UserError, printable
+from util.options import EVALUATION, UserError, printable, silence
 
 try:
     import fcntl
@@ -49,8 +52,11 @@ class Log:
         if rank():
             return
         line = printable(line)                          # it may hold the name of a file or class
-        tqdm.write(line, file=sys.stdout)               # above the progress bar, where there is one
-        sys.stdout.flush()
+        try:
+            tqdm.write(line, file=sys.stdout)           # above the progress bar, where there is one
+            sys.stdout.flush()
+        except OSError:                                 # a reader that leaves, as `| head -5`, does not end a run
+            silence(sys.stdout)
         self.waiting.append(line)
         if self.file:
             self.open(self.file)
@@ -64,19 +70,41 @@ class Log:
 
 @contextlib.contextmanager
 def writing(file):
-    """A UserError where a file or folder cannot be written."""
+    """A UserError where a file or folder cannot be written, or this process no longer holds the run's folder."""
+    check_locks()
     try:
         yield
     except OSError as error:
         raise UserError(f'{file}: cannot be written ({error})') from error
 
 
+def replace_file(file, content):
+    """Write a file under its name without touching what a link under that name leads to."""
+    partial = file.with_name(f'{file.name}.partial')
+    partial.unlink(missing_ok=True)
+    partial.write_bytes(content)
+    os.replace(partial, file)
+
+
 log = Log()
 
-# The files by which this process holds the folders of its runs. A worker process must not: it may live a little longer.
+# The files .lock by which this process holds the folders of its runs. A worker process must not: it may live a little
+# longer.
 LOCKS = set()
 if fcntl:
-    os.register_at_fork(after_in_child=lambda: [file.close() for file in LOCKS])
+    os.register_at_fork(after_in_child=lambda: [LOCKS.pop().close() for _ in list(LOCKS)])
+
+
+def check_locks():
+    """UserError where a run's folder, or its lock, was removed or replaced: another process may be writing there."""
+    for lock in LOCKS:
+        try:
+            held = os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name))
+        except OSError:
+            held = False
+        if not held:
+            raise UserError(f'{lock.name}: removed or replaced during the run, expected its folder to be left alone')
+
 
 # Options that may differ when a run is resumed; the others decide what the run computes.
 MAY_CHANGE = {'epochs', 'warm_epochs', 'num_workers', 'print_freq', 'save_freq', 'save_steps', 'keep_ckpts',
@@ -100,6 +128,11 @@ def progress(loader, description):
     return tqdm(loader, description, leave=False, dynamic_ncols=True, disable=True if rank() else None)
 
 
+def run_folder(name, trial):
+    """Where a run is written; `/` in a name is from --model timm/<name>."""
+    return Path('output') / name.replace('/', '-') / f'trial={trial}'
+
+
 class Run:
     """The output of one run.
 
@@ -120,13 +153,14 @@ class Run:
     def __init__(self, opt):
         self.opt = opt
         opt.output_name = opt.output_name.replace('/', '-')             # of --model timm/<name>
-        self.folder = Path('output') / opt.output_name / f'trial={opt.trial}'
+        self.folder = run_folder(opt.output_name, opt.trial)
+        opt.output_name = self.folder.parent.name
         self.last = self.folder / 'last.ckpt'
         self.checkpoint, self.lock, self.signal, self.handlers = None, None, 0, {}
         self.step, self.best_acc, self.meters_so_far = 0, 0., {}
         self.seen = self._stamp()
         try:
-            used = self.folder.exists() and any(self.folder.iterdir())
+            used = self.folder.exists() and any(file.name != '.lock' for file in self.folder.iterdir())
             if getattr(opt, 'evaluate', False):
                 self.source = self.last
                 self.checkpoint = load_checkpoint(self.last)
@@ -135,7 +169,7 @@ class Run:
             elif used and not opt.overwrite:
                 raise UserError(f'{self.folder} holds another run, expected --resume to continue it, --overwrite to '
                                 'begin anew, or another --trial or --output_name')
-            if (self.folder / 'log.txt').exists() and not getattr(opt, 'evaluate', False):
+            if (self.folder / '.lock').exists() and not getattr(opt, 'evaluate', False):
                 self._take()
                 self._leave()
         except OSError as error:
@@ -154,7 +188,7 @@ class Run:
         self.source = self.last if self.opt.resume == 'auto' else Path(self.opt.resume)
         if self.opt.resume == 'auto' and not any(self.folder.glob('*.ckpt')):
             return None
-        if used and self.source.resolve().parent != self.folder.resolve():
+        if used and self.source.parent.resolve() != self.folder.resolve():
             raise UserError(f'--resume {self.source}: {self.folder} holds another run, expected a checkpoint of it, or '
                             'another --trial or --output_name')
         try:
@@ -170,7 +204,7 @@ class Run:
         """Keep other processes from writing to the folder, as long as this one lives."""
         if rank() or fcntl is None:
             return
-        self.lock = open(self.folder / 'log.txt', 'a')                  # noqa: SIM115, closed by _leave
+        self.lock = open(self.folder / '.lock', 'a')                    # noqa: SIM115, closed by _leave
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -191,7 +225,12 @@ class Run:
         """Load the checkpoint into model and optimizer, if the run resumes: -> the epoch to go on with."""
         epoch = 0
         if self.checkpoint is not None:
-            changed = self._check_options('--resume')
+            changed = self._changed_options(vars(self.opt).keys() - MAY_CHANGE)
+            if changed:
+                message = f"--resume: {self.source} was begun with other options: {'; '.join(changed)}"
+                if not self.opt.force:
+                    raise UserError(f'{message}; expected the same, or --force')
+                log(message)
             epoch = self._load(model, optimizer)
             if changed and self.step:                   # its steps may have other batches now
                 log(f'--force: epoch {epoch + 1} begins again')
@@ -206,41 +245,44 @@ class Run:
 
     def _load(self, model, optimizer):
         try:
-            epoch, self.step = int(self.checkpoint['epoch']), int(self.checkpoint.get('step', 0))
-            self.best_acc = float(self.checkpoint['best_acc'])
-            self.meters_so_far = {name: (float(total), int(count))
-                                  for name, (total, count) in self.checkpoint.get('meters', {}).items()}
-            if epoch < 0 or self.step < 0:
-                raise ValueError(f'epoch {epoch}, step {self.step}')
+            saved = {name: plain_values(self.checkpoint[name], tensors=name == 'optimizer')
+                     for name in ('epoch', 'step', 'best_acc', 'meters', 'optimizer', 'scaler', 'wandb')
+                     if name in self.checkpoint}
+            epoch, self.step = whole_number(saved['epoch'], 'epoch'), whole_number(saved.get('step', 0), 'step')
+            self.best_acc = float(saved['best_acc'])
+            self.meters_so_far = {name: (float(total), whole_number(count, name))
+                                  for name, (total, count) in saved.get('meters', {}).items()}
+            totals = [total for total, _ in self.meters_so_far.values()]
+            if not 0 <= self.best_acc <= 100 or not all(map(math.isfinite, totals)):
+                raise ValueError(f'best_acc {self.best_acc}, meters {totals}')
+            if not isinstance(saved.get('wandb'), (str, type(None))):
+                raise TypeError('wandb is no text')
             load_parameters(model, self.checkpoint['model'], f'--resume: {self.source}')
-            load_optimizer(optimizer, self.checkpoint['optimizer'])
-            if self.checkpoint.get('scaler'):
-                optimizer.scaler.load_state_dict(self.checkpoint['scaler'])
+            scaler = saved.get('scaler') or {}
+            load_scaler(optimizer.scaler, scaler)
+            # The first steps of float16 may all have been skipped; not every parameter of timm's has gradients.
+            begun = (epoch or self.step) and (saved['optimizer']['state'] or not scaler)
+            optional = {parameter for name, parameter in model.named_parameters() if 'backbone.' in name}
+            load_optimizer(optimizer, saved['optimizer'], begun, optional)
         except UserError:
             raise
         except Exception as error:                      # what is missing or of another kind can raise anything
-            raise UserError(f'--resume: {self.source} is no whole checkpoint of a run ({error!r})') from error
+            raise UserError(f'--resume: {self.source} is no whole checkpoint of a run ({error!r:.300})') from error
         del self.checkpoint['model'], self.checkpoint['optimizer']      # their memory is not needed twice
         return epoch
 
     def load(self, model, classes):
         """Load the parameters of last.ckpt into the model, to evaluate it with the options and classes of the run."""
-        self._check_options('--evaluate')
+        if changed := self._changed_options(EVALUATION):
+            log(f"--evaluate: not as in {self.last}: {'; '.join(changed)}")
         if self.checkpoint.get('classes', classes) != classes:
             raise UserError(f'--evaluate: {self.last} knows other classes than the pictures have')
         load_parameters(model, self.checkpoint['model'], str(self.last))
 
-    def _check_options(self, why):
-        before = plain(self.checkpoint['opt'])
-        changed = [f'--{name} {value}, was {shortened(before.get(name, False))}'
-                   for name, value in plain(vars(self.opt)).items()
-                   if name not in MAY_CHANGE and before.get(name, False if value is True else value) != value]
-        message = f"{why}: {self.source} was begun with other options: {'; '.join(changed)}"
-        if changed and not getattr(self.opt, 'force', False):
-            raise UserError(message + '; expected the same, or --force' * (why == '--resume'))
-        if changed:
-            log(message)
-        return bool(changed)
+    def _changed_options(self, names):
+        before, now = plain(self.checkpoint['opt']), plain(vars(self.opt))
+        return [f'--{name} {now[name]}, was {shortened(before.get(name, False))}' for name in now
+                if name in names and before.get(name, False if now[name] is True else now[name]) != now[name]]
 
     def start(self, classes):
         """Make the folder and what is in it: -> this run, as a context that signals end after the next step."""
@@ -250,26 +292,34 @@ class Run:
         if rank():
             return self
         self.wandb = self._start_wandb() if self.opt.wandb else None
+        try:
+            self._make_folder()
+        except BaseException:
+            self._leave()
+            raise
+        log(f'{self.folder}: tensorboard --logdir output')
+        return self
+
+    def _make_folder(self):
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take()
             if self._stamp() != self.seen:
                 raise UserError(f'{self.folder}: another process has written this run while this one was starting')
-            overwritten = ('*.ckpt', 'events.out.tfevents.*', 'views.png') if self.checkpoint is None else ()
+            overwritten = ('*.ckpt', 'events.out.tfevents.*', 'views.png', 'log.txt') if self.checkpoint is None else ()
             for pattern in ('*.partial', *overwritten):                 # what a killed or an overwritten run left
                 for file in self.folder.glob(pattern):
                     file.unlink()
-            if self.checkpoint is None:
-                (self.folder / 'log.txt').write_text('')
+            lines = self.folder / 'log.txt'
+            replace_file(lines, lines.read_bytes() if lines.is_file() else b'')
             values = {name: 'inf' if value == math.inf else value for name, value in plain(vars(self.opt)).items()}
-            (self.folder / 'options.json').write_text(json.dumps(values, indent=2) + '\n')
-            log.open(self.folder / 'log.txt')
+            replace_file(self.folder / 'options.json', (json.dumps(values, indent=2) + '\n').encode())
+            log.open(lines)
             from tensorboard_logger import tensorboard_logger
-            while any(self.folder.glob(f'events.out.tfevents.{int(time.time())}.*')):
-                time.sleep(0.1)                                         # files are named by the second
+            for _ in range(20):                                         # files are named by the second
+                if any(self.folder.glob(f'events.out.tfevents.{int(time.time())}.*')):
+                    time.sleep(0.1)
             self.events = tensorboard_logger.Logger(str(self.folder), flush_secs=2)
-        log(f'{self.folder}: tensorboard --logdir output')
-        return self
 
     def __enter__(self):
         def remember(number, _):
@@ -314,8 +364,9 @@ class Run:
 
     def save(self, epoch, model, optimizer):
         """Call after each epoch: write last.ckpt, and ckpt_epoch_<N>.ckpt every --save_freq epochs."""
-        keep = epoch % self.opt.save_freq == 0
-        self._write(['last.ckpt'] + [f'ckpt_epoch_{epoch}.ckpt'] * keep, epoch, 0, model, optimizer, {})
+        # The kept one first: a run that is killed between the two writes it again when it resumes.
+        kept = [f'ckpt_epoch_{epoch}.ckpt'] if epoch % self.opt.save_freq == 0 else []
+        self._write([*kept, 'last.ckpt'], epoch, 0, model, optimizer, {})
         self.step = 0
         self._stop(largest(self.signal), epoch)
 
@@ -335,6 +386,7 @@ class Run:
                  'opt': plain(vars(self.opt)), 'classes': self.classes,
                  'wandb': self.wandb.id if self.wandb else (self.checkpoint or {}).get('wandb')}
         for name in names:
+            check_locks()
             write_checkpoint(state, self.folder / name)
         if self.opt.keep_ckpts and len(names) > 1:
             with writing(self.folder):
@@ -370,7 +422,7 @@ class Run:
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, format='png')
         with writing(self.folder):
-            (self.folder / f'{tag}.png').write_bytes(buffer.getvalue())
+            replace_file(self.folder / f'{tag}.png', buffer.getvalue())
         from tensorboard_logger import tensorboard_logger
         summary = tensorboard_logger.summary_pb2.Summary()
         image = summary.Image(encoded_image_string=buffer.getvalue(), height=picture.shape[0], width=picture.shape[1])

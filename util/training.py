@@ -81,6 +81,8 @@ def prepare(model, opt):
     Convolutions are fastest with the channels of a pixel side by side: measured on CPUs, NVIDIA's advice for --amp.
     With several processes, what `forward` gives trains the same network in all of them: its gradients are averaged.
     """
+    if opt.compile:
+        check_compiler(opt.device)
     model.to(opt.device, memory_format=torch.channels_last)
     if getattr(opt, 'syncBN', False) and world_size() > 1:
         synchronized(model, opt.device == 'cuda')
@@ -95,6 +97,16 @@ def prepare(model, opt):
         model.replicas = [DistributedDataParallel(model, find_unused_parameters=opt.model.startswith('timm/'),
                                                   **{BUFFERS: False})]
     return model
+
+
+def check_compiler(device):
+    """UserError where torch.compile does not work: without a C++ compiler, or with a cache that cannot be written."""
+    try:
+        torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.zeros(8, device=device))
+    except Exception as error:                  # of the compiler, of its search for it, of its cache folder
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f'--compile: torch.compile does not work here ({reason}), expected a C++ compiler (g++) and a '
+                        'writable TORCHINDUCTOR_CACHE_DIR, or no --compile') from error
 
 
 def spread(network, opt):
@@ -241,10 +253,12 @@ def seed_step(opt, epoch, step):
 
 def set_warmup(opt):
     """Limit opt.warm_epochs to half of the run; 0 without --warm."""
-    wished = opt.warm_epochs
-    opt.warm_epochs = min(wished, opt.epochs // 2) if opt.warm else 0
-    if opt.warm and opt.warm_epochs < wished:
-        log(f'Warm-up over {opt.warm_epochs} epochs, half of the run, instead of {wished}')
+    requested = opt.warm_epochs
+    opt.warm_epochs = min(requested, opt.epochs // 2) if opt.warm else 0
+    if opt.warm and opt.epochs == 1:
+        log('No warm-up: a run of one epoch is too short')
+    elif opt.warm and opt.warm_epochs < requested:
+        log(f'Warm-up over {opt.warm_epochs} epochs, half of the run, instead of {requested}')
 
 
 def learning_rate(opt, epoch, step=0, steps=1):
