@@ -7,75 +7,10 @@ import os
 import re
 import signal
 import sys
-import time
-import warnings
+
+from util.errors import UserError
 
 PROGRAMS = ('main_supcon', 'main_ce', 'main_linear')
-
-
-class UserError(Exception):
-    """A mistake of the user's, told in one line: which option or file, what was found, what was expected."""
-
-
-def run(main):
-    """Run a program's main(); a UserError ends it with one line on stderr and exit status 2."""
-    warnings.filterwarnings('ignore', module='PIL')             # of pictures that are readable all the same
-    sys.stdout = sys.stdout or open(os.devnull, 'w')            # noqa: SIM115, None where it is closed
-    if hasattr(sys.stdout, 'reconfigure'):
-        sys.stdout.reconfigure(errors='backslashreplace')       # class names may be any bytes
-    from util.distributed import end_processes, leave_processes
-    message, status, together = None, 2, False                  # together: all processes end here
-    try:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:   # see answer_early
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        main()
-        status, together = 0, True
-    except SystemExit as stop:
-        status, together = stop.code, True
-    except UserError as error:
-        message = str(error)
-    except KeyboardInterrupt:
-        status = 130
-    except BaseException as error:
-        message = _explained(error)
-        if message is None:
-            leave_processes(1, traceback=True)
-            raise
-    if together:
-        end_processes()
-    if message:
-        if os.environ.get('RANK', '0') != '0':                  # torchrun ends the others when the first has said it
-            time.sleep(3)
-        line = f"{os.path.basename(sys.argv[0])}: error: {printable(' '.join(message.split()))}"
-        print(line, file=sys.stderr, flush=True)
-    if not together:
-        leave_processes(status)
-    if status:
-        sys.exit(status)
-
-
-def _explained(error):
-    """What to tell instead of a traceback; None where that is needed."""
-    from util.distributed import lost
-    text = str(error)
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and (
-            'out of memory' in text or 'allocate memory' in text)):
-        return 'out of memory: try a smaller --batch_size, --size or --model, or --amp' + f' ({text})' * bool(text)
-    if isinstance(error, RuntimeError) and lost(error):
-        return f'another process has ended: its own lines tell why ({error})'
-    return None
-
-
-def silence(stream):
-    """Let a stream whose reader has gone swallow what is still written to it."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, stream.fileno())
-    os.close(null)
-
-
-def printable(line):
-    """A line without what is none of its characters: control characters, bytes that are no text."""
-    return ''.join(c if c.isprintable() or c == '\t' else c.encode('unicode_escape').decode() for c in line)
 
 
 # Types of values. Text is parsed as data; nothing from an option is ever evaluated.
@@ -126,43 +61,13 @@ def folder_name(text):
     return text
 
 
-def network(text):
-    """A type: resnet50 or resnet-50, or timm/ and the name of a model of timm."""
-    from networks.resnet_big import RESNETS
-    if text.startswith('timm/'):
-        return 'timm/' + timm_model(text[len('timm/'):])
-    name = text.lower().replace('-', '')
-    if name not in RESNETS:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected one of {', '.join(RESNETS)} or timm/<name>")
-    return name
-
-
-def stem(text):
-    """A type: cifar or imagenet."""
-    if text not in ('cifar', 'imagenet'):
-        raise argparse.ArgumentTypeError(f'found {text!r}, expected cifar or imagenet')
-    return text
-
-
-def loader(text):
-    """A type: what --loader auto has chosen."""
-    if text not in ('batched', 'workers'):
-        raise argparse.ArgumentTypeError(f'found {text!r}, expected batched or workers')
-    return text
-
-
-def timm_model(text):
-    """A type: the name of a model of timm."""
-    import timm
-    name, _, tag = text.partition('.')
-    if tag and timm.is_model(name):
-        raise argparse.ArgumentTypeError(f'found {text!r}: {tag} names pretrained weights, which cannot be loaded, '
-                                         f'expected {name}, with random weights')
-    if not timm.is_model(text):
-        close = difflib.get_close_matches(text, timm.list_models(), 1)
-        raise argparse.ArgumentTypeError(f'found {text!r}, expected the name of a model of timm {timm.__version__}'
-                                         + ''.join(f', did you mean {name}?' for name in close))
-    return text
+def one_of(*names):
+    """A type: one of these names."""
+    def parse(text):
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected {' or '.join(names)}")
+        return text
+    return parse
 
 
 def weight_or_inf(text):
@@ -190,27 +95,18 @@ class Switch(argparse.Action):
 
     def __init__(self, option_strings, dest, **settings):
         option_strings = [*option_strings, *(f'--no_{flag[2:]}' for flag in option_strings)]
-        super().__init__(option_strings, dest, nargs=0, default=None, help=settings.get('help'))
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=settings.get('help'))
 
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, not option_string.startswith('--no_'))
 
 
-def dataset(text):
-    """A type: the name of a dataset."""
-    from datasets import DATASETS
-    if text not in DATASETS:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected one of {', '.join(DATASETS)}")
-    return text
-
-
-# The table: group -> rows of (spellings, settings of add_argument, programs that have the option).
-# A default that differs between the programs is a tuple in the order of PROGRAMS; None is explained in the help.
+# The table: group -> rows of (flags, settings of add_argument, programs that have the option).
 SUPCON, CE, LINEAR = (PROGRAMS[:1], PROGRAMS[1:2], PROGRAMS[2:])
-FLAG = {'action': 'store_true'}
+FLAG = {'action': 'store_true', 'default': False}
 OPTIONS = {
     'data': [
-        ('--dataset', dict(type=dataset, default='cifar10', metavar='NAME',
+        ('--dataset', dict(default='cifar10', metavar='NAME',
                            help='digits, cifar10, cifar100, imagenet, path or mvip')),
         ('--data_folder --data_dir', dict(metavar='FOLDER', help='folder of the data; needed by --dataset path; '
                                           'default: ./data, ./data/imagenet, ./data/MVIP/sets')),
@@ -272,11 +168,11 @@ OPTIONS = {
         ('--aug_ex_ood', dict(type=number(int, -1), default=-1, metavar='N', help='the same for the others')),
     ],
     'network': [
-        ('--model', dict(type=network, default=('resnet50', 'resnet50', None), metavar='NAME',
+        ('--model', dict(default='resnet50', metavar='NAME',
                          help='resnet18, 34, 50, 101, 152 or 200, or timm/<name>')),
-        ('--stem', dict(type=stem, default=('cifar', 'cifar', None), metavar='STEM',
+        ('--stem', dict(type=one_of('cifar', 'imagenet'), default='cifar', metavar='STEM',
                         help='cifar: 3x3 convolution; imagenet: 7x7 of stride 2 and max-pool, or as timm has it')),
-        ('--width', dict(type=number(float, 1 / 64, 16), default=(1., 1., None), metavar='FACTOR',
+        ('--width', dict(type=number(float, 1 / 64, 16), default=1., metavar='FACTOR',
                          help='multiplies the channels of every layer')),
         ('--zero_init', dict(FLAG, help='start residual blocks as the identity'), SUPCON + CE),
         ('--head', dict(type=head, default='mlp', metavar='HEAD', help='projection head: mlp, linear, or the sizes '
@@ -320,7 +216,7 @@ OPTIONS = {
         ('--teacher_path', dict(metavar='FOLDER', help="folder of the teacher's checkpoint; needed by --KD"), SUPCON),
         ('--teacher_ckpt', dict(metavar='FILE', help='the checkpoint in it; default: ckpt_best.pth, in a run of '
                                 'main_ce.py last.ckpt'), SUPCON),
-        ('--teacher_kind', dict(type=timm_model, metavar='NAME', help='model of timm that it holds, default: '
+        ('--teacher_kind', dict(metavar='NAME', help='model of timm that it holds, default: '
                                 'efficientnetv2_rw_m; one of main_ce.py or main_linear.py tells itself'), SUPCON),
         ('--ckpt', dict(metavar='FILE', help='checkpoint of the pretrained encoder; needed, or:'), LINEAR),
         ('--pretrained', dict(type=folder_name, metavar='NAME', help='the run output/NAME, of the same --trial, needed '
@@ -331,18 +227,17 @@ OPTIONS = {
                                    help='checkpoint of that run'), LINEAR),
     ],
     'optimization': [
-        ('--epochs', dict(type=COUNT, default=(1000, 500, 100), metavar='N', help='epochs')),
+        ('--epochs', dict(type=COUNT, metavar='N', help='epochs')),
         ('--batch_size', dict(type=number(int, 2, 2**20), default=256, metavar='N',
                               help='pictures in a batch, over all devices')),
-        ('--learning_rate --lr', dict(type=number(float, 0, 1e6, open_low=True), default=(0.05, 0.2, 0.1),
-                                      metavar='LR', help='learning rate')),
+        ('--learning_rate --lr', dict(type=number(float, 0, 1e6, open_low=True), metavar='LR',
+                                      help='learning rate')),
         ('--base_lr', dict(type=number(float, 0, 1e6, open_low=True), metavar='LR', help='learning rate for 256 '
                            'pictures: replaces --lr by LR * batch size / 256; default: --lr')),
         ('--accum_steps', dict(type=COUNT, default=1, metavar='N', help='pieces that a batch goes through the network '
                                'in; the loss is that of the whole batch')),
-        ('--lr_decay_epochs', dict(type=epochs_list, default=('700,800,900', '350,400,450', '60,75,90'),
-                                   metavar='E,E,...', help='after these epochs the rate decays (without --cosine)')),
-        ('--lr_decay_rate', dict(type=number(float, 0, 1), default=(0.1, 0.1, 0.2), metavar='RATE',
+        ('--lr_decay_epochs', dict(type=epochs_list, metavar='E,E,...', help='after these epochs the rate decays (without --cosine)')),
+        ('--lr_decay_rate', dict(type=number(float, 0, 1), default=0.1, metavar='RATE',
                                  help='factor of each decay')),
         ('--cosine --lr_cosine', dict(action=Switch, help='cosine schedule, from LR down to LR * RATE**3')),
         ('--warm --lr_warmup', dict(action=Switch, help='let the rate rise in the first epochs; pretraining and '
@@ -359,7 +254,7 @@ OPTIONS = {
         ('--nesterov', dict(action=Switch, help='Nesterov momentum of SGD')),
         ('--optim_eps', dict(type=POSITIVE, metavar='EPS', help='epsilon of RMSProp and Adam; default: theirs')),
         ('--no_bias_decay', dict(FLAG, help='no weight decay of biases and norms; always so with --LARS')),
-        ('--weight_decay', dict(type=number(float, 0, 1e3), default=(1e-4, 1e-4, 0.), metavar='WD',
+        ('--weight_decay', dict(type=number(float, 0, 1e3), default=1e-4, metavar='WD',
                                 help='weight decay')),
         ('--momentum', dict(type=number(float, 0, 1), default=0.9, metavar='M', help='momentum of SGD and RMSProp')),
         ('--label_smoothing', dict(type=number(float, 0, 1), default=0., metavar='S', help='share of each label that '
@@ -383,7 +278,7 @@ OPTIONS = {
                               'default: after epochs alone')),
         ('--deterministic', dict(FLAG, help='let a GPU compute the same bits every time, as a CPU does anyway; '
                                  'slower')),
-        ('--eval_freq', dict(type=COUNT_OR_ZERO, default=(10, 1, 1), metavar='N',
+        ('--eval_freq', dict(type=COUNT_OR_ZERO, default=1, metavar='N',
                              help='epochs between evaluations (pretraining: kNN accuracy); 0: only after the last')),
         ('--per_class', dict(FLAG, help='print the accuracy of each class'), CE + LINEAR),
         ('--evaluate', dict(FLAG, help="only evaluate the run's last.ckpt"), CE + LINEAR),
@@ -398,8 +293,24 @@ OPTIONS = {
 }
 
 
+# Defaults of a program where they are not those of the table; None: the checkpoint's.
+DEFAULTS = {
+    'main_supcon': {'epochs': 1000, 'learning_rate': 0.05, 'lr_decay_epochs': [700, 800, 900], 'eval_freq': 10},
+    'main_ce': {'epochs': 500, 'learning_rate': 0.2, 'lr_decay_epochs': [350, 400, 450]},
+    'main_linear': {'epochs': 100, 'learning_rate': 0.1, 'lr_decay_epochs': [60, 75, 90], 'lr_decay_rate': 0.2,
+                    'weight_decay': 0., 'model': None, 'stem': None, 'width': None},
+}
+# Those that a method brings; for main_linear the encoder's method. A dataset's are in its row of datasets.DATASETS.
+METHOD_DEFAULTS = {
+    'main_supcon': {'GenSCL': {'epochs': 500, 'batch_size': 1024, 'learning_rate': 0.5, 'temp': 0.1, 'cosine': True,
+                               'warm': True, 'seed': 3407}},
+    'main_ce': {},
+    'main_linear': {'GenSCL': {'batch_size': 512, 'learning_rate': 5., 'warm': True, 'warm_epochs': 5,
+                               'warmup_from': 1e-5, 'seed': 3407}},
+}
+
 # Options that do nothing alone: option -> the option that it needs, and with which values (None: any).
-NEEDS = {
+REQUIRES = {
     **dict.fromkeys(('KD_alpha', 'KD_temp', 'teacher_path', 'teacher_ckpt', 'teacher_kind'), ('KD', None)),
     **dict.fromkeys(('n_holes', 'cutout_length'), ('cutout', None)),
     **dict.fromkeys(('rand_n', 'rand_m'), ('augment_policy', ('rand', 'stacked_rand'))),
@@ -413,19 +324,6 @@ NEEDS = {
     'optim_eps': ('optim_kind', ('RMSProp', 'RMSPropTF', 'Adam', 'AdamW')),
     **dict.fromkeys(('LARS', 'nesterov'), ('optim_kind', ('SGD',))),
 }
-
-METHOD_DEFAULTS = {                         # where they differ; of the encoder's method for main_linear
-    ('main_supcon', 'GenSCL'): {'epochs': 500, 'batch_size': 1024, 'learning_rate': 0.5, 'temp': 0.1, 'cosine': True,
-                                'warm': True, 'seed': 3407},
-    ('main_linear', 'GenSCL'): {'batch_size': 512, 'learning_rate': 5., 'warm': True, 'warm_epochs': 5,
-                                'warmup_from': 1e-5, 'seed': 3407},
-}
-DATASET_DEFAULTS = {                        # where they differ
-    'imagenet': {'stem': ('imagenet', 'imagenet', None)},
-    'mvip': {'epochs': (110, 100, 50), 'batch_size': 16, 'learning_rate': 0.001,
-             'weight_decay': (1e-4, 0., 0.), 'save_freq': 10},
-}
-
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that refuses in one line."""
@@ -458,32 +356,36 @@ def answer_early(program, description):
             sys.exit(2)
 
 
+def options_of(program):
+    """The table's rows for a program: (group, names of the option, settings)."""
+    for group, options in OPTIONS.items():
+        for flags, settings, programs in ((*row, PROGRAMS)[:3] for row in options):
+            if program in programs:
+                yield group, flags.split(), settings
+
+
+def program_defaults(program):
+    """The defaults of a program: {option: value}."""
+    table = {flags[0].lstrip('-'): settings.get('default') for _, flags, settings in options_of(program)}
+    return {**table, **{name: value for name, value in DEFAULTS[program].items() if name in table}}
+
+
 def make_parser(program, description):
-    """The options of one of PROGRAMS, with its defaults: -> Parser."""
+    """The options of one of PROGRAMS: a Parser whose result holds only what is given."""
     parser = Parser(prog=f'{program}.py', description=description, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    column = PROGRAMS.index(program)
-    for title, rows in OPTIONS.items():
-        group = parser.add_argument_group(title)
-        for spellings, settings, programs in ((*row, PROGRAMS)[:3] for row in rows):
-            if program not in programs:
-                continue
-            settings = {**settings, 'default': _of_program(settings.get('default'), column)}
-            if 'action' in settings:
-                del settings['default']
-            if settings.get('default') is not None:
-                settings['help'] += ' (default: %(default)s)'
-            elif title == 'network' and 'action' not in settings:
-                settings['help'] += " (default: the checkpoint's)"
-            group.add_argument(*spellings.split(), **settings)
+                    argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    defaults, groups = program_defaults(program), {}
+    for title, flags, settings in options_of(program):
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        settings, default = {**settings}, defaults[flags[0].lstrip('-')]
+        settings.pop('default', None)
+        if 'action' not in settings and default is not None:
+            settings['help'] += f' (default: {as_text(default)})'
+        elif 'action' not in settings and title == 'network':
+            settings['help'] += " (default: the checkpoint's)"
+        groups[title].add_argument(*flags, **settings)
     return parser
-
-
-# Options that decide on which images a network is trained or evaluated, and how these are shown.
-DATA = ('dataset', 'data_folder', 'mvip_super_class', 'mvip_num_classes')
-NETWORK = ('model', 'stem', 'width')
-EVALUATION = (*DATA, 'size', 'mean', 'std', 'max_samples', 'seed', 'aug_mode', 'aug_root', 'aug_output_name',
-              'aug_name_id', 'aug_name_ood', 'aug_ex_id', 'aug_ex_ood', *NETWORK)
 
 
 def as_text(value):
@@ -491,58 +393,38 @@ def as_text(value):
     return ','.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def as_words(recorded, names):
-    """The options `names` of a checkpoint as words of a command line, where they are checked like any others."""
-    values = {name: recorded.get(name) for name in names}
-    return [f'--{name}={as_text(value)}' for name, value in values.items() if value is not None]
-
-
-def parse_recorded(program, description, argv, file, recorded, names=DATA, method=None):
-    """As `parse`, but the options `names` of the checkpoint `file`, a dict `recorded`, come before other defaults; on
-    another dataset than the recorded one only those of the network."""
-    if recorded.get('dataset') in ('cifar10', 'cifar100') and not os.path.isdir(str(recorded.get('data_folder'))):
-        recorded = {**recorded, 'data_folder': None}            # of another machine: downloaded where it usually is
-    try:
-        opt = parse(program, description, argv, method, as_words(recorded, names))
-        if opt.dataset != recorded.get('dataset'):
-            opt = parse(program, description, argv, method, as_words(recorded, set(names) & set(NETWORK)))
-    except UserError as error:
-        parse(program, description, argv, method)               # whether the command line alone is wrong
-        raise UserError(f'{file}: its recorded options cannot be used here ({error})') from error
-    return opt
-
-
-def parse(program, description, argv=None, method=None, recorded=()):
+def parse(program, description, argv, datasets, method=None, recorded=()):
     """Parse the command line of one of PROGRAMS: -> argparse.Namespace.
 
-    `-` and `_` are the same in the name of an option. The defaults are those of `method` (of --method, if that is an
-    option) and of --dataset; `recorded`, words of a command line, come before these. Raises UserError for a mistake.
+    `-` and `_` are the same in the name of an option. Later ones come before earlier ones: the defaults of the program,
+    of `method` (of --method, if that is an option), of --dataset, a row of `datasets`; the options `recorded`, words of
+    a command line; those given. Raises UserError for a mistake.
     """
-    parser, column = make_parser(program, description), PROGRAMS.index(program)
-    argv = [_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
-    words = [*recorded, *argv]
-    opt = parser.parse_args(words)
-    defaults = {**METHOD_DEFAULTS.get((program, method or getattr(opt, 'method', None)), {}),
-                **DATASET_DEFAULTS.get(opt.dataset, {})}
-    parser.set_defaults(**{name: _of_program(value, column) for name, value in defaults.items()})
-    opt = parser.parse_args(words)
-    not_given = object()
-    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(opt), not_given)))
-    given = {name for name, value in vars(given).items() if value is not not_given}
+    parser = make_parser(program, description)
+    given = vars(parser.parse_args([_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]))
+    recorded = vars(parser.parse_args(list(recorded)))
+    earlier = {**program_defaults(program), **recorded}
+    chosen = {**earlier, **given}                       # before dataset and method have brought their defaults
+    if chosen['dataset'] not in datasets:
+        raise UserError(f"argument --dataset: found {chosen['dataset']!r}, expected one of {', '.join(datasets)}")
+    info = datasets[chosen['dataset']]
+    defaults = {**program_defaults(program), **METHOD_DEFAULTS[program].get(method or chosen.get('method'), {}),
+                **info.defaults.get(program, {}), **recorded}
+    opt = argparse.Namespace(**{**defaults, **given})
     if 'data_folder' in given and 'dataset' not in given and not recorded:
         _check_download(opt)
-    _complete(opt, program, given)
-    for name, (needed, values) in NEEDS.items():
-        found = getattr(opt, needed, None)
-        if needed == 'augment_policy' and found is None:
-            found = 'sim' if program == 'main_supcon' or opt.dataset == 'mvip' else 'no'
-        if name in given and getattr(opt, name) is not False and not (found in values if values else found):
-            expected = f'expected --{needed} {" or ".join(values)}' if values else f'--{needed} is missing'
+    _complete(opt, program, given, info)
+    for name, (required, values) in REQUIRES.items():
+        found = getattr(opt, required, None)
+        if required == 'augment_policy' and found is None:
+            found = 'sim' if program == 'main_supcon' else info.policy
+        if name in given and given[name] is not False and not (found in values if values else found):
+            expected = f'expected --{required} {" or ".join(values)}' if values else f'--{required} is missing'
             raise UserError(f'--{name} has no effect: {expected}' + f', found {found}' * bool(values))
     return opt
 
 
-def known_words(program, argv):
+def filter_args(program, argv):
     """The words of a command line without the options, and their values, that only other programs have.
 
     For launch files, whose options go to several programs. What no program has stays, to be refused.
@@ -561,75 +443,6 @@ def known_words(program, argv):
     return words
 
 
-# Options that tell runs apart although the published names of runs do not hold them.
-NAMED = ('model', 'width', 'stem', 'size', 'head', 'moco', 'ce_weight', 'mix', 'augment_policy', 'samples_per_class',
-         'aug_mode', 'cache_features')
-
-
-def name_suffix(program, opt, published=''):
-    """What a run's default name has after its published part: the options in NAMED that are not at their defaults, but
-    for those which the published part holds."""
-    standard = vars(make_parser(program, '').parse_args(['--dataset', opt.dataset]))
-    standard.update({name: _of_program(value, PROGRAMS.index(program))
-                     for name, value in DATASET_DEFAULTS.get(opt.dataset, {}).items()})
-    differing = {name: getattr(opt, name) for name in NAMED
-                 if name not in published and getattr(opt, name, None) != standard.get(name)}
-    parts = [f'_{name}' if value is True else f'_{name}_{as_text(value)}' for name, value in differing.items()]
-    return re.sub(r'[^\w.+=,@%-]+', '-', ''.join(parts))
-
-
-def defaults(**changes):
-    """The options of main_ce.py as they are by default, but for `changes`: for scripts that read images.
-
-    Raises UserError for the dataset `path` without a data_folder.
-    """
-    opt = parse('main_ce', '', [])
-    vars(opt).update(changes)
-    if opt.dataset == 'path' and not changes.get('data_folder'):
-        raise UserError('--dataset path: --data_folder is missing, expected a folder of images')
-    opt.data_folder = changes.get('data_folder') or data_folder(opt.dataset)
-    return opt
-
-
-# What evaluation takes from a checkpoint: which images, which network. Where another dataset is given: not the folders.
-EVALUATION = ('dataset', 'data_folder', 'size', 'mean', 'std', 'max_samples', 'samples_per_class', 'seed',
-              'mvip_super_class', 'mvip_num_classes', 'aug_mode', 'aug_root', 'aug_output_name', 'aug_name_id',
-              'aug_name_ood', 'aug_ex_id', 'aug_ex_ood', 'model', 'stem', 'width')
-FOLDERS = ('data_folder', 'aug_mode', 'aug_output_name', 'aug_name_id', 'aug_name_ood')
-DOWNLOADED = {'cifar10': 'cifar-10-batches-py', 'cifar100': 'cifar-100-python'}     # their folders in it
-
-
-def evaluation_options(checkpoint, file, **given):
-    """The options that evaluate a checkpoint's network on the images of its run, but for `given` ones: for scripts.
-
-    Only those that evaluation needs come from the checkpoint, whose name is `file`, each parsed as on a command line.
-    Raises UserError where one of them is wrong.
-    """
-    recorded = {'model': 'resnet50', 'stem': 'cifar', 'width': 1., **checkpoint['opt']}
-    same = given.get('dataset') in (None, recorded.get('dataset'))
-    recorded = {name: recorded[name] for name in EVALUATION if name in recorded and (same or name not in FOLDERS)}
-    try:
-        values = {**recorded, **given, 'batch_size': 256, 'num_workers': 0}
-        opt = parse('main_ce', '', [f'--{name}={_plain(value)}' for name, value in values.items() if value is not None])
-        if same and checkpoint['opt'].get('split_seed') is not None:
-            opt.split_seed = COUNT_OR_ZERO(_plain(checkpoint['opt']['split_seed']))
-    except (UserError, argparse.ArgumentTypeError, ValueError) as error:
-        raise UserError(f'{file}: its recorded options: {error}') from error
-    if opt.dataset in DOWNLOADED and 'data_folder' not in given and not os.path.isdir(
-            os.path.join(opt.data_folder, DOWNLOADED[opt.dataset])):
-        opt.data_folder = data_folder(opt.dataset)          # a file must not choose where a download goes
-    return opt
-
-
-def _plain(value):
-    """A recorded value as a text; ValueError for what no option can be, or what could be of any length."""
-    parts = value[:4] if isinstance(value, (list, tuple)) else [value]
-    text = f'{value}' if all(isinstance(part, (str, int, float)) for part in parts) and len(parts) < 4 else '\0'
-    if '\0' in text or len(os.fsencode(text)) > 4096:
-        raise ValueError(f'found a {type(value).__name__} that is no value of an option')
-    return text
-
-
 def _check_download(opt):
     """UserError where nobody asked for CIFAR by name, and it would be downloaded into a folder of other things."""
     names = os.listdir(opt.data_folder) if os.path.isdir(opt.data_folder) else []
@@ -638,17 +451,13 @@ def _check_download(opt):
                         'train on these, or --dataset cifar10 to download it there')
 
 
-def _of_program(value, column):
-    return value[column] if isinstance(value, tuple) else value
-
-
 def _underscores(word):
     """--data-folder=my-data -> --data_folder=my-data"""
     name, equals, value = word.partition('=')
     return '--' + name[2:].replace('-', '_') + equals + value if re.match(r'--\w', word) else word
 
 
-def _complete(opt, program, given):
+def _complete(opt, program, given, info):
     """Check what depends on several options, and fill in what follows from them."""
     if opt.dataset == 'path' and not opt.data_folder:
         raise UserError('--dataset path: --data_folder is missing, expected a folder of pictures')
@@ -681,8 +490,8 @@ def _complete(opt, program, given):
     _check_augmentations(opt)
     if opt.debug:
         opt.epochs = 1
-    opt.data_folder = opt.data_folder or data_folder(opt.dataset)
-    from util.distributed import expected_processes, local_processes
+    opt.data_folder = opt.data_folder or info.folder
+    from util.distributed import expected_processes, local_processes  # here: --help does not wait for torch
     if opt.batch_size < 2 * expected_processes():
         raise UserError(f'--batch_size {opt.batch_size}: expected at least 2 pictures for each of '
                         f'{expected_processes()} processes')
@@ -720,11 +529,6 @@ def _check_loss(opt):
         opt.temp = opt.moco_t or opt.temp
 
 
-def data_folder(dataset):
-    """Where a dataset lies unless told otherwise."""
-    return {'mvip': './data/MVIP/sets', 'imagenet': './data/imagenet'}.get(dataset, './data')
-
-
 def _check_augmentations(opt):
     needed = {'none': (), 'with_id': ('aug_name_id',), 'with_both': ('aug_name_id', 'aug_name_ood'),
               'id_only': ('aug_name_id',), 'ood_only': ('aug_name_ood',)}[opt.aug_mode]
@@ -738,4 +542,4 @@ def _check_augmentations(opt):
 
 
 if __name__ == '__main__':              # python util/options.py main_linear --temp 0.1 --epochs 3 -> --epochs 3
-    sys.stdout.write(''.join(word + '\0' for word in known_words(sys.argv[1], sys.argv[2:])))
+    sys.stdout.write(''.join(word + '\0' for word in filter_args(sys.argv[1], sys.argv[2:])))

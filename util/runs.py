@@ -1,23 +1,14 @@
-"""Runs: their folder, log lines, TensorBoard and checkpoints, and how they stop and go on.
+"""Runs: their checkpoints and log, the head of their training loops, and how they stop and resume.
 
 output/<output_name>/trial=<trial>/ holds options.json, log.txt, TensorBoard events, views.png, last.ckpt and
-ckpt_epoch_<N>.ckpt. Of several processes only the first prints and writes.
+ckpt_epoch_<N>.ckpt. Of several processes only rank 0 prints and writes.
 """
-import contextlib
-import io
 import json
 import math
-import os
 import reprlib
 import signal
-import sys
 import time
 from pathlib import Path
-
-import torch
-from PIL import Image
-from torchvision.utils import make_grid
-from tqdm import tqdm
 
 from networks.sync_bn import average_statistics
 from util.checkpoints import (
@@ -32,85 +23,21 @@ from util.checkpoints import (
     whole_number,
     write_checkpoint,
 )
+from util.curves import Curves, grid_of_views
 from util.distributed import largest, rank
-from util.metrics import AverageMeter
-from util.options import EVALUATION, UserError, printable, silence
+from util.errors import UserError
+from util.files import FolderLock, check_locks, replace_file, writing
+from util.log import log, progress
+from util.metrics import AverageMeter, check_finite
+from util.options import EVALUATION
+from util.signals import StopSignals
+from util.training import learning_rate, seed_step, set_learning_rate
 
-try:
-    import fcntl
-except ImportError:                                     # Windows
-    fcntl = None
-
-
-class Log:
-    """Prints lines on stdout and keeps them in the run's log.txt; lines before the run has a folder go there first."""
-
-    def __init__(self):
-        self.file, self.waiting = None, []
-
-    def __call__(self, line):
-        if rank():
-            return
-        line = printable(line)                          # it may hold the name of a file or class
-        try:
-            tqdm.write(line, file=sys.stdout)           # above the progress bar, where there is one
-            sys.stdout.flush()
-        except OSError:                                 # a reader that leaves, as `| head -5`, does not end a run
-            silence(sys.stdout)
-        self.waiting.append(line)
-        if self.file:
-            self.open(self.file)
-
-    def open(self, file):
-        self.file = file
-        with writing(file), open(file, 'a', encoding='utf-8', errors='backslashreplace') as stream:
-            stream.writelines(line + '\n' for line in self.waiting)
-        self.waiting.clear()
-
-
-@contextlib.contextmanager
-def writing(file):
-    """A UserError where a file or folder cannot be written, or this process no longer holds the run's folder."""
-    check_locks()
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f'{file}: cannot be written ({error})') from error
-
-
-def replace_file(file, content):
-    """Write a file under its name without touching what a link under that name leads to."""
-    partial = file.with_name(f'{file.name}.partial')
-    partial.unlink(missing_ok=True)
-    partial.write_bytes(content)
-    os.replace(partial, file)
-
-
-log = Log()
-
-# The files .lock by which this process holds the folders of its runs. A worker process must not: it may live a little
-# longer.
-LOCKS = set()
-if fcntl:
-    os.register_at_fork(after_in_child=lambda: [LOCKS.pop().close() for _ in list(LOCKS)])
-
-
-def check_locks():
-    """UserError where a run's folder, or its lock, was removed or replaced: another process may be writing there."""
-    for lock in LOCKS:
-        try:
-            held = os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name))
-        except OSError:
-            held = False
-        if not held:
-            raise UserError(f'{lock.name}: removed or replaced during the run, expected its folder to be left alone')
-
-
-# Options that may differ when a run is resumed; the others decide what the run computes.
-MAY_CHANGE = {'epochs', 'warm_epochs', 'num_workers', 'print_freq', 'save_freq', 'save_steps', 'keep_ckpts',
-              'eval_freq', 'per_class', 'resume', 'force', 'overwrite', 'device', 'data_folder', 'aug_root',
-              'cache_dir', 'loader_chosen', 'output_name', 'trial', 'debug', 'wandb', 'wandb_entity', 'wandb_project',
-              'num_classes', 'evaluate', 'export'}
+# Options that may differ when a run resumes; the others decide what the run computes.
+RESUME_MAY_CHANGE = {
+    'epochs', 'warm_epochs', 'num_workers', 'print_freq', 'save_freq', 'save_steps', 'keep_ckpts', 'eval_freq',
+    'per_class', 'resume', 'force', 'overwrite', 'device', 'data_folder', 'aug_root', 'cache_dir', 'loader_chosen',
+    'output_name', 'trial', 'debug', 'wandb', 'wandb_entity', 'wandb_project', 'num_classes', 'evaluate', 'export'}
 
 
 def plain(values):
@@ -123,42 +50,37 @@ def shortened(value):
     return value if isinstance(value, str) else reprlib.repr(value)
 
 
-def progress(loader, description):
-    """The loader with a progress bar and the time left, when stderr is a terminal."""
-    return tqdm(loader, description, leave=False, dynamic_ncols=True, disable=True if rank() else None)
-
-
 def run_folder(name, trial):
     """Where a run is written; `/` in a name is from --model timm/<name>."""
     return Path('output') / name.replace('/', '-') / f'trial={trial}'
 
 
 class Run:
-    """The output of one run.
+    """One run: what it has written, and what it writes while it trains.
 
         run = Run(opt)
-        first_epoch = run.restore(model, optimizer)
+        first_epoch = run.restore(model, optimizer, scaler)
         with run.start(classes):
             for epoch in range(first_epoch, opt.epochs + 1):
-                ...                             run.step steps of the first are done; after each run.after_step(...)
-                run.save(epoch, model, optimizer)
+                for images, labels in run.steps(loader, epoch):
+                    ...
+                    run.record(loss=loss)
+                run.finish_epoch(epoch, run.averages())
 
-    Constructing it only looks; `start` makes the folder. So every mistake that can be found is found before anything
-    is written. Raises UserError where the folder holds another run, without --resume or --overwrite.
+    Constructing it only looks; `start` makes the folder. So every mistake that can be found is found before anything is
+    written. Raises UserError where the folder holds another run, without --resume or --overwrite.
 
     All random numbers of a step follow from --seed, epoch and step (`seed_step`, `Batches.generator`), so a checkpoint
-    needs no random states, and a run may go on with another number of processes.
+    needs no random states, and a run may resume with another number of processes.
     """
 
     def __init__(self, opt):
         self.opt = opt
-        opt.output_name = opt.output_name.replace('/', '-')             # of --model timm/<name>
         self.folder = run_folder(opt.output_name, opt.trial)
-        opt.output_name = self.folder.parent.name
         self.last = self.folder / 'last.ckpt'
-        self.checkpoint, self.lock, self.signal, self.handlers = None, None, 0, {}
-        self.step, self.best_acc, self.meters_so_far = 0, 0., {}
-        self.seen = self._stamp()
+        self.checkpoint, self.lock, self.curves = None, FolderLock(self.folder), None
+        self.step, self.best_acc, self.saved_meters = 0, 0., {}
+        self.last_seen = self._last_written()
         try:
             used = self.folder.exists() and any(file.name != '.lock' for file in self.folder.iterdir())
             if getattr(opt, 'evaluate', False):
@@ -170,13 +92,13 @@ class Run:
                 raise UserError(f'{self.folder} holds another run, expected --resume to continue it, --overwrite to '
                                 'begin anew, or another --trial or --output_name')
             if (self.folder / '.lock').exists() and not getattr(opt, 'evaluate', False):
-                self._take()
-                self._leave()
+                self.lock.acquire()
+                self.lock.release()
         except OSError as error:
             raise UserError(f'{self.folder}: not a folder of a run ({error})') from error
 
-    def _stamp(self):
-        """Tells whether last.ckpt has been written since."""
+    def _last_written(self):
+        """When last.ckpt was written, as far as the file system tells, or None."""
         try:
             status = self.last.stat()
         except OSError:
@@ -193,48 +115,27 @@ class Run:
                             'another --trial or --output_name')
         try:
             checkpoint = load_checkpoint(self.source)
-            self.opt.loader_chosen = checkpoint['opt'].get('loader_chosen')     # it decides which views are drawn
+            self.opt.loader_chosen = checkpoint['opt'].get('loader_chosen')     # it decides how views are sampled
             return checkpoint
         except UserError as error:
             whole = newest_whole_checkpoint(self.folder)
             raise UserError(f'--resume: {error}' + f'; the newest whole checkpoint is {whole}: continue with --resume '
                             f'{whole}' * bool(whole)) from error
 
-    def _take(self):
-        """Keep other processes from writing to the folder, as long as this one lives."""
-        if rank() or fcntl is None:
-            return
-        self.lock = open(self.folder / '.lock', 'a')                    # noqa: SIM115, closed by _leave
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._leave()
-            raise UserError(f'{self.folder}: another process is writing this run, expected it to end, or another '
-                            '--trial or --output_name') from None
-        except OSError:                                                 # a file system without locks
-            pass
-        LOCKS.add(self.lock)
-
-    def _leave(self):
-        if self.lock:
-            LOCKS.discard(self.lock)
-            self.lock.close()
-            self.lock = None
-
-    def restore(self, model, optimizer):
-        """Load the checkpoint into model and optimizer, if the run resumes: -> the epoch to go on with."""
-        epoch = 0
+    def restore(self, model, optimizer, scaler):
+        """Load the checkpoint into model, optimizer and scaler, if the run resumes: -> the epoch to continue with."""
+        self.model, self.optimizer, self.scaler, epoch = model, optimizer, scaler, 0
         if self.checkpoint is not None:
-            changed = self._changed_options(vars(self.opt).keys() - MAY_CHANGE)
+            changed = self._changed_options(vars(self.opt).keys() - RESUME_MAY_CHANGE)
             if changed:
                 message = f"--resume: {self.source} was begun with other options: {'; '.join(changed)}"
                 if not self.opt.force:
                     raise UserError(f'{message}; expected the same, or --force')
                 log(message)
-            epoch = self._load(model, optimizer)
+            epoch = self._load_state()
             if changed and self.step:                   # its steps may have other batches now
                 log(f'--force: epoch {epoch + 1} begins again')
-                self.step, self.meters_so_far = 0, {}
+                self.step, self.saved_meters = 0, {}
         if largest(epoch) != -largest(-epoch) or largest(self.step) != -largest(-self.step):
             raise UserError('--resume: the processes see different checkpoints, expected output/ on a file system that '
                             'all machines share')
@@ -243,27 +144,27 @@ class Run:
             raise UserError(f'--resume: {self.source} has {begun} epochs, expected --epochs of at least that')
         return epoch + 1
 
-    def _load(self, model, optimizer):
+    def _load_state(self):
         try:
             saved = {name: plain_values(self.checkpoint[name], tensors=name == 'optimizer')
                      for name in ('epoch', 'step', 'best_acc', 'meters', 'optimizer', 'scaler', 'wandb')
                      if name in self.checkpoint}
             epoch, self.step = whole_number(saved['epoch'], 'epoch'), whole_number(saved.get('step', 0), 'step')
             self.best_acc = float(saved['best_acc'])
-            self.meters_so_far = {name: (float(total), whole_number(count, name))
+            self.saved_meters = {name: (float(total), whole_number(count, name))
                                   for name, (total, count) in saved.get('meters', {}).items()}
-            totals = [total for total, _ in self.meters_so_far.values()]
+            totals = [total for total, _ in self.saved_meters.values()]
             if not 0 <= self.best_acc <= 100 or not all(map(math.isfinite, totals)):
                 raise ValueError(f'best_acc {self.best_acc}, meters {totals}')
             if not isinstance(saved.get('wandb'), (str, type(None))):
                 raise TypeError('wandb is no text')
-            load_parameters(model, self.checkpoint['model'], f'--resume: {self.source}')
+            load_parameters(self.model, self.checkpoint['model'], f'--resume: {self.source}')
             scaler = saved.get('scaler') or {}
-            load_scaler(optimizer.scaler, scaler)
+            load_scaler(self.scaler, scaler)
             # The first steps of float16 may all have been skipped; not every parameter of timm's has gradients.
             begun = (epoch or self.step) and (saved['optimizer']['state'] or not scaler)
-            optional = {parameter for name, parameter in model.named_parameters() if 'backbone.' in name}
-            load_optimizer(optimizer, saved['optimizer'], begun, optional)
+            optional = {parameter for name, parameter in self.model.named_parameters() if 'backbone.' in name}
+            load_optimizer(self.optimizer, saved['optimizer'], begun, optional)
         except UserError:
             raise
         except Exception as error:                      # what is missing or of another kind can raise anything
@@ -272,7 +173,7 @@ class Run:
         return epoch
 
     def load(self, model, classes):
-        """Load the parameters of last.ckpt into the model, to evaluate it with the options and classes of the run."""
+        """Load the parameters of last.ckpt into the model, to evaluate it on images of these classes."""
         if changed := self._changed_options(EVALUATION):
             log(f"--evaluate: not as in {self.last}: {'; '.join(changed)}")
         if self.checkpoint.get('classes', classes) != classes:
@@ -286,25 +187,24 @@ class Run:
 
     def start(self, classes):
         """Make the folder and what is in it: -> this run, as a context that signals end after the next step."""
-        self.classes, self.events, self.wandb = classes, None, None
+        self.classes, self.signals = classes, StopSignals()
         if self.checkpoint and self.checkpoint.get('classes', classes) != classes:
             raise UserError(f'--resume: {self.source} knows other classes than the pictures have')
-        if rank():
-            return self
-        self.wandb = self._start_wandb() if self.opt.wandb else None
-        try:
-            self._make_folder()
-        except BaseException:
-            self._leave()
-            raise
-        log(f'{self.folder}: tensorboard --logdir output')
+        if rank() == 0:
+            try:
+                self._make_folder()
+            except BaseException:
+                self.lock.release()
+                raise
+            log(f'{self.folder}: tensorboard --logdir output')
         return self
 
     def _make_folder(self):
+        options = {name: 'inf' if value == math.inf else value for name, value in plain(vars(self.opt)).items()}
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._take()
-            if self._stamp() != self.seen:
+            self.lock.acquire()
+            if self._last_written() != self.last_seen:
                 raise UserError(f'{self.folder}: another process has written this run while this one was starting')
             overwritten = ('*.ckpt', 'events.out.tfevents.*', 'views.png', 'log.txt') if self.checkpoint is None else ()
             for pattern in ('*.partial', *overwritten):                 # what a killed or an overwritten run left
@@ -312,79 +212,97 @@ class Run:
                     file.unlink()
             lines = self.folder / 'log.txt'
             replace_file(lines, lines.read_bytes() if lines.is_file() else b'')
-            values = {name: 'inf' if value == math.inf else value for name, value in plain(vars(self.opt)).items()}
-            replace_file(self.folder / 'options.json', (json.dumps(values, indent=2) + '\n').encode())
+            replace_file(self.folder / 'options.json', (json.dumps(options, indent=2) + '\n').encode())
             log.open(lines)
-            from tensorboard_logger import tensorboard_logger
-            for _ in range(20):                                         # files are named by the second
-                if any(self.folder.glob(f'events.out.tfevents.{int(time.time())}.*')):
-                    time.sleep(0.1)
-            self.events = tensorboard_logger.Logger(str(self.folder), flush_secs=2)
+        self.curves = Curves(self.folder, self.opt, plain(vars(self.opt)), (self.checkpoint or {}).get('wandb'))
 
     def __enter__(self):
-        def remember(number, _):
-            self.signal = number
-            self._restore_signals()                                     # a second one ends the program at once
-
-        with contextlib.suppress(ValueError):                           # not in the main thread
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) is not signal.SIG_IGN:      # as for what a script runs in the background
-                    self.handlers[number] = signal.signal(number, remember)
+        self.signals.__enter__()
         return self
 
     def __exit__(self, *error):
-        self._restore_signals()
-        self._leave()
+        self.signals.__exit__(*error)
+        self.lock.release()
 
-    def _restore_signals(self):
-        while self.handlers:
-            signal.signal(*self.handlers.popitem())
+    def steps(self, loader, epoch):
+        """The batches of an epoch, or the rest of one that is resumed, with all that surrounds a training step.
 
-    def _start_wandb(self):
-        import wandb
-        before = (self.checkpoint or {}).get('wandb')
-        try:
-            return wandb.init(entity=self.opt.wandb_entity, project=self.opt.wandb_project, id=before,
-                              name=f'{self.opt.output_name}, trial {self.opt.trial}', config=plain(vars(self.opt)),
-                              resume='allow' if before else None)
-        except (wandb.Error, TypeError, ValueError) as error:
-            raise UserError(f'--wandb: {error}') from error
+        Before each: its learning rate and random numbers; `rng`, a NumPy generator, is the same in all processes. After
+        each: every --print_freq steps a line with what `record` got; last.ckpt every --save_steps; the end after a
+        signal. Raises UserError where the first value recorded is not finite.
+        """
+        opt, steps = self.opt, len(loader)
+        loader.set_epoch(epoch, self.step)
+        if epoch == 1 and not self.step:
+            self._log_views(loader)
+        self.meters, self.sizes, self.started = {}, loader.sizes, time.time()
+        self.images_before = sum(loader.sizes[:self.step])
+        batch_time, data_time, end = AverageMeter(), AverageMeter(), time.time()
+        for step, batch in enumerate(progress(loader, f'epoch {epoch}/{opt.epochs}'), self.step):
+            data_time.update(time.time() - end)
+            set_learning_rate(self.optimizer, learning_rate(opt, epoch, step, steps))
+            self.rng, self.size = seed_step(opt, epoch, step), loader.sizes[step]
+            yield batch
+            batch_time.update(time.time() - end)
+            end = time.time()
+            if (step + 1) % opt.print_freq == 0 or step + 1 == steps:
+                self._print_step(epoch, step + 1, steps, batch_time, data_time)
+            self._after_step(epoch, step + 1)
 
-    def meters(self, *names):
-        """An AverageMeter for each name, of an epoch that begins or, after --resume, goes on: {name: meter}."""
-        so_far, self.meters_so_far = self.meters_so_far, {}
-        return {name: AverageMeter(*so_far.get(name, ())) for name in names}
+    def record(self, **values):
+        """Average values of a step, weighted with the images of its batch; the first is the loss."""
+        for name, value in values.items():
+            if name not in self.meters:
+                self.meters[name] = AverageMeter(*self.saved_meters.pop(name, ()))
+            self.meters[name].update(value, self.size)
 
-    def after_step(self, epoch, step, model, optimizer, meters):
-        """Call after each step, 1 .. steps, of an epoch: saves every --save_steps, and ends the run after a signal."""
-        stop = largest(self.signal)
+    def averages(self):
+        """The averages of an epoch: {name: number}, and images_per_second."""
+        averages = {name: meter.avg for name, meter in self.meters.items()}
+        self.seconds = time.time() - self.started
+        images = sum(self.sizes) - self.images_before
+        return {**averages, 'pictures_per_second': images / max(self.seconds, 1e-9)}
+
+    def _print_step(self, epoch, step, steps, batch_time, data_time):
+        losses, *others = self.meters.values()
+        check_finite(losses, epoch, step)
+        line = (f'Train: [{epoch}][{step}/{steps}]\tBT {batch_time.val:.3f} ({batch_time.avg:.3f})\t'
+                f'DT {data_time.val:.3f} ({data_time.avg:.3f})\tloss {losses.val:.3f} ({losses.avg:.3f})')
+        if 'train_acc' in self.meters:
+            line += f"\tAcc@1 {self.meters['train_acc'].val:.3f} ({self.meters['train_acc'].avg:.3f})"
+        log(line)
+
+    def _after_step(self, epoch, step):
+        """Save every --save_steps, and end the run after a signal."""
+        stop = largest(self.signals.number)
         if stop or self.opt.save_steps and step % self.opt.save_steps == 0:
-            self._write(['last.ckpt'], epoch - 1, step, model, optimizer, meters)
+            self._write(['last.ckpt'], epoch - 1, step, self.meters)
         self._stop(stop, epoch, f'step {step} of ')
 
-    def save(self, epoch, model, optimizer):
-        """Call after each epoch: write last.ckpt, and ckpt_epoch_<N>.ckpt every --save_freq epochs."""
+    def finish_epoch(self, epoch, values):
+        """Send a dict of numbers to TensorBoard, and write last.ckpt, and ckpt_epoch_<N>.ckpt every --save_freq epochs."""
+        self.log_values({'learning_rate': self.optimizer.param_groups[0]['lr'], **values}, epoch)
         # The kept one first: a run that is killed between the two writes it again when it resumes.
         kept = [f'ckpt_epoch_{epoch}.ckpt'] if epoch % self.opt.save_freq == 0 else []
-        self._write([*kept, 'last.ckpt'], epoch, 0, model, optimizer, {})
+        self._write([*kept, 'last.ckpt'], epoch, 0, {})
         self.step = 0
-        self._stop(largest(self.signal), epoch)
+        self._stop(largest(self.signals.number), epoch)
 
     def _stop(self, signal_number, epoch, step=''):
         if signal_number:
-            log(f'{signal.Signals(signal_number).name}: stopped after {step}epoch {epoch}, --resume goes on from there')
+            log(f'{signal.Signals(signal_number).name}: stopped after {step}epoch {epoch}, --resume continues from there')
             raise SystemExit(128 + signal_number)
 
-    def _write(self, names, epoch, step, model, optimizer, meters):
+    def _write(self, names, epoch, step, meters):
         """Checkpoints after `epoch` epochs and `step` steps of the next one."""
-        average_statistics(model)
+        average_statistics(self.model)
         if rank():
             return
-        state = {'model': strip_wrappers(model.state_dict()), 'optimizer': optimizer.state_dict(),
-                 'scaler': optimizer.scaler.state_dict(), 'epoch': epoch, 'step': step, 'best_acc': self.best_acc,
-                 'meters': {name: meter.state for name, meter in meters.items()},
-                 'opt': plain(vars(self.opt)), 'classes': self.classes,
-                 'wandb': self.wandb.id if self.wandb else (self.checkpoint or {}).get('wandb')}
+        wandb = self.curves.wandb.id if self.curves.wandb else (self.checkpoint or {}).get('wandb')
+        state = {'model': strip_wrappers(self.model.state_dict()), 'optimizer': self.optimizer.state_dict(),
+                 'scaler': self.scaler.state_dict(), 'epoch': epoch, 'step': step, 'best_acc': self.best_acc,
+                 'meters': {name: meter.state for name, meter in meters.items()}, 'opt': plain(vars(self.opt)),
+                 'classes': self.classes, 'wandb': wandb}
         for name in names:
             check_locks()
             write_checkpoint(state, self.folder / name)
@@ -395,40 +313,11 @@ class Run:
 
     def log_values(self, values, step):
         """Send a dict of numbers to TensorBoard, and to W&B; None is left out."""
-        if rank():
-            return
-        values = {tag: value for tag, value in values.items() if value is not None}
-        with writing(self.folder):
-            for tag, value in values.items():
-                self.events.log_value(tag, value, step)
-        if self.wandb:
-            self.wandb.log(values, step=step, commit=True)
+        if self.curves:
+            self.curves.log_values({tag: value for tag, value in values.items() if value is not None}, step)
 
-    def log_views(self, loader, count=16):
-        """Show the first `count` pictures of a batch, a row for each of their views; features cannot be shown."""
+    def _log_views(self, loader):
+        """Show some images of the first batch; features cannot be shown."""
         images, labels = next(iter(loader))
-        if images.dim() != 4 or rank():
-            return
-        images = images.view(-1, len(labels), *images.shape[1:])[:, :count].flatten(0, 1).float().cpu()
-        images = images * torch.tensor(self.opt.std)[:, None, None] + torch.tensor(self.opt.mean)[:, None, None]
-        images = images.repeat_interleave(max(1, 64 // self.opt.size), 2)
-        images = images.repeat_interleave(max(1, 64 // self.opt.size), 3)
-        grid = make_grid(images.clamp(0, 1), nrow=min(count, len(labels)))
-        self.log_picture('views', (grid * 255).round().byte().permute(1, 2, 0).numpy(), 0)
-
-    def log_picture(self, tag, picture, step):
-        """Send a uint8 array [h, w, 3] to TensorBoard, and to W&B, and write it to <tag>.png."""
-        # The package's own log_images needs functions that SciPy no longer has.
-        buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, format='png')
-        with writing(self.folder):
-            replace_file(self.folder / f'{tag}.png', buffer.getvalue())
-        from tensorboard_logger import tensorboard_logger
-        summary = tensorboard_logger.summary_pb2.Summary()
-        image = summary.Image(encoded_image_string=buffer.getvalue(), height=picture.shape[0], width=picture.shape[1])
-        summary.value.add(tag=tag, image=image)
-        with writing(self.folder):
-            self.events._log_summary(tag, summary, None, step)
-        if self.wandb:
-            import wandb
-            self.wandb.log({tag: wandb.Image(picture)}, step=step, commit=True)
+        if images.dim() == 4 and self.curves:
+            self.curves.log_image('views', grid_of_views(images, len(labels), self.opt), 0)

@@ -75,28 +75,79 @@ def release_freed_memory():
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def prepare(model, opt):
-    """Move a network with an `encoder` to the device; compile the encoder and spread it over the GPUs as asked.
+class Network:
+    """A model on its devices, as a training loop calls it: compiled, in mixed precision, in micro-batches, in replicas.
 
-    Convolutions are fastest with the channels of a pixel side by side: measured on CPUs, NVIDIA's advice for --amp.
-    With several processes, what `forward` gives trains the same network in all of them: its gradients are averaged.
+    `model`, a module with an `encoder`, is moved to opt.device. Convolutions are fastest with the channels of a pixel
+    side by side: measured on CPUs, NVIDIA's advice for --amp. With several processes the gradients of all are averaged.
+
+    With --accum_steps a batch goes through the model in micro-batches, by gradient caching (Gao et al., 2021,
+    https://arxiv.org/abs/2101.06983): first without graph, for all outputs and their loss; then the backward pass goes
+    through the micro-batches again and passes them the gradient of the outputs. So the loss is that of the whole batch,
+    in the memory of a micro-batch; batch norms normalize each micro-batch.
     """
-    if opt.compile:
-        check_compiler(opt.device)
-    model.to(opt.device, memory_format=torch.channels_last)
-    if getattr(opt, 'syncBN', False) and world_size() > 1:
-        synchronized(model, opt.device == 'cuda')
-    for network in [model] + ([model.moco.network] if getattr(model, 'moco', None) else []):
-        network.encoder.precision = precision(opt)
+
+    def __init__(self, model, opt):
         if opt.compile:
-            network.encoder.compile()
-        network.encoder = spread(network.encoder, opt)
-    if world_size() > 1:
-        # In a list, since a network cannot be its own part. Statistics of batch norms are averaged when they are used;
-        # backbones of timm may have parameters that give no features.
-        model.replicas = [DistributedDataParallel(model, find_unused_parameters=opt.model.startswith('timm/'),
-                                                  **{BUFFERS: False})]
-    return model
+            check_compiler(opt.device)
+        model.to(opt.device, memory_format=torch.channels_last)
+        if getattr(opt, 'syncBN', False) and world_size() > 1:
+            synchronized(model, opt.device == 'cuda')
+        for network in [model] + ([model.moco.network] if getattr(model, 'moco', None) else []):
+            network.encoder.precision = precision(opt)
+            if opt.compile:
+                network.encoder.compile()
+            network.encoder = spread(network.encoder, opt)
+        self.model, self.opt, self.replica = model, opt, model
+        if world_size() > 1:
+            # Statistics of batch norms are averaged when they are used; backbones of timm may have parameters that give
+            # no features.
+            self.replica = DistributedDataParallel(model, find_unused_parameters=opt.model.startswith('timm/'),
+                                                   **{BUFFERS: False})
+
+    def __call__(self, images, n_views=1):
+        """Outputs of the model for images [n_views * bsz, ...], view after view."""
+        micro_batches = split_into_micro_batches(images, self.opt, n_views)
+        if len(micro_batches) == 1:
+            with autocast(self.opt, images):
+                return self.replica(images)
+        start = torch.empty(0, requires_grad=True)              # without which there would be no backward pass
+        outputs = _GradientCaching.apply(start, self, micro_batches)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+
+class _GradientCaching(torch.autograd.Function):
+    """The outputs [n_views * bsz, ...] of a Network for micro-batches [n_views, part of bsz, ...]."""
+
+    @staticmethod
+    def forward(ctx, start, network, micro_batches):
+        ctx.network, ctx.micro_batches = network, micro_batches
+        ctx.seeds = torch.randint(2**62, (len(micro_batches),)).tolist()        # dropout is the same both times
+        with _frozen_statistics(network.model):
+            parts = [_GradientCaching.outputs(network, *part) for part in zip(micro_batches, ctx.seeds)]
+        n_views = len(micro_batches[0])
+        return tuple(torch.cat([part.unflatten(0, (n_views, -1)) for part in column], 1).flatten(0, 1)
+                     for column in zip(*parts))
+
+    @staticmethod
+    def outputs(network, micro_batch, seed):
+        torch.manual_seed(seed)
+        with autocast(network.opt, micro_batch):
+            output = network.replica(micro_batch.flatten(0, 1))
+        return output if isinstance(output, tuple) else (output,)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients):
+        network, micro_batches = ctx.network, ctx.micro_batches
+        sizes = [part.shape[1] for part in micro_batches]
+        gradients = [gradient.unflatten(0, (len(micro_batches[0]), -1)).split(sizes, 1) for gradient in gradients]
+        for number, (part, seed, *gradient) in enumerate(zip(micro_batches, ctx.seeds, *gradients), 1):
+            alone = network.replica is not network.model and number < len(sizes)        # the last one averages them all
+            with torch.enable_grad(), network.replica.no_sync() if alone else contextlib.nullcontext():
+                outputs = _GradientCaching.outputs(network, part, seed)
+                torch.autograd.backward(outputs, [values.flatten(0, 1) for values in gradient])
+        return None, None, None
 
 
 def check_compiler(device):
@@ -155,7 +206,7 @@ def timm_optimizers():
 
 
 def set_optimizer(opt, model):
-    """The optimizer of --optim_kind, or LARS, with the `scaler` that float16 needs.
+    """The optimizer of --optim_kind, or LARS.
 
     LARS neither adapts nor decays biases and norms (You et al., 2017, https://arxiv.org/abs/1708.03888).
     """
@@ -167,53 +218,28 @@ def set_optimizer(opt, model):
                   {'params': [p for p in parameters if p.dim() <= 1], **settings, 'weight_decay': 0.}]
     if opt.LARS:
         groups[0]['always_adapt'] = True
-    optimizer = OPTIMIZERS['LARS' if opt.LARS else opt.optim_kind](
-        groups, opt, {} if opt.optim_eps is None else {'eps': opt.optim_eps})
-    optimizer.scaler = torch.amp.GradScaler(opt.device, enabled=precision(opt) == torch.float16)
-    return optimizer
+    eps = {} if opt.optim_eps is None else {'eps': opt.optim_eps}
+    return OPTIMIZERS['LARS' if opt.LARS else opt.optim_kind](groups, opt, eps)
 
 
-def forward(model, images, opt, n_views=1):
-    """Outputs for images [n_views * bsz, ...], view after view, and what `update` needs to know.
-
-    With --accum_steps the batch goes through the network in pieces, by gradient caching (Gao et al., 2021,
-    https://arxiv.org/abs/2101.06983): first without graph, to have all outputs and their loss; then `update` goes
-    through the pieces again and passes them the gradient of the outputs. So the loss is that of the whole batch, in the
-    memory of a piece; batch norms normalize each piece.
-    """
-    pieces, replica = pieces_of(images, opt, n_views), getattr(model, 'replicas', [model])[0]
-    if len(pieces) == 1:
-        with autocast(opt, images):
-            return replica(images), None
-    seeds = torch.randint(2**62, (len(pieces),)).tolist()               # dropout is the same both times
-
-    def of(piece, seed):
-        torch.manual_seed(seed)
-        with autocast(opt, images):
-            output = replica(piece.flatten(0, 1))
-        return output if isinstance(output, tuple) else (output,)
-
-    with torch.no_grad(), _frozen_statistics(model):
-        parts = [of(piece, seed) for piece, seed in zip(pieces, seeds)]
-    outputs = tuple(torch.cat([part.unflatten(0, (n_views, -1)) for part in column], 1).flatten(0, 1).requires_grad_()
-                    for column in zip(*parts))
-
-    def backward():
-        gradients = [output.grad.unflatten(0, (n_views, -1)).split([piece.shape[1] for piece in pieces], 1)
-                     for output in outputs]
-        for number, (piece, seed, *gradient) in enumerate(zip(pieces, seeds, *gradients), 1):
-            alone = replica is not model and number < len(pieces)               # the last one averages them all
-            with replica.no_sync() if alone else contextlib.nullcontext():
-                torch.autograd.backward(of(piece, seed), [part.flatten(0, 1) for part in gradient])
-    return outputs if len(outputs) > 1 else outputs[0], backward
+def set_scaler(opt):
+    """The GradScaler that float16 needs; it does nothing in other precisions."""
+    return torch.amp.GradScaler(opt.device, enabled=precision(opt) == torch.float16)
 
 
-def pieces_of(images, opt, n_views=1):
-    """The pictures in opt.accum_steps pieces [n_views, part of bsz, ...] of at least two, which batch norm needs; as
-    many in all processes."""
+def split_into_micro_batches(images, opt, n_views=1):
+    """Images [n_views * bsz, ...] in opt.accum_steps parts [n_views, part of bsz, ...] of at least two images, which
+    batch norm needs; as many in all processes."""
     views = images.unflatten(0, (n_views, -1))
     smallest = min(sizes_of(views.shape[1])) if opt.accum_steps > 1 else 0
     return views.tensor_split(max(1, min(opt.accum_steps, smallest // 2)), 1)
+
+
+@torch.no_grad()
+def in_micro_batches(module, images, opt):
+    """Outputs [n, ...] of a module for images [n, ...] in micro-batches, as in training but without gradient."""
+    with autocast(opt, images):
+        return torch.cat([module(part.flatten(0, 1)) for part in split_into_micro_batches(images, opt)])
 
 
 @contextlib.contextmanager
@@ -228,14 +254,12 @@ def _frozen_statistics(model):
             norm.track_running_stats = True
 
 
-def update(loss, optimizer, backward=None):
-    """One step down the gradient of the loss; backward as `forward` gave it."""
+def update(loss, optimizer, scaler):
+    """One step down the gradient of the loss."""
     optimizer.zero_grad()
-    optimizer.scaler.scale(loss).backward()
-    if backward is not None:
-        backward()
-    optimizer.scaler.step(optimizer)
-    optimizer.scaler.update()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
 
 
 def seed_step(opt, epoch, step):
@@ -298,10 +322,7 @@ def forward_all(model, loader, opt):
     model.eval()
     outputs, labels = [], []
     for images, target in progress(loader, 'evaluation'):
-        sizes, parts = sizes_of(len(target)), []
-        for piece in pieces_of(images, opt):            # as in training
-            with autocast(opt, images):
-                parts.append(model(piece.flatten(0, 1)).float())
-        outputs.append(gather(torch.cat(parts), sizes))
+        sizes = sizes_of(len(target))
+        outputs.append(gather(in_micro_batches(model, images, opt).float(), sizes))
         labels.append(gather(target, sizes))
     return torch.cat(outputs), torch.cat(labels)

@@ -1,0 +1,94 @@
+"""Command lines of programs that know the datasets, networks and checkpoints: see options.py for the options."""
+import os
+import re
+
+from datasets import DATASETS
+from networks.resnet_big import network_name
+from util import options
+from util.errors import UserError
+from util.options import as_text
+
+# Options that decide on which images a network is trained or evaluated, and which network it is.
+NETWORK = ('model', 'stem', 'width')
+DATA = ('dataset', 'data_folder', 'mvip_super_class', 'mvip_num_classes')
+EVALUATION = (*DATA, 'size', 'mean', 'std', 'max_samples', 'samples_per_class', 'seed', 'aug_mode', 'aug_root',
+              'aug_output_name', 'aug_name_id', 'aug_name_ood', 'aug_ex_id', 'aug_ex_ood', *NETWORK)
+# Options that tell runs apart although the published names of runs do not hold them.
+NAMED = ('model', 'width', 'stem', 'size', 'head', 'moco', 'ce_weight', 'mix', 'augment_policy', 'samples_per_class',
+         'aug_mode', 'cache_features')
+DOWNLOADED = {'cifar10': 'cifar-10-batches-py', 'cifar100': 'cifar-100-python'}     # their folders in --data_folder
+
+
+def parse(program, description, argv=None, method=None, recorded=()):
+    """`options.parse` with the rows of DATASETS; the names of networks are checked."""
+    opt = options.parse(program, description, argv, DATASETS, method, recorded)
+    if opt.model is not None:
+        opt.model = network_name(opt.model)
+    if getattr(opt, 'teacher_kind', None):
+        opt.teacher_kind = network_name(f'timm/{opt.teacher_kind}', '--teacher_kind').removeprefix('timm/')
+    return opt
+
+
+def parse_recorded(program, description, argv, file, recorded, names=DATA, method=None):
+    """As `parse`, but the options `names` of the checkpoint `file`, a dict `recorded`, come before other defaults; on
+    another dataset than the recorded one only those of the network."""
+    downloaded = os.path.join(str(recorded.get('data_folder')), DOWNLOADED.get(recorded.get('dataset'), ''))
+    if recorded.get('dataset') in DOWNLOADED and not os.path.isdir(downloaded):
+        recorded = {**recorded, 'data_folder': None}            # a file must not choose where a download goes
+    try:
+        opt = parse(program, description, argv, method, as_words(recorded, names))
+        if opt.dataset != recorded.get('dataset'):
+            opt = parse(program, description, argv, method, as_words(recorded, set(names) & set(NETWORK)))
+    except (UserError, ValueError) as error:
+        parse(program, description, argv, method)               # whether the command line alone is wrong
+        raise UserError(f'{file}: its recorded options cannot be used here ({error})') from error
+    return opt
+
+
+def as_words(recorded, names):
+    """The options `names` of a checkpoint as words of a command line, where they are checked like any others.
+
+    Raises ValueError for what no option can be.
+    """
+    values = {name: recorded.get(name) for name in names}
+    for name, value in values.items():
+        parts = value[:4] if isinstance(value, (list, tuple)) else [value]
+        if len(parts) > 3 or not all(isinstance(part, (str, int, float, type(None))) for part in parts):
+            raise ValueError(f'--{name}: found a {type(value).__name__} that is no value of an option')
+    return [f'--{name}={as_text(value)}' for name, value in values.items() if value is not None]
+
+
+def evaluation_options(checkpoint, file, **given):
+    """The options that evaluate a checkpoint's network on the images of its run, but for `given` ones: for scripts.
+
+    Raises UserError where a recorded one is wrong.
+    """
+    recorded = {'model': 'resnet50', 'stem': 'cifar', 'width': 1., **checkpoint['opt']}
+    argv = as_words({**given, 'batch_size': 256, 'num_workers': 0}, (*given, 'batch_size', 'num_workers'))
+    opt = parse_recorded('main_ce', '', argv, file, recorded, EVALUATION)
+    if opt.dataset == recorded.get('dataset'):
+        opt.split_seed = recorded.get('split_seed')
+    return opt
+
+
+def defaults(**changes):
+    """The options of main_ce.py as they are by default, but for `changes`: for scripts that read images.
+
+    Raises UserError for the dataset `path` without a data_folder.
+    """
+    opt = parse('main_ce', '', [])
+    vars(opt).update(changes)
+    if opt.dataset == 'path' and not changes.get('data_folder'):
+        raise UserError('--dataset path: --data_folder is missing, expected a folder of images')
+    opt.data_folder = changes.get('data_folder') or DATASETS[opt.dataset].folder
+    return opt
+
+
+def name_suffix(program, opt, published=()):
+    """What a run's default name has after its published part: the options in NAMED that are not at their defaults, but
+    for those which the published part holds."""
+    standard = {**options.program_defaults(program), **DATASETS[opt.dataset].defaults.get(program, {})}
+    differing = {name: getattr(opt, name) for name in NAMED
+                 if name not in published and getattr(opt, name, None) != standard.get(name)}
+    parts = [f'_{name}' if value is True else f'_{name}_{as_text(value)}' for name, value in differing.items()]
+    return re.sub(r'[^\w.+=,@%-]+', '-', ''.join(parts))

@@ -1,0 +1,71 @@
+"""Errors that a program prints in one line, and what runs a program."""
+import os
+import signal
+import sys
+import time
+import warnings
+
+
+class UserError(Exception):
+    """A mistake of the user's, printed in one line: which option or file, what was found, what was expected."""
+
+
+def run(main):
+    """Run a program's main(); a UserError ends it with one line on stderr and exit status 2."""
+    warnings.filterwarnings('ignore', module='PIL')             # of images that are readable all the same
+    sys.stdout = sys.stdout or open(os.devnull, 'w')            # noqa: SIM115, None where it is closed
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='backslashreplace')       # class names may be any bytes
+    from util.distributed import end_processes, leave_processes
+    message, status, together = None, 2, False                  # together: all processes end here
+    try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:   # see options.answer_early
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        main()
+        status, together = 0, True
+    except SystemExit as stop:
+        status, together = stop.code, True
+    except UserError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        status = 130
+    except BaseException as error:
+        message = _explained(error)
+        if message is None:
+            leave_processes(1, traceback=True)
+            raise
+    if together:
+        end_processes()
+    if message:
+        if os.environ.get('RANK', '0') != '0':                  # torchrun ends the others when rank 0 has printed it
+            time.sleep(3)
+        line = f"{os.path.basename(sys.argv[0])}: error: {printable(' '.join(message.split()))}"
+        print(line, file=sys.stderr, flush=True)
+    if not together:
+        leave_processes(status)
+    if status:
+        sys.exit(status)
+
+
+def _explained(error):
+    """What to print instead of a traceback; None where that is needed."""
+    from util.distributed import lost
+    text = str(error)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and (
+            'out of memory' in text or 'allocate memory' in text)):
+        return 'out of memory: try a smaller --batch_size, --size or --model, or --amp' + f' ({text})' * bool(text)
+    if isinstance(error, RuntimeError) and lost(error):
+        return f'another process has ended: its own lines tell why ({error})'
+    return None
+
+
+def silence(stream):
+    """Let a stream whose reader has gone swallow what is still written to it."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
+
+
+def printable(line):
+    """A line without what is none of its characters: control characters, bytes that are no text."""
+    return ''.join(c if c.isprintable() or c == '\t' else c.encode('unicode_escape').decode() for c in line)

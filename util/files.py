@@ -1,0 +1,73 @@
+"""Files of a run: written whole or not at all, never through links, in a folder that one process holds."""
+import contextlib
+import os
+
+from util.distributed import rank
+from util.errors import UserError
+
+try:
+    import fcntl
+except ImportError:                                     # Windows
+    fcntl = None
+
+
+class FolderLock:
+    """Keeps other processes from writing to a run's folder as long as this one lives: the locked file .lock in it."""
+    held = set()                                        # the open files of all locks of this process
+
+    def __init__(self, folder):
+        self.folder, self.file = folder, None
+
+    def acquire(self):
+        """UserError where another process holds the folder."""
+        if rank() or fcntl is None:
+            return
+        self.file = open(self.folder / '.lock', 'a')                    # noqa: SIM115, closed by release
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise UserError(f'{self.folder}: another process is writing this run, expected it to end, or another '
+                            '--trial or --output_name') from None
+        except OSError:                                                 # a file system without locks
+            pass
+        self.held.add(self.file)
+
+    def release(self):
+        if self.file:
+            self.held.discard(self.file)
+            self.file.close()
+            self.file = None
+
+
+if fcntl:                                               # a worker process may live a little longer than the run
+    os.register_at_fork(after_in_child=lambda: [FolderLock.held.pop().close() for _ in list(FolderLock.held)])
+
+
+def check_locks():
+    """UserError where a run's folder, or its lock, was removed or replaced: another process may be writing there."""
+    for lock in FolderLock.held:
+        try:
+            intact = os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name))
+        except OSError:
+            intact = False
+        if not intact:
+            raise UserError(f'{lock.name}: removed or replaced during the run, expected its folder to be left alone')
+
+
+@contextlib.contextmanager
+def writing(file):
+    """UserError where a file or folder cannot be written, or this process no longer holds the run's folder."""
+    check_locks()
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f'{file}: cannot be written ({error})') from error
+
+
+def replace_file(file, content):
+    """Write a file under its name without touching what a link under that name leads to."""
+    partial = file.with_name(f'{file.name}.partial')
+    partial.unlink(missing_ok=True)
+    partial.write_bytes(content)
+    os.replace(partial, file)
