@@ -2,6 +2,7 @@
 
 A new dataset is one function in pictures.py and one row in DATASETS.
 """
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -112,7 +113,7 @@ def load_pictures(opt):
 
 def _cache_dir(opt):
     """The folder of --cache_dir, which need not be there yet, or None."""
-    if opt.cache_dir and Path(opt.cache_dir).exists() and not Path(opt.cache_dir).is_dir():
+    if opt.cache_dir and os.path.lexists(opt.cache_dir) and not os.path.isdir(opt.cache_dir):
         raise UserError(f'--cache_dir {opt.cache_dir}: expected a folder')
     return opt.cache_dir and Path(opt.cache_dir)
 

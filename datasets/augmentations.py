@@ -2,14 +2,15 @@
 
     <aug_root>/<aug_output_name>/<aug_name>/<class>-<index>-<number>.png
 
-<class> has underscores for spaces, <index> numbers the source pictures of the class, <number> their variants.
+<class> may have underscores for spaces, <index> numbers the source pictures of the class, <number> their variants.
 In-distribution ("id") pictures carry the label of their class c, near-out-of-distribution ("ood") ones -(c + 1).
 """
+import os
 from pathlib import Path
 
 import torch
 
-from datasets.pictures import EXTENSIONS, Pictures
+from datasets.pictures import EXTENSIONS, Pictures, as_text
 from util import UserError
 
 
@@ -29,23 +30,28 @@ def load_augmentations(opt, classes):
 
 def augmentation_folder(folder, classes, limit, option):
     """The pictures of one folder, at most `limit` source pictures (with all their variants) of each class; -1: all."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f'{option}: {folder}: no such folder')
+    try:
+        files = list(folder.iterdir())
+    except OSError as error:
+        raise UserError(f'{option}: {folder}: cannot be read ({error})') from error
     numbers = {}
     for number, name in enumerate(classes):
         if numbers.setdefault(name.replace(' ', '_'), number) != number:
             raise UserError(f'{option}: {folder}: classes {classes[numbers[name.replace(" ", "_")]]!r} and {name!r} '
                             'have the same files, expected names that differ in more than spaces')
     found = []                                              # (class number, index, number, file)
-    for file in folder.iterdir():
+    for file in files:
         if file.suffix.lower() not in EXTENSIONS or file.name.startswith('.'):
             continue
-        name, *fields = file.stem.rsplit('-', 2)
+        name, *fields = as_text(file.stem).rsplit('-', 2)
         if len(fields) != 2 or not all(field.isdecimal() for field in fields):
             raise UserError(f'{file}: expected a name such as <class>-<index>-<number>.png')
-        if name not in numbers:
+        number = numbers.get(name.replace(' ', '_'))
+        if number is None:
             raise UserError(f'{file}: no class is called {name!r}')
-        found.append((numbers[name], int(fields[0]), int(fields[1]), str(file)))
+        found.append((number, int(fields[0]), int(fields[1]), str(file)))
     if not found:
         raise UserError(f'{option}: {folder}: no pictures in it, expected <class>-<index>-<number>.png')
     if limit >= 0:

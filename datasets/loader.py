@@ -3,7 +3,11 @@ import atexit
 import contextlib
 import math
 import multiprocessing
+import os
+import re
 import signal
+import sys
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -14,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import transforms
 
 from datasets import views
-from datasets.pictures import available_memory
-from util import UserError, moved
+from datasets.pictures import available_memory, mostly_padding
+from util import UserError, log, moved
 from util.distributed import largest, local_processes, share, world_size
 
 
@@ -28,8 +32,8 @@ def make_loader(pictures, view, opt, n_views=1, train=True):
 
     opt.loader: 'batched' decodes everything into memory first and draws views on opt.device; 'workers' decodes and
     crops in opt.num_workers worker processes and does the colours on opt.device; 'per_sample' does all in the workers;
-    'auto' takes 'batched' where the pictures fit into half of the free memory and the view can be drawn in batches,
-    else 'workers'.
+    'auto' takes 'batched' where the pictures fit into half of the free memory, padding is not most of it, and the view
+    can be drawn in batches, else 'workers'.
     """
     kind = opt.loader
     if kind == 'auto':
@@ -45,7 +49,8 @@ def _loader_that_fits(pictures, view):
     """What --loader auto chooses, alike in all processes."""
     if view.per_sample_only:
         return 'workers'
-    too_large = pictures.decoded_bytes(view.short_side) >= available_memory() / 2 / local_processes()
+    needed, filled = pictures.decoded_bytes(view.short_side)
+    too_large = needed >= available_memory() / 2 / local_processes() or mostly_padding(needed, filled)
     return 'workers' if largest(too_large) else 'batched'
 
 
@@ -63,6 +68,8 @@ class Batches:
     def __init__(self, n, opt, train):
         if train and n < 2:
             raise UserError(f'found {n} training picture, expected at least 2')
+        if train and n < opt.batch_size:
+            log(f'--batch_size {opt.batch_size}: found {n} training pictures, each batch holds all of them')
         self.n, self.seed, self.train, self.epoch, self.first_step = n, opt.seed, train, 0, 0
         self.sizes = [opt.batch_size] * (n // opt.batch_size) + [n % opt.batch_size] * (n % opt.batch_size > 0)
         if train and self.sizes[-1] == 1:
@@ -92,7 +99,13 @@ class Loader:
         return len(self.sizes)
 
     def set_epoch(self, epoch, first_step=0):
-        """What is iterated over next: the batches of an epoch from a step on, counted from 0."""
+        """What is iterated over next: the batches of an epoch from a step on, counted from 0.
+
+        Raises UserError for a step after its end.
+        """
+        if first_step > len(self):
+            raise UserError(f'--resume: the checkpoint has made {first_step} steps of epoch {epoch}, found {len(self)} '
+                            'steps in it, expected the same images')
         self.batches.epoch, self.batches.first_step = epoch, first_step
 
 
@@ -159,11 +172,11 @@ class WorkerLoader(Loader):
         self.loader = DataLoader(_Samples(pictures, draw), batch_sampler=_Keys(self.batches), num_workers=workers,
                                  persistent_workers=train and workers > 0, collate_fn=_collate,
                                  prefetch_factor=max(1, min(4, waiting // workers)) if workers else None,
-                                 pin_memory=self.device.type == 'cuda', worker_init_fn=_leave_signals)
+                                 pin_memory=self.device.type == 'cuda', worker_init_fn=_start_worker)
         self.empty = torch.empty(0, 3, view.size, view.size), torch.empty(0, dtype=torch.long)
 
     def __iter__(self):
-        for step, batch in enumerate(self.loader, self.batches.first_step):
+        for step, batch in enumerate(self._loaded(), self.batches.first_step):
             if isinstance(batch, UserError):
                 raise batch
             images, labels = (part.to(self.device, non_blocking=True) for part in batch or self.empty)
@@ -173,21 +186,51 @@ class WorkerLoader(Loader):
                 images = views.apply(self.rest, images, drawn.share(share(self.sizes[step]), self.sizes[step]))
             yield images, labels
 
+    def _loaded(self):
+        """What self.loader gives; UserError where its processes end, or cannot be started or reached."""
+        workers = self.loader.num_workers
+        try:
+            batches = iter(self.loader)
+            if workers and hasattr(signal, 'SIGCHLD') and threading.current_thread() is threading.main_thread():
+                # PyTorch's handler would raise an error wherever the program is when a worker ends: in a step, or while
+                # it writes a checkpoint. Without it the next batch tells, after at most five seconds.
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            yield from batches
+        except (EOFError, MemoryError, OSError, RuntimeError) as error:
+            if not workers or isinstance(error, RuntimeError) and not re.search(WORKERS_FAIL, str(error)):
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]      # one of a worker has a traceback
+            raise UserError(f'--num_workers {workers}: worker processes failed ({reason}), expected fewer of them, or '
+                            'more memory, a larger /dev/shm (--shm-size of docker) or a higher limit of open files '
+                            '(ulimit -n)') from error
 
-def _leave_signals(_):
-    """SIGINT and SIGTERM often go to all processes of a job: workers go on while the program makes its checkpoint."""
+
+# What a RuntimeError says, of PyTorch or Python, that is not the program's.
+WORKERS_FAIL = (r'DataLoader worker \(pid|MemoryError|allocate memory|shared memory|open files|ancdata|start new thread|'
+                'Pin memory thread exited')
+
+
+def _start_worker(_):
+    """What a worker process does first."""
+    # These often go to all processes of a job: workers go on while the program makes its checkpoint.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    # A batch that cannot be sent would be lost, with a traceback, and waited for without end: the worker ends instead,
+    # which the program notices.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)
+    sys.excepthook = _end_worker
+
+
+def _end_worker(*error):
+    os._exit(1)
 
 
 @atexit.register
 def _end_workers():
     """Without this Python would end with SIGTERM those that an error left, and wait for them."""
-    workers = [child for child in multiprocessing.active_children() if child.daemon]        # as DataLoader makes them
-    if workers and hasattr(signal, 'SIGCHLD'):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)                   # where PyTorch reports workers that died
-    for worker in workers:
-        worker.kill()
+    for child in multiprocessing.active_children():
+        if child.daemon:                                                # as DataLoader makes them
+            child.kill()
 
 
 class _Keys:

@@ -5,15 +5,18 @@
     sets/<class>/{valid_data,test_data}/<set>/<camera>/*rgb.png         and masks
 """
 import json
+import os
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from datasets.pictures import Pictures, open_picture, read_picture
+from datasets.pictures import Pictures, as_text, open_picture, open_regular, read_picture
 from util import UserError, log
 
 MARGIN = 16                                 # pixels between the mask's bounding box and the crop, as published
+LARGEST_META = 2**20                        # bytes
 
 
 @dataclass(frozen=True)
@@ -56,22 +59,23 @@ def mvip(opt):
     root = Path(opt.data_folder)
     if not root.is_dir():
         raise UserError(f'--data_folder {root}: no such folder, expected the sets/ folder of MVIP')
-    folders = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and not folder.name.startswith('.')]
-    folders = [folder for folder in folders if opt.mvip_super_class in super_classes(folder)][:opt.mvip_num_classes]
+    folders = [folder for folder in sorted(root.iterdir(), key=names) if folder.is_dir() and folder.name[0] != '.']
+    super_class = as_text(opt.mvip_super_class)
+    folders = [folder for folder in folders if super_class in super_classes(folder)][:opt.mvip_num_classes]
     if not folders:
         raise UserError(f'--mvip_super_class {opt.mvip_super_class}: no class in {root} belongs to it')
     train, val = [], []
     for number, folder in enumerate(folders):
         held_out = folder / 'valid_data' if (folder / 'valid_data').is_dir() else folder / 'test_data'
         for part, pattern, found in ((folder / 'train_data', '*/*/*/*rgb.png', train), (held_out, '*/*/*rgb.png', val)):
-            files = sorted(part.glob(pattern))
+            files = sorted(part.glob(pattern), key=names)
             if not files:
                 raise UserError(f'{part}: no pictures, expected {pattern}')
             found += [(file, number) for file in files]
     log(f'MVIP: {len(folders)} classes of {opt.mvip_super_class}, {len(train)} training and {len(val)} validation '
         'pictures')
-    classes = [folder.name for folder in folders]
-    if not any(mask_of(file).is_file() for file, _ in val):
+    classes = [as_text(folder.name) for folder in folders]
+    if not any(os.path.lexists(mask_of(file)) for file, _ in val):
         log('MVIP: no validation picture has a mask; they are used whole')
         return with_masks(train, classes), Pictures([str(file) for file, _ in val], labels_of(val), classes)
     return with_masks(train, classes), with_masks(val, classes)
@@ -81,22 +85,29 @@ def super_classes(folder):
     """The super-classes of one class folder, as its meta.json says."""
     file = folder / 'meta.json'
     try:
-        names = json.loads(file.read_text(encoding='utf-8'))['super_class']
-        if not isinstance(names, (str, list)):
-            raise TypeError(f'super_class is {names!r}')
+        with open_regular(file, LARGEST_META) as stream:
+            found = json.loads(stream.read().decode('utf-8'))['super_class']
+        found = [found] if isinstance(found, str) else found
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+            raise TypeError(f'super_class is {reprlib.repr(found)}, expected a name or a list of names')
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = 'no such file' if isinstance(error, FileNotFoundError) else f'{type(error).__name__}: {error}'
         raise UserError(f'{file}: not readable as {{"super_class": ...}} ({reason})') from error
-    return [names] if isinstance(names, str) else names
+    return found
 
 
 def with_masks(found, classes):
     """Pictures of (file, class number) pairs, each cropped by the mask that its own file name tells."""
     source = [ObjectPicture(file, mask_of(file)) for file, _ in found]
     for picture in source:
-        if not picture.mask.is_file():
+        if not os.path.isfile(picture.mask):
             raise UserError(f'{picture.mask}: no such file, expected the mask of {picture.file.name}')
     return Pictures(source, labels_of(found), classes)
+
+
+def names(file):
+    """What files are sorted by."""
+    return [as_text(name) for name in file.parts]
 
 
 def mask_of(file):

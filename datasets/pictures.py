@@ -1,21 +1,24 @@
 """Labelled pictures and where they come from: scikit-learn's digits, CIFAR, folders of pictures."""
 import math
 import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision import datasets as tv
 
-from datasets.cache import cached, key_of
+from datasets.cache import cached, key_of, size_in_cache
 from util import UserError, log, release_freed_memory
-from util.checkpoints import stored_bytes
 from util.distributed import in_turn, lost
 
 EXTENSIONS = (*tv.folder.IMG_EXTENSIONS, '.gif')
+# The formats that are opened, whatever a file is called: Pillow knows more, and hands EPS to the program Ghostscript.
+FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'PPM', 'TIFF', 'WEBP')
+LARGEST_FILE = 2**31                    # bytes: more than any image of the number of pixels that Pillow allows
 
 
 @dataclass
@@ -96,7 +99,7 @@ class Pictures:
 
     def _decode(self, short_side):
         """What `decode` gives for files: [n, 3, w, h] uint8 and [n, 2] heights and widths."""
-        if self.decoded_bytes(short_side) > available_memory():
+        if self.decoded_bytes(short_side)[0] > available_memory():
             raise UserError(f'{len(self)} pictures of {short_side} pixels do not fit into memory, expected --loader '
                             'workers')
         file = self._cache_file(f'decoded-{short_side}')
@@ -142,6 +145,10 @@ class Pictures:
         if 3 * width * height * len(self) > available_memory():
             raise UserError(f'{len(self)} pictures of up to {width}x{height} do not fit into memory, expected '
                             '--loader workers')
+        filled = sum(array.nbytes for array in arrays)
+        if mostly_padding(3 * width * height * len(self), filled):
+            log(f'{len(self)} images of up to {width}x{height} take {3 * width * height * len(self) / 1e9:.1f} GB of '
+                f'memory, all padded to one size, and {filled / 1e9:.1f} GB without: --loader workers needs less')
         data = torch.zeros(len(self), 3, width, height, dtype=torch.uint8)
         for i, array in enumerate(arrays):
             data[i, :, :array.shape[1], :array.shape[0]] = torch.from_numpy(array).permute(2, 1, 0)
@@ -155,14 +162,15 @@ class Pictures:
             return list(pool.map(picture_size, self.source[::math.ceil(len(self) / limit)]))
 
     def decoded_bytes(self, short_side):
-        """Memory that `decode` takes, as far as a part of the files tells."""
+        """Bytes of memory that `decode` takes, and of those that it fills with pixels, as far as a part of the files
+        tells; a cache is taken as it is."""
         if isinstance(self.source, np.ndarray):
-            return self.source.nbytes
+            return self.source.nbytes, self.source.nbytes
         file = self._cache_file(f'decoded-{short_side}')
-        if file and (size := stored_bytes(file)):
-            return size
+        if file and (size := size_in_cache(file)):
+            return size, size
         sizes = np.array([scaled(size, short_side) for size in self.sizes(limit=5000)])
-        return 3 * int(sizes.max(0).prod()) * len(self)
+        return 3 * int(sizes.max(0).prod()) * len(self), int(3 * sizes.prod(1).mean() * len(self))
 
     def statistics(self, probes=5000):
         """Mean and standard deviation per channel of 0..1 over (at most `probes` of) the pictures."""
@@ -180,12 +188,12 @@ class Pictures:
         return tuple(map(tuple, cached(file, make, check)['statistics'].tolist()))
 
     def _statistics(self, probes):
-        total, squares, pixels = np.zeros(3), np.zeros(3), 0
+        counts, levels = np.zeros((3, 256), dtype=int), np.arange(256) / 255       # how often a channel has each level
         for i in np.linspace(0, len(self) - 1, min(probes, len(self))).astype(int):
-            x = np.asarray(self.load(i)).reshape(-1, 3) / 255.
-            total, squares, pixels = total + x.sum(0), squares + (x * x).sum(0), pixels + len(x)
-        mean = total / pixels
-        std = np.sqrt(np.maximum(squares / pixels - mean**2, 0))
+            counts += np.reshape(self.load(i).histogram(), counts.shape)
+        pixels = counts[0].sum()
+        mean = counts @ levels / pixels
+        std = np.sqrt(np.maximum(counts @ levels**2 / pixels - mean**2, 0))
         return tuple(mean.round(4).tolist()), tuple(np.maximum(std, 1e-3).round(4).tolist())
 
 
@@ -206,19 +214,43 @@ def available_memory():
     return min(free, default=4 * 2**30)                                 # where no one tells: 4 GB
 
 
+def mostly_padding(padded, filled):
+    """Whether images of unlike sizes, padded to one, take far more memory than their pixels, and much of it."""
+    return padded > max(2**30, 8 * filled)
+
+
 def scaled(size, short_side):
     """Width and height with the shorter side scaled down to short_side, rounded as transforms.Resize does; smaller
     pictures keep their size."""
     return tuple(int(side * short_side / min(size)) for side in size) if min(size) > short_side else tuple(size)
 
 
+def open_regular(file, largest):
+    """A binary stream of a regular file, links followed; ValueError for a pipe or device, of which reading may never
+    end, and for a file of more than `largest` bytes."""
+    status = os.stat(file)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError('not a regular file')
+    if status.st_size > largest:
+        raise ValueError(f'{status.st_size} bytes, expected at most {largest}')
+    return open(file, 'rb')
+
+
 def open_picture(file, use):
-    """use(picture) for a picture that is just opened, its header read; UserError where the file is no picture."""
+    """use(picture) for a picture that is just opened, its header read.
+
+    Raises UserError where the file is no picture of FORMATS, MemoryError with its name where memory does not suffice.
+    """
     try:
-        with Image.open(file) as picture:
+        # Of a stream Pillow maps nothing into memory, where a file that is cut off meanwhile would end the program.
+        with open_regular(file, LARGEST_FILE) as stream, Image.open(stream, formats=FORMATS) as picture:
             return use(picture)
+    except UnidentifiedImageError as error:
+        raise UserError(f"{file}: not a readable picture (none of {', '.join(FORMATS)})") from error
+    except MemoryError as error:
+        raise MemoryError(f'{file}: {error}') from error
     except Exception as error:          # Pillow's plugins raise many kinds
-        raise UserError(f'{file}: not a readable picture ({error or type(error).__name__})') from error
+        raise UserError(f'{file}: not a readable picture ({str(error) or type(error).__name__})') from error
 
 
 def read_picture(file, mode='RGB', needed=None):
@@ -226,8 +258,8 @@ def read_picture(file, mode='RGB', needed=None):
     def read(picture):
         if needed is not None:
             picture.draft(None, needed(*picture.size))      # of the formats only JPEG has scales
-        if picture.mode.startswith('I;16') or (picture.mode == 'I' and picture.format == 'PNG'):
-            return Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).astype(np.uint8)).convert(mode)
+        if picture.mode.startswith('I;16') or (picture.mode == 'I' and picture.format in ('PNG', 'PPM')):
+            return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert(mode)
         if picture.mode in ('I', 'F'):
             raise ValueError(f'pixels of mode {picture.mode} have no known range, expected 8 or 16 bits')
         if 'transparency' in picture.info:
@@ -302,12 +334,12 @@ def path(opt):
 
 def folder(root):
     """The pictures below <root>/<class>/, classes and files in the order of their names."""
-    classes = sorted(name for name in os.listdir(root) if os.path.isdir(root / name) and not name.startswith('.'))
-    if not classes:
+    folders = [name for name in os.listdir(root) if os.path.isdir(root / name) and not name.startswith('.')]
+    if not folders:
         raise UserError(f'{root}: no folder of pictures in it, expected {root}/<class>/<picture>')
     files, labels, skipped = [], [], 0
-    for number, name in enumerate(classes):
-        found = sorted(files_below(root / name))
+    for number, name in enumerate(sorted(folders, key=as_text)):
+        found = sorted(files_below(root / name), key=as_text)
         pictures = [file for file in found if file.lower().endswith(EXTENSIONS)]
         if not pictures:
             raise UserError(f"{root / name}: no pictures in it, expected files that end in {', '.join(EXTENSIONS)}")
@@ -316,13 +348,25 @@ def folder(root):
         skipped += len(found) - len(pictures)
     if skipped:
         log(f'{root}: {skipped} files that are no pictures by their names are left out')
-    return Pictures(files, torch.tensor(labels), classes)
+    return Pictures(files, torch.tensor(labels), sorted(map(as_text, folders)))
+
+
+def as_text(name):
+    """The name of a file or folder as UTF-8 tells it, whatever the locale: the same names and order everywhere."""
+    return os.fsencode(name).decode('utf-8', 'surrogateescape')
 
 
 def files_below(folder):
-    """All files below a folder but hidden ones; links are followed, each folder is visited once, none above it."""
+    """All files below a folder but hidden ones; links are followed, each folder is visited once, none above it.
+
+    Raises OSError where a folder cannot be listed.
+    """
+    def stop(error):
+        raise error
+
     start, visited = os.path.realpath(folder), set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        folders.sort(key=as_text)                       # of several links to a folder the same one every time
         real = os.path.realpath(parent)
         if real in visited or start.startswith(os.path.join(real, '')):
             folders.clear()

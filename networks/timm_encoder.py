@@ -28,7 +28,8 @@ def _shrink_stem(model, name):
     first = model.default_cfg.get('first_conv')
     conv = model.get_submodule(first) if isinstance(first, str) else None
     if not isinstance(conv, nn.Conv2d) or conv.kernel_size == conv.stride:
-        log(f'timm/{name} keeps its first layers: it has no stem that --stem cifar knows how to shrink')
+        if not any(parameter.is_meta for parameter in model.parameters()):      # built again when it is known to fit
+            log(f'timm/{name} keeps its first layers: it has no stem that --stem cifar knows how to shrink')
         return
     small = type(conv)(conv.in_channels, conv.out_channels, 3, stride=1, padding=1, bias=conv.bias is not None)
     nn.init.kaiming_normal_(small.weight, mode='fan_out', nonlinearity='relu')

@@ -1,17 +1,39 @@
-# Sourced by quickstart.sh and test.sh, from the repository's folder: makes .venv, installs the requirement files that
-# are named after it, once, and activates it. PYTHON chooses another interpreter than python3.
+# Sourced by quickstart.sh, test.sh and the tables, from the repository's folder: makes .venv, installs the requirement
+# files that are named after it, once, and activates it. PYTHON chooses another interpreter than python3. What a call that
+# was killed has left is made anew; a .venv that has no pip, was moved, or whose Python is gone, is completed in its place.
+stop() { echo "env.sh: error: $1" >&2; exit 2; }
+
+recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2> /dev/null; }
+
+version() { "$1" -c 'import sys; print(*sys.version_info[:2], sep=".")'; }
+
+works() {           # whether activating .venv makes its own Python, with pip, the one that is called
+    (source .venv/bin/activate && [ "$(dirname "$(command -v python)")" -ef .venv/bin ] && recent python &&
+        python -m pip --version) > /dev/null 2>&1
+}
+
+if [ -e .venv/unfinished ]; then            # what is not whole pip may take for installed
+    find .venv/ -mindepth 1 -maxdepth 1 ! -name unfinished -exec rm -rf {} +
+fi
 python=${PYTHON:-python3}
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-    echo "env.sh: error: '$python' is missing or older than Python 3.10; set PYTHON to a newer one" >&2; exit 2; }
-if [ ! -d .venv ]; then
-    "$python" -m venv .venv || { rm -rf .venv; echo "env.sh: error: '$python -m venv' failed; on Debian and Ubuntu:" \
-        "apt install python3-venv" >&2; exit 2; }
+if [ -z "${PYTHON:-}" ] && .venv/bin/python -c '' 2> /dev/null; then python=.venv/bin/python; fi
+recent "$python" || stop "'$python' is missing or older than Python 3.10; set PYTHON to a newer one"
+if ! works; then
+    [ -n "$(ls -A .venv 2> /dev/null)" ] || { mkdir -p .venv && touch .venv/unfinished; } || stop '.venv cannot be made'
+    [ "$python" = .venv/bin/python ] || rm -f .venv/bin/python*
+    rm -f .venv/*requirements.txt           # the packages may be of another Python
+    "$python" -m venv .venv && works || {
+        [ ! -e .venv/unfinished ] || rm -rf .venv
+        stop "'$python -m venv .venv' failed; on Debian and Ubuntu: apt install python3-venv; else delete .venv"; }
+elif [ "$(version "$python")" != "$(version .venv/bin/python)" ]; then
+    stop ".venv has Python $(version .venv/bin/python), PYTHON $(version "$python"): expected the same; else delete .venv"
 fi
 source .venv/bin/activate
 for file in "$@"; do
     if ! cmp -s "$file" ".venv/${file//\//_}"; then
         echo "Installing $file into .venv (PyTorch takes a few minutes and 5 GB)"
-        python -m pip install --quiet --disable-pip-version-check -r "$file"
+        python -m pip install --quiet --disable-pip-version-check -r "$file" || stop "pip could not install $file"
         cp "$file" ".venv/${file//\//_}"
     fi
 done
+rm -f .venv/unfinished

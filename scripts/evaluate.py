@@ -49,9 +49,10 @@ def noise(picture, strength, rng):
 
 
 def blur(picture, strength, rng):
-    kernel = 2 * math.ceil(4 * strength) + 1
+    # Borders are mirrored, which takes images larger than half of the kernel.
+    kernel = [min(2 * math.ceil(4 * strength) + 1, 2 * side - 1) for side in picture.shape[1::-1]]
     image = torch.from_numpy(picture).permute(2, 0, 1)
-    return tvf.gaussian_blur(image, [kernel, kernel], [strength, strength]).permute(1, 2, 0).numpy()
+    return tvf.gaussian_blur(image, kernel, [strength, strength]).permute(1, 2, 0).numpy()
 
 
 def contrast(picture, strength, rng):
@@ -87,7 +88,8 @@ def main():
     args = parse_option()
     checkpoint = util.load_checkpoint(args.ckpt)
     given = {name: value for name, value in vars(args).items() if name in ('dataset', 'data_folder') and value}
-    opt = util.evaluation_options(checkpoint, teacher_kind=None, **given)
+    opt = util.evaluation_options(checkpoint, args.ckpt, **given)
+    opt.teacher_kind = None                             # the checkpoint tells itself which network it is
     util.set_device(opt)
     data = load_pictures(opt)
     classifier = util.load_classifier({**checkpoint, 'file': args.ckpt, 'classes': checkpoint.get('classes')}, opt,

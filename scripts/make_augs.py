@@ -5,10 +5,14 @@
 Of each class the first training pictures are taken. In-distribution ("id") pictures are blended mildly with another
 picture of the class and change their colours a little; near-out-of-distribution ("ood") pictures are the same pictures
 with their patches shuffled: the textures of the class without its shape. Files are named as DA-Fusion names them:
-<aug_root>/<aug_output_name>/<aug_name>/<class>-<index>-<number>.png.
+<aug_root>/<aug_output_name>/<aug_name>/<class>-<index>-<number>.png. The folders appear when they are whole.
 """
 import argparse
+import glob
+import os
+import shutil
 import sys
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +24,7 @@ import util  # noqa: E402
 from datasets import DATASETS, load_pictures  # noqa: E402
 from util import UserError  # noqa: E402
 from util.options import Parser, number  # noqa: E402
+from util.runs import writing  # noqa: E402
 
 BLEND, GAIN = 0.2, 0.2              # share of the other picture, and the largest relative change of a colour channel
 
@@ -64,30 +69,65 @@ def shuffle_patches(picture, patches, rng):
     return parts.swapaxes(1, 2).reshape(h * patches, w * patches, 3)
 
 
+def check_folders(folders):
+    """UserError unless both can be made, and the files of one are not the other's."""
+    one, other = (folder.resolve() for folder in folders)
+    if one == other or one in other.parents or other in one.parents:
+        raise UserError(f'--aug_name_id and --aug_name_ood: {folders[0]} and {folders[1]} lie in each other, expected '
+                        'two folders')
+    for folder in folders:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f'{folder}: holds files already, expected a new or empty folder')
+
+
+def file_names(classes, args):
+    """What the names of each class's files begin with; UserError where two classes share them or they are too long."""
+    begins = {}
+    for name in classes:
+        begin = name.replace(' ', '_')
+        if begin in begins:
+            raise UserError(f'classes {begins[begin]!r} and {name!r} would have the same files, expected names that '
+                            'differ in more than spaces')
+        begins[begin] = name
+        longest = len(os.fsencode(f'{begin}-{args.per_class - 1}-{args.variants - 1}.png'))
+        if longest > 255:
+            raise UserError(f'class {name!r}: its files would have names of {longest} bytes, expected at most 255')
+    return list(begins)
+
+
 def main():
     args = parse_option()
-    opt = util.defaults(dataset=args.dataset, seed=args.seed, max_samples=args.max_samples,
-                        samples_per_class=args.samples_per_class)
-    opt.data_folder = args.data_folder or util.options.data_folder(args.dataset)
+    opt = util.defaults(dataset=args.dataset, data_folder=args.data_folder, seed=args.seed,
+                        max_samples=args.max_samples, samples_per_class=args.samples_per_class)
     folders = [Path(args.aug_root) / args.aug_output_name / name for name in (args.aug_name_id, args.aug_name_ood)]
-    for folder in folders:
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f'{folder}: holds files already, expected a new or empty folder')
+    with writing(folders[0].parent):
+        check_folders(folders)
     train, rng = load_pictures(opt).train, np.random.default_rng(args.seed)
+    names = file_names(train.classes, args)
     members = [np.flatnonzero(train.labels.numpy() == number) for number in range(len(train.classes))]
     smallest = min(min(train.load(i).size) for part in members for i in part[:args.per_class])
     if smallest < args.patches:
         raise UserError(f'--patches {args.patches}: expected at most {smallest}, the side of the smallest picture')
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-    for name, part in zip(train.classes, members):
-        for index, i in enumerate(part[:args.per_class]):
-            picture = np.asarray(train.load(i))
-            for variant in range(args.variants):
-                file = f"{name.replace(' ', '_')}-{index}-{variant}.png"
-                other = np.asarray(train.load(rng.choice(part)))
-                Image.fromarray(blend(picture, other, rng)).save(folders[0] / file)
-                Image.fromarray(shuffle_patches(picture, args.patches, rng)).save(folders[1] / file)
+    partial = [folder.with_name(f'.{folder.name}.{uuid.uuid4().hex}.partial') for folder in folders]
+    try:
+        with writing(folders[0].parent):
+            for folder, new in zip(folders, partial):
+                for old in folder.parent.glob(f'.{glob.escape(folder.name)}.*.partial'):    # what a killed run left
+                    shutil.rmtree(old)
+                new.mkdir(parents=True)
+            for name, part in zip(names, members):
+                for index, i in enumerate(part[:args.per_class]):
+                    picture = np.asarray(train.load(i))
+                    for variant in range(args.variants):
+                        file = f'{name}-{index}-{variant}.png'
+                        other = np.asarray(train.load(rng.choice(part)))
+                        Image.fromarray(blend(picture, other, rng)).save(partial[0] / file)
+                        Image.fromarray(shuffle_patches(picture, args.patches, rng)).save(partial[1] / file)
+            for folder, whole in zip(partial, folders):
+                os.replace(folder, whole)
+    finally:
+        for folder in partial:
+            shutil.rmtree(folder, ignore_errors=True)
     for folder in folders:
         print(f'{folder}: {len(list(folder.iterdir()))} pictures')
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util  # noqa: E402
 from datasets import evaluation_view, load_pictures, make_loader  # noqa: E402
+from scripts.figures import figure_file, plain_text, save  # noqa: E402
 from util import UserError  # noqa: E402
 from util.options import Parser, dataset, number  # noqa: E402
 
@@ -27,7 +28,8 @@ from matplotlib import pyplot as plt  # noqa: E402
 def parse_option():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--ckpt', nargs='+', required=True, metavar='FILE', help='checkpoints of main_*.py')
-    parser.add_argument('--output', default='features.png', metavar='FILE', help='the picture (default: %(default)s)')
+    parser.add_argument('--output', type=figure_file, default='features.png', metavar='FILE',
+                        help='the picture (default: %(default)s)')
     parser.add_argument('--dataset', type=dataset, metavar='NAME', help="default: the checkpoint's")
     parser.add_argument('--data_folder', metavar='FOLDER', help="default: the checkpoint's")
     parser.add_argument('--max_points', type=number(int, 10), default=2000, metavar='N',
@@ -39,7 +41,7 @@ def features_of(ckpt, args):
     """Title, features [n, dim], labels [n], class names and the run's name of one checkpoint."""
     checkpoint = util.load_checkpoint(ckpt)
     given = {name: value for name, value in vars(args).items() if name in ('dataset', 'data_folder') and value}
-    opt = util.evaluation_options(checkpoint, **given)
+    opt = util.evaluation_options(checkpoint, ckpt, **given)
     util.set_device(opt)
     encoder = util.load_encoder(checkpoint, opt, ckpt).to(opt.device)
     data = load_pictures(opt)
@@ -47,8 +49,12 @@ def features_of(ckpt, args):
     outputs = [util.forward_all(encoder, make_loader(part, evaluation_view(opt), opt, train=False), opt)
                for part in parts]
     features, labels = (np.concatenate([output[i].cpu().numpy() for output in outputs]) for i in (0, 1))
-    title = f"{checkpoint['opt'].get('method') or 'cross-entropy'}, {opt.dataset}"
-    return title, features, labels, data.val.classes, opt.output_name or Path(ckpt).stem
+    recorded = checkpoint['opt']
+    # main_ce.py takes a --method too, and does not use it.
+    method = recorded.get('method', '') if 'temp' in recorded else 'cross-entropy'
+    name = recorded.get('output_name')
+    name = name if isinstance(name, str) else Path(ckpt).stem
+    return f'{method}, {opt.dataset}', features, labels, data.val.classes, name
 
 
 def draw(ax, title, features, labels, classes):
@@ -56,11 +62,11 @@ def draw(ax, title, features, labels, classes):
     colours = plt.get_cmap('tab10' if len(classes) <= 10 else 'gist_ncar')
     for c, name in enumerate(classes):
         colour = colours(c if len(classes) <= 10 else c / len(classes))
-        ax.scatter(*points[labels == c].T, s=6, color=colour, label=name)
+        ax.scatter(*points[labels == c].T, s=6, color=colour, label=plain_text(name))
         ax.scatter(*points[labels == -c - 1].T, s=10, color=colour, marker='x', linewidth=0.7)
     if (labels < 0).any():
         ax.scatter([], [], s=10, color='gray', marker='x', label='ood, made from\nthe class of its colour')
-    ax.set(title=title, xticks=[], yticks=[])
+    ax.set(title=plain_text(title), xticks=[], yticks=[])
 
 
 def main():
@@ -71,19 +77,13 @@ def main():
             raise UserError(f'--ckpt {ckpt}: its classes are not those of {args.ckpt[0]}')
         if not np.isfinite(features).all() or len(np.unique(features, axis=0)) < 10:
             raise UserError(f'--ckpt {ckpt}: t-SNE needs at least 10 pictures with different, finite features')
-    output = Path(args.output) if Path(args.output).suffix else Path(args.output + '.png')
     fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels) + 1.2, 4), squeeze=False, layout='constrained')
     titles = [panel[0] for panel in panels]
     for ax, (title, features, labels, classes, name) in zip(axes[0], panels):
         draw(ax, title if titles.count(title) == 1 else name, features, labels, classes)
     fig.legend(*axes[0, -1].get_legend_handles_labels(), loc='outside right center', markerscale=2, frameon=False,
                ncols=-(-len(panels[-1][3]) // 20), fontsize='small')
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        fig.savefig(output, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f'--output {output}: cannot be written ({error})') from error
-    print(output)
+    save(fig, args.output, dpi=150)
 
 
 if __name__ == '__main__':

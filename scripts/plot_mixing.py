@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import util  # noqa: E402
 from datasets import DATASETS, load_pictures, make_loader, pretraining_view  # noqa: E402
 from datasets.mixing import mix  # noqa: E402
-from util import UserError  # noqa: E402
+from scripts.figures import figure_file, plain_text, save  # noqa: E402
 from util.options import Parser, number  # noqa: E402
 
 
@@ -33,7 +33,8 @@ def parse_option():
     parser.add_argument('--count', type=number(int, 2, 100), default=8, metavar='N',
                         help='pictures (default: %(default)s)')
     parser.add_argument('--seed', type=number(int, 0, 2**31), default=0, help='(default: %(default)s)')
-    parser.add_argument('--output', default='mixing.png', metavar='FILE', help='default: %(default)s')
+    parser.add_argument('--output', type=figure_file, default='mixing.png', metavar='FILE',
+                        help='default: %(default)s')
     return parser.parse_args()
 
 
@@ -53,8 +54,8 @@ def mixed_views(opt, count):
 
 def main():
     args = parse_option()
-    opt = util.defaults(dataset=args.dataset, data_folder=args.data_folder or util.options.data_folder(args.dataset),
-                        max_samples=max(100, args.count), batch_size=args.count, seed=args.seed, device='cpu')
+    opt = util.defaults(dataset=args.dataset, data_folder=args.data_folder, max_samples=max(100, args.count),
+                        batch_size=args.count, seed=args.seed, device='cpu')
     classes, rows = mixed_views(opt, args.count)
     fig, axes = plt.subplots(len(rows), args.count, figsize=(1.25 * args.count, 1.65 * len(rows)), squeeze=False,
                              layout='constrained')
@@ -62,14 +63,10 @@ def main():
         row[0].set_ylabel(title)
         for ax, picture, distribution in zip(row, pictures, labels):
             ax.imshow(picture)
-            parts = [f'{classes[c]} {distribution[c]:.2f}' for c in distribution.nonzero()[:, 0].tolist()]
+            parts = [f'{plain_text(classes[c])} {distribution[c]:.2f}' for c in distribution.nonzero()[:, 0].tolist()]
             ax.set_xlabel('\n'.join(sorted(parts, key=lambda part: -float(part.split()[-1]))), fontsize=8)
             ax.set(xticks=[], yticks=[])
-    try:
-        fig.savefig(args.output, dpi=110)
-    except (OSError, ValueError) as error:
-        raise UserError(f'--output {args.output}: cannot be written ({error})') from error
-    print(args.output)
+    save(fig, args.output, dpi=110)
 
 
 if __name__ == '__main__':

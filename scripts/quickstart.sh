@@ -1,31 +1,31 @@
 #!/usr/bin/env bash
 # From nothing to three accuracies: makes the environment, then trains SupCon, SimCLR and cross-entropy on scikit-learn's
 # handwritten digits, which need no download. Two to four minutes on two CPU cores after the installation.
-# Options are added to every command: bash scripts/quickstart.sh --epochs 2
-set -euo pipefail
-cd "$(dirname "$0")/.."
+# Options are added to every command that knows them: bash scripts/quickstart.sh --epochs 2
+source "$(dirname "$0")/recipe.sh"
+begin quickstart "$@"
+join ${words[@]+"${words[@]}"}
 source scripts/env.sh requirements.txt
 
 common=(--dataset digits --batch_size 128 --cosine --print_freq 12 --overwrite)
 network=(--model resnet18 --width 0.25)
-run() { echo "$ python $*"; python "$@"; }
+ckpt=("output/$name-"{ce,simclr,supcon}"/trial=$trial/last.ckpt")
 
-run main_supcon.py "${common[@]}" "${network[@]}" --learning_rate 0.1 --temp 0.1 --epochs 40 \
-    --output_name quickstart-supcon "$@"
-run main_linear.py "${common[@]}" --ckpt output/quickstart-supcon/trial=0/last.ckpt --learning_rate 1 --epochs 20 \
-    --output_name quickstart-supcon-linear "$@"
+stage main_supcon "${common[@]}" "${network[@]}" --learning_rate 0.1 --temp 0.1 --epochs 40 \
+    --output_name "$name-supcon"
+stage main_linear "${common[@]}" --ckpt "${ckpt[2]}" --learning_rate 1 --epochs 20 --output_name "$name-supcon-linear"
 
-run main_supcon.py "${common[@]}" "${network[@]}" --method SimCLR --learning_rate 0.1 --temp 0.5 --epochs 60 --warm \
-    --output_name quickstart-simclr "$@"
-run main_linear.py "${common[@]}" --ckpt output/quickstart-simclr/trial=0/last.ckpt --learning_rate 1 --epochs 20 \
-    --output_name quickstart-simclr-linear "$@"
+stage main_supcon "${common[@]}" "${network[@]}" --method SimCLR --learning_rate 0.1 --temp 0.5 --epochs 60 --warm \
+    --output_name "$name-simclr"
+stage main_linear "${common[@]}" --ckpt "${ckpt[1]}" --learning_rate 1 --epochs 20 --output_name "$name-simclr-linear"
 
-run main_ce.py "${common[@]}" "${network[@]}" --learning_rate 0.2 --epochs 40 --output_name quickstart-ce "$@"
+stage main_ce "${common[@]}" "${network[@]}" --learning_rate 0.2 --epochs 40 --output_name "$name-ce"
+go
 
-run scripts/plot_features.py --ckpt output/quickstart-{ce,simclr,supcon}/trial=0/last.ckpt --output output/quickstart.png
+python scripts/plot_features.py --ckpt "${ckpt[@]}" --output "output/$name.png"
 echo "Curves and pictures of these runs: .venv/bin/tensorboard --logdir output"
 
-accuracy() { sed -n 's/^best accuracy: //p' "output/$1/trial=0/log.txt"; }
-echo "SupCon $(accuracy quickstart-supcon-linear)"
-echo "SimCLR $(accuracy quickstart-simclr-linear)"
-echo "cross-entropy $(accuracy quickstart-ce)"
+accuracy() { sed -n 's/^best accuracy: //p' "output/$name-$1/trial=$trial/log.txt" | tail -n 1; }
+echo "SupCon $(accuracy supcon-linear)"
+echo "SimCLR $(accuracy simclr-linear)"
+echo "cross-entropy $(accuracy ce)"

@@ -61,11 +61,12 @@ def shell(command, cwd, **environment):
 
 
 def commands_of(script, tmp_path, *arguments):
-    """The command lines that a launch file gives to python, but for that which sorts options."""
+    """The command lines that a launch file gives to python, but for those that sort and check options."""
     python = tmp_path / 'bin' / 'python'
     python.parent.mkdir(exist_ok=True)
     python.write_text(f'''#!/bin/sh
 if [ "$1" = util/options.py ]; then exec {sys.executable} "$@"; fi
+if [ "$1" = -c ]; then exit; fi
 printf "%s\\n" "$@" >> {tmp_path}/commands; echo end >> {tmp_path}/commands
 ''')
     python.chmod(0o755)
@@ -97,18 +98,27 @@ def test_launch_files_are_the_recipes(script, tmp_path):
         assert opt.epochs == 3 and opt.output_name == 'my run'
 
 
-def run_name(script, tmp_path):
-    return main_supcon.parse_option(command_of(script, tmp_path)[1:]).output_name
+def run_name(script, tmp_path, *arguments):
+    return main_supcon.parse_option(command_of(script, tmp_path, *arguments)[1:]).output_name
 
 
+@pytest.mark.parametrize('words', [[], ['--trial', '1'], ['--trial=a b', '--dataset', 'cifar100']])
 @pytest.mark.parametrize('script', ['supcon_cifar10', 'simclr_cifar10', 'genscl_cifar10', 'genscl_cifar100'])
-def test_linear_launch_files_find_the_pretraining_run(script, tmp_path):
-    arguments = command_of(f'{script}_linear', tmp_path)
+def test_linear_launch_files_find_the_pretraining_run(script, tmp_path, words):
+    """The run that the same words would have trained; GenSCL's is of one dataset, with the teacher of the same trial."""
+    arguments = command_of(f'{script}_linear', tmp_path, *words)
+    trial = {0: '0', 2: '1', 3: 'a b'}[len(words)]
     if '--ckpt' in arguments:
-        expected = f'output/{run_name(script, tmp_path)}/trial=0/last.ckpt'
+        expected = f'output/{run_name(script, tmp_path, *words)}/trial={trial}/last.ckpt'
         assert arguments[arguments.index('--ckpt') + 1] == expected
     else:
         assert arguments[arguments.index('--pretrained') + 1] == run_name(script, tmp_path)
+        arguments = command_of(script, tmp_path, *words)
+        teacher = main_ce.parse_option(command_of(f'{script}_teacher', tmp_path, *words)[1:])
+        assert arguments[arguments.index('--teacher-path') + 1] == f'output/{teacher.output_name}/trial={trial}'
+    for option in ('--ckpt', '--pretrained'):                   # another encoder replaces it
+        arguments = command_of(f'{script}_linear', tmp_path, f'{option}=mine')
+        assert [word for word in arguments if re.match('--(ckpt|pretrained)', word)] == [f'{option}=mine']
 
 
 def test_launch_files_run(call, picture_folder, tmp_path):
@@ -120,7 +130,7 @@ def test_launch_files_run(call, picture_folder, tmp_path):
         if script.endswith('_linear'):
             small = [*TINY[:2], *TINY[6:], '--epochs', '1', '--output_name', 'linear', '--overwrite']
         elif not script.endswith('_teacher'):
-            small += ['--output_name', run_name(script, tmp_path)]
+            small += ['--output_name', run_name(script, tmp_path, *(() if 'genscl' in script else TINY[:2]))]
         program, *arguments = command_of(script, tmp_path, *small)
         status, _, err = call(programs[program].main, *arguments)
         assert status == 0, (script, err)
@@ -172,8 +182,8 @@ def test_recipes_of_the_paper_are_its_table(script, tmp_path):
 @pytest.mark.parametrize('script', PAPER)
 def test_recipes_of_the_paper_run(call, tmp_path, script):
     """Train and evaluate, in miniature, with options that only one stage knows; then the last step once more."""
-    small = [*TINY, '--epochs', '1', '--temp=0.2', '--zero_init', '--label_smoothing', '0.1', '--output-name', 'mine',
-             '--trial=7']
+    small = [*TINY, '--epochs', '1', '--zero_init', '--label_smoothing', '0.1', '--output-name', 'mine', '--trial=7',
+             *(() if 'cross' in script else ['--temp=0.2'])]
     commands = commands_of(script, tmp_path, '--mode=train_then_eval', *small)
     assert [command[0] for command in commands] == (
         ['main_ce.py'] * 2 if 'cross' in script else ['main_supcon.py', 'main_linear.py', 'main_linear.py'])

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from networks.resnet_big import LinearProbe, SupCEResNet, make_encoder, mixed_precision
-from util.checkpoints import check_recorded, load_parameters, read_checkpoint
+from util.checkpoints import check_parameters, check_recorded, load_parameters, read_checkpoint
 from util.options import UserError
 from util.runs import log
 from util.training import precision, spread
@@ -51,7 +51,9 @@ def read_teacher(opt):
         found = 'no such folder' if not folder.is_dir() else f'no {" or ".join(names)} in it'
         raise UserError(f"--teacher_path {folder}: {found}, expected the folder of the teacher's checkpoint")
     checkpoint, state = read_checkpoint(file, ['model', 'state_dict'])
-    recorded = check_recorded(checkpoint, file) if 'model' in checkpoint else {}
+    if 'model' not in checkpoint:                       # another program's, of which only the classes matter
+        checkpoint = {'classes': checkpoint.get('classes')}
+    recorded = check_recorded(checkpoint, file)
     if recorded.get('dataset') == opt.dataset:
         opt.split_seed = recorded.get('split_seed')
     return {'file': file, 'opt': recorded, 'model': state, 'classes': checkpoint.get('classes')}
@@ -80,7 +82,10 @@ def load_classifier(checkpoint, opt, classes):
     file, recorded, state = checkpoint['file'], checkpoint['opt'], checkpoint['model']
     if recorded and opt.teacher_kind:
         raise UserError(f'--teacher_kind {opt.teacher_kind}: {file} tells itself what it is, {recorded.get("model")}')
-    kind, classifier, fc = _ours(recorded, state, len(classes), opt) if recorded else _timm(len(classes), opt)
+    def build():
+        return _ours(recorded, state, len(classes), opt) if recorded else _timm(len(classes), opt)
+    with torch.device('meta'):                          # takes no memory, however large the file says that it is
+        kind, classifier, fc = build()
     if fc and fc not in state:
         raise UserError(f'{file} holds no classifier of {kind}: {fc} is missing')
     known = state[fc].shape[0] if fc and state[fc].dim() else 0
@@ -89,6 +94,8 @@ def load_classifier(checkpoint, opt, classes):
     if checkpoint['classes'] and checkpoint['classes'] != list(classes):
         raise UserError(f'{file}: the teacher knows other classes, or in another order: '
                         f"{_names(checkpoint['classes'])}, expected {_names(classes)}")
+    check_parameters(classifier, state, file)
+    _, classifier, _ = build()
     load_parameters(classifier, state, file)
     teacher = Teacher(classifier, recorded.get('mean') or opt.mean, recorded.get('std') or opt.std, opt.mean, opt.std)
     _try(teacher, opt, len(classes), f'{file}: the teacher {kind}')
@@ -124,4 +131,4 @@ def _try(teacher, opt, num_classes, name):
 
 
 def _names(classes):
-    return ', '.join(map(str, classes[:5])) + ', ...' * (len(classes) > 5)
+    return ', '.join(f'{name:.99}' for name in classes[:5]) + ', ...' * (len(classes) > 5)

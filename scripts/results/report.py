@@ -54,9 +54,12 @@ def read(folder, names):
             missing.append(name)
             continue
         row, _, seed = name.rpartition('-')
-        text = file.read_text()
-        rows.setdefault(row, {})[int(seed)] = values_of(text)
-        machines.add(text.partition('\n')[0] + re.search(r', PyTorch [\d.]+', text)[0])
+        text = file.read_text(errors='replace')
+        try:
+            rows.setdefault(row, {})[int(seed)] = values_of(text)
+            machines.add(text.partition('\n')[0] + re.search(r', PyTorch [\d.]+', text)[0])
+        except (TypeError, ValueError):
+            sys.exit(f'report.py: error: {file}: not the log of a row, expected: delete it, and the row is run again')
     return rows, sorted(machines), missing
 
 
@@ -103,7 +106,8 @@ def methods(rows, folder):
         lines += ['', '| top-1 %, mean of five strengths | clean | ' + ' | '.join(DAMAGES.values()) + ' |',
                   '|---|---|' + '---|' * 4]
         for method, row in damaged.items():
-            average = {seed: {'clean': values['clean'], **{kind: mean(values[kind]) for kind in DAMAGES}}
+            average = {seed: values if 'diverged' in values else
+                       {'clean': values['clean'], **{kind: mean(values[kind]) for kind in DAMAGES}}
                        for seed, values in row.items()}
             lines.append(f'| {METHODS[method]} | '
                          + ' | '.join(spread(average, kind) for kind in ('clean', *DAMAGES)) + ' |')
@@ -115,11 +119,11 @@ def draw_damages(damaged, file):
     fig, axes = plt.subplots(1, len(DAMAGES), figsize=(12, 3.2), sharey=True, layout='constrained')
     for ax, (kind, title) in zip(axes, DAMAGES.items()):
         for method, row in damaged.items():
-            curves = list(zip(*([values['clean'], *values[kind]] for values in row.values())))
-            x = range(len(curves))
+            curves = list(zip(*([values['clean'], *values[kind]] for values in row.values() if 'clean' in values)))
+            x = range(len(curves))                                      # 0 where all runs have diverged
             ax.plot(x, [mean(values) for values in curves], 'o-', ms=4, color=COLOURS[method], label=METHODS[method])
             ax.fill_between(x, list(map(min, curves)), list(map(max, curves)), color=COLOURS[method], alpha=0.2, lw=0)
-        ax.set(title=title, xlabel='strength (0: clean)', xticks=list(x))
+        ax.set(title=title, xlabel='strength (0: clean)', xticks=range(6))
     axes[0].set_ylabel('top-1 %')
     axes[0].legend(frameon=False, fontsize='small')
     save(fig, file)
@@ -209,6 +213,7 @@ def main():
     text = '\n'.join(lines).replace('\n\n\n', '\n\n')
     (folder / f'{table}.md').write_text(text + '\n')
     print(text)
+    sys.exit(bool(missing))
 
 
 TABLES = {'methods': methods, 'hard_negatives': hard_negatives, 'stability': stability, 'labels': labels}

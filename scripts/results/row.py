@@ -51,16 +51,22 @@ def folder_of(command):
 
 
 def claim(command):
-    """Make the folder of a command's run, with the command in it; whether it was there. Another command is refused."""
+    """Make the folder of a command's run, with the command in it; whether it was there. Another command is refused.
+
+    At any moment the file `command` is whole or not there, and nothing else is in the folder before it.
+    """
     folder = folder_of(command)
     if folder is None:
         return False
-    file, there = folder / 'command', folder.exists()
-    if there and (not file.exists() or file.read_text() != command):
-        raise Failure(f'{folder} is of another command, expected: delete it, or choose another folder with --into')
+    file, partial = folder / 'command', folder / 'command.partial'
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(command)
-    return there
+    if file.exists() and file.read_text() == command:
+        return True
+    if any(other != partial for other in folder.iterdir()):             # the folder itself may be of a killed row
+        raise Failure(f'{folder} is of another command, expected: delete it, or choose another folder with --into')
+    partial.write_text(command)
+    os.replace(partial, file)
+    return False
 
 
 def output_of(command, errors):
@@ -84,6 +90,8 @@ def output_of(command, errors):
 
 
 def main():
+    if len(sys.argv) < 3:
+        raise Failure('expected a log and the commands of its row')
     log, commands = Path(sys.argv[1]), sys.argv[2:]
     if log.exists():
         if re.findall(r'^\$ python (.*)$', log.read_text(), re.MULTILINE) != commands:
@@ -117,5 +125,5 @@ def main():
 if __name__ == '__main__':
     try:
         main()
-    except (Failure, OSError) as failure:
+    except (Failure, OSError, ValueError) as failure:                   # ValueError: quotes in a command that do not end
         sys.exit(f'row.py: error: {failure}')

@@ -8,7 +8,9 @@
 # matches, such as '*-0'. --with: options for every training command. Stopped by Ctrl-C, or by `timeout 9m bash ...`, a table
 # goes on where it was when it is called again.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+shopt -s extglob
+CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/../.."
+export PYTHONUTF8=1                     # logs and tables are the same in every locale
 table=$(basename "$0" .sh) budget='' data='' into='' only='*' with=''
 
 refuse() { echo "$table.sh: error: $1" >&2; exit 2; }
@@ -16,16 +18,21 @@ refuse() { echo "$table.sh: error: $1" >&2; exit 2; }
 while (($#)); do
     (($# > 1)) || refuse "$1: no value is given"
     case $1 in
+        --data | --into) [ -n "${2%%+(/)}" ] || refuse "$1 '$2': expected a folder" ;;&
         --budget) budget=$2 ;;
-        --data) data=${2%/} ;;
-        --into) into=${2%/} ;;
+        --data) data=${2%%+(/)} ;;
+        --into) into=${2%%+(/)} ;;
         --only) only=$2 ;;
-        --with) with=" $2" ;;
+        --with) with+=" $2" ;;
         *) refuse "$1: unknown, expected --budget, --data, --into, --only or --with" ;;
     esac
     shift 2
 done
-[[ $into$data != *[[:space:]]* ]] || refuse "--into $into, --data $data: expected folders without spaces in their names"
+case $budget in cpu | gpu) ;; *) refuse "--budget '$budget', expected cpu or gpu" ;; esac
+[[ $into$data != *[][[:space:]*?\'\"\\]* ]] ||
+    refuse "--into $into, --data $data: expected folders without spaces, quotes or wildcards in their names"
+[[ $with != *--@(trial|seed|output[_-]name|desc|ckpt|pretrained|resume|overwrite|evaluate)* && $with != *$'\n'* ]] ||
+    refuse "--with$with: expected options that rows do not have themselves, in one line"
 into=${into:-scripts/results/$budget}
 runs=results-${into#scripts/results/}   # how the names of the runs begin
 runs=${runs//\//-}
@@ -37,15 +44,14 @@ case $budget in
          jobs=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)') ;;
     gpu) python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || refuse '--budget gpu: no GPU is found'
          jobs=1 ;;
-    *) refuse "--budget '$budget', expected cpu or gpu" ;;
 esac
 
 archive=../shared/data/cifar10_jpeg.tar.xz      # where it lies beside the repository, it is unpacked
 if [ -z "$data" ] && [ ! -d data/cifar10_jpeg ] && [ -f $archive ]; then
     unpacked=$(mkdir -p data && mktemp -d data/unpacking.XXXX)
     tar xJf $archive -C "$unpacked"
-    mv "$unpacked/cifar10_jpeg" data/
-    rmdir "$unpacked"
+    mv "$unpacked/cifar10_jpeg" data/ || [ -d data/cifar10_jpeg/train ]         # another table was faster
+    rm -rf "$unpacked"
 fi
 [ -n "$data" ] || [ ! -d data/cifar10_jpeg ] || data=data/cifar10_jpeg
 [ -z "$data" ] || [ -d "$data/train" -a -d "$data/test" ] || refuse "--data $data: expected a folder with train/ and test/"
@@ -95,6 +101,7 @@ of_run() { echo "--seed $2 --eval_freq 0 --print_freq 1000 --output_name $runs-$
 finish() {
     local status=0
     wait
+    ((${#names[@]})) || refuse "--only $only: no row has such a name"
     sort -o "$failures" "$failures"
     python scripts/results/report.py "$table" "$into" "$failures" "${names[@]}" || status=1
     [ ! -s "$failures" ] || { echo "$table.sh: error: not filled: $(tr '\n' ' ' < "$failures")" >&2; status=1; }

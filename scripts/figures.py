@@ -1,0 +1,44 @@
+"""What the scripts that draw share: the file of a figure, and text in it."""
+import argparse
+import contextlib
+import os
+import uuid
+from pathlib import Path
+
+from matplotlib.backend_bases import FigureCanvasBase
+
+from util import UserError
+from util.options import printable
+
+
+def figure_file(text):
+    """A type: a file that Matplotlib can write, by the suffix of its name; .png where it has none."""
+    known = FigureCanvasBase.get_supported_filetypes()
+    file = Path(text) if Path(text).suffix else Path(f'{text}.png')
+    if not os.path.basename(text).strip('.') or os.path.isdir(text) or file.is_dir():
+        raise argparse.ArgumentTypeError(f'found {text!r}, expected a file, not a folder')
+    if file.suffix[1:].lower() not in known:
+        raise argparse.ArgumentTypeError(f'found {text!r}, expected a name that ends in .{", .".join(sorted(known))}')
+    return file
+
+
+def plain_text(name):
+    """A name as a text of Matplotlib: without control characters, and no dollar begins a formula."""
+    return printable(name).replace('$', r'\$')
+
+
+def save(fig, file, dpi):
+    """Write a figure and print its file's name; the file is the old one until it is the new one, whole.
+
+    Raises UserError where it cannot be written.
+    """
+    partial = file.with_name(f'{uuid.uuid4().hex}.partial')
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fig.savefig(partial, dpi=dpi, format=file.suffix[1:])
+        os.replace(partial, file)
+    except (OSError, ValueError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise UserError(f'--output {file}: cannot be written ({error})') from error
+    print(file)
