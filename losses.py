@@ -1,4 +1,4 @@
-"""Supervised contrastive losses: one formula, one core, memory linear in the number of views.
+"""Supervised contrastive losses in memory linear in the number of views. The file needs only torch: copy it anywhere.
 
 For anchors z_i, contrasts z_j, similarities s_ij = z_i . z_j / temperature, positives P(i) and
 allowed contrasts A(i) (never z_i itself):
@@ -6,40 +6,37 @@ allowed contrasts A(i) (never z_i itself):
     L_i  = logsumexp_{j in A(i)} s_ij  -  mean_{j in P(i)} s_ij
     loss = temperature / base_temperature * mean_i L_i
 
-- SupCon: P(i) holds the other views of all pictures with i's label
+- SupCon: P(i) holds the other views of all images with i's label
   (Khosla et al., 2020, https://arxiv.org/abs/2004.11362, Eq. 2).
-- SimCLR: P(i) holds the other views of the same picture
+- SimCLR: P(i) holds the other views of the same image
   (Chen et al., 2020, https://arxiv.org/abs/2002.05709, Eq. 1).
-- GenSCL: labels are distributions y_i over the classes, and the mean is weighted with cos(y_i, y_j)
+- GenSCL: labels are distributions y_i over the classes, and the mean is weighted with w_ij = cos(y_i, y_j)
   (Kim et al., 2022, https://arxiv.org/abs/2206.00384).
-- Near-out-of-distribution pictures made from class c carry the label -(c + 1). They are hard negatives:
-  no anchors, nobody's positives, and in A(i) only for anchors of class c.
-- Several processes (torch.distributed): each has a part of the batch. Its views are anchors, the views of all processes
-  are contrasts, and each gets the loss of the whole batch.
+- Hard negatives: near-out-of-distribution images made from class c carry the label -(c + 1). They are no anchors,
+  nobody's positives, and in A(i) only for anchors of class c.
+- Several processes (torch.distributed): each has a slice of the batch. Its views are anchors, the views of all
+  processes are contrasts, and each gets the loss of the whole batch.
 
-The second term needs no N x N matrix: mean_{j in P(i)} s_ij = z_i . (class sum - z_i) / (count - 1), and with unit
-vectors u_i = y_i / |y_i| the weighted sum is z_i . M u_i / temperature, M = sum_j z_j u_j^T [dim, C]. The first is
-computed over blocks, and each block is computed again in the backward pass.
+`reference_loss` is the formula with N x N matrices. The losses need none: for the second term sums over classes are
+enough, mean_{j in P(i)} s_ij = z_i . (class sum - z_i) / (count - 1) / temperature, and with unit vectors
+u_i = y_i / |y_i| the weighted sum is z_i . M u_i / temperature, M = sum_j z_j u_j^T [dim, C]. The first is computed
+over blocks of the matrix, and each block is computed again in the backward pass.
 """
 import math
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 
-from util.distributed import gather, mean, rank, sizes_of, total
-
-# Similarities held at a time by the blocked log-sum-exp. 2**21 floats are 8 MB, which stay in the cache of a CPU; a
-# batch of 1,024 pictures takes two blocks.
-BLOCK = 2**21
-# Side of the square blocks of a symmetric matrix on a CPU; 512 to 1,024 are fastest (benchmarks/README.md).
-TILE = 1024
+# ------------------------------------------------- The losses -------------------------------------------------
 
 
 class _ContrastiveLoss(nn.Module):
     """The settings of both losses."""
 
-    def __init__(self, temperature=0.07, contrast_mode='all', base_temperature=0.07):
+    def __init__(self, temperature: float = 0.07, contrast_mode: str = 'all', base_temperature: float = 0.07):
         super().__init__()
         _check('contrast_mode', contrast_mode, ('all', 'one'))
         if temperature <= 0 or base_temperature <= 0:
@@ -60,25 +57,30 @@ class SupConLoss(_ContrastiveLoss):
         criterion = SupConLoss(temperature=0.1)
         loss = criterion(features, labels)                          # SupCon
         loss = criterion(features)                                  # SimCLR
-        loss = criterion(features, labels, positives='picture')     # SimCLR with hard negatives among the labels
+
+        criterion = SupConLoss(temperature=0.1, hard_negatives=True)
+        loss = criterion(features, labels)                          # SupCon, hard negatives among the labels
+        loss = criterion(features, labels, positives='image')       # SimCLR, hard negatives among the labels
 
     Args:
         temperature: divides the similarities.
-        contrast_mode: 'all': every view is an anchor; 'one': only the first view of each picture is.
-            The contrasts are all views of all pictures in both modes.
+        contrast_mode: 'all': every view is an anchor; 'one': only the first view of each image is.
+            The contrasts are all views of all images in both modes.
         base_temperature: the loss is multiplied by temperature / base_temperature; 1 multiplies by the temperature.
         summation_location: 'out': mean over the positives of log(exp(s_ip) / D_ip), Eq. 2 of the paper; 'in': the log
             of that mean, Eq. 3.
         denominator_mode: what D_ip sums exp(s_ij) over: 'all' of A(i); 'one_positive': the negatives (A(i) without
             P(i)) and p; 'only_negatives': the negatives.
-        positives_cap: at most this many positives of other pictures, a multiple of the number of views: the first in
+        positives_cap: at most this many positives of other images, a multiple of the number of views: the first in
             the order of the batch with all their views; positives beyond leave A(i) too. -1: all.
+        hard_negatives: whether negative labels -(c + 1) mark hard negatives of class c; if not, they are an error.
 
-    All but the defaults of the last three need the whole similarity matrix in memory.
+    Summation_location, denominator_mode and positives_cap need N x N matrices unless they have their defaults.
     """
 
-    def __init__(self, temperature=0.07, contrast_mode='all', base_temperature=0.07, summation_location='out',
-                 denominator_mode='all', positives_cap=-1):
+    def __init__(self, temperature: float = 0.07, contrast_mode: str = 'all', base_temperature: float = 0.07,
+                 summation_location: str = 'out', denominator_mode: str = 'all', positives_cap: int = -1,
+                 hard_negatives: bool = False):
         super().__init__(temperature, contrast_mode, base_temperature)
         _check('summation_location', summation_location, ('out', 'in'))
         _check('denominator_mode', denominator_mode, ('all', 'one_positive', 'only_negatives'))
@@ -87,163 +89,82 @@ class SupConLoss(_ContrastiveLoss):
         self.summation_location = summation_location
         self.denominator_mode = denominator_mode
         self.positives_cap = positives_cap
+        self.hard_negatives = hard_negatives
 
-    def forward(self, features, labels=None, mask=None, positives='class', keys=None, key_labels=None):
+    def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None,
+                positives: str = 'class', keys: Tensor | None = None, key_labels: Tensor | None = None) -> Tensor:
         """Compute the loss of one batch; float16 and bfloat16 features are computed in float32.
 
-        Where torch.distributed has several processes, all of them call this, each with its part of the batch, which may
-        be empty. Each gets the loss of the whole; averaged over them, as DistributedDataParallel does, the gradients
-        are those of one process with the whole batch.
+        Where torch.distributed has several processes, all of them call this, each with its slice of the batch, which
+        may be empty. Each gets the loss of the whole; averaged over them, as DistributedDataParallel does, the
+        gradients are those of one process with the whole batch.
 
         Args:
             features: [bsz, n_views, ...], normally of unit length; dimensions after the second are flattened.
-            labels: [bsz] class of each picture; -(c + 1) marks a near-ood picture made from class c (see above).
-            mask: [bsz, bsz] weights >= 0 instead of labels: mask[i, j] is how much picture j is a positive of
-                picture i. May be asymmetric. Needs the whole similarity matrix in memory. With several processes
-                [bsz, pictures of all].
-            positives: what the positives of an anchor share with it: 'class', or only the 'picture', as without labels;
-                labels then only tell which near-ood pictures an anchor sees.
+            labels: [bsz] class of each image; with hard_negatives, -(c + 1) for one made from class c.
+            mask: [bsz, bsz] weights >= 0 instead of labels: mask[i, j] is how much image j is a positive of
+                image i. May be asymmetric. Needs N x N matrices. With several processes [bsz, images of all].
+            positives: what the positives of an anchor share with it: 'class', or only the 'image', as without labels;
+                labels then only indicate which hard negatives an anchor sees.
             keys: [n_keys, dim] contrasts instead of the features, as of a momentum encoder: the first bsz belong to the
-                pictures of the batch, the others to earlier ones (He et al., 2020, https://arxiv.org/abs/1911.05722).
+                images of the batch, the others to earlier ones (He et al., 2020, https://arxiv.org/abs/1911.05722).
                 All processes have the same, of the whole batch.
-            key_labels: [n_keys] their labels, needed with labels.
+            key_labels: [n_keys] their labels, needed with labels. -(c + 1), which always is allowed here, hides a key
+                from all anchors but those of class c.
 
         Returns:
             A scalar. An anchor without positives (with 'only_negatives', also one without negatives) adds 0 and still
             counts in the mean.
 
         Raises:
-            ValueError: wrong shapes (both are named), labels and mask together, or unknown positives.
+            ValueError: wrong shapes (both are named), labels and mask together, unknown positives, or negative labels
+                without hard_negatives. On a GPU, which is not waited for, the last is a failed device-side assertion.
         """
         if features.dim() < 3:
             raise ValueError(f'features are {list(features.shape)}, expected [bsz, n_views, ...]')
-        sizes = sizes_of(len(features))
-        bsz = sum(sizes)                                                # of the whole batch
-        self._check_shapes(features, labels, mask, positives, keys, key_labels, bsz)
-        if features.dtype in (torch.float16, torch.bfloat16):
-            features = features.float()
-        anchors, contrasts, rows = _views(features.flatten(2), sizes, self.contrast_mode)
-        labelled = labels is not None
-        ids, labels = _ids_and_labels(features, labels, positives, sizes)
-        of_contrasts, itself = (ids, labels), rows
+        sizes = _all_sizes(len(features))
+        self._check_arguments(features, labels, mask, positives, keys, key_labels, n_total=sum(sizes))
+        features = _at_least_float32(features.flatten(2))
+        anchors, contrasts, self_index = _views(features, labels, sizes, self.contrast_mode, self.hard_negatives)
         if keys is not None:
-            contrasts, itself = keys.to(anchors.dtype), None
-            of_contrasts = _ids_and_labels_of_keys(bsz, keys, key_labels, positives)
-        ids, labels = ids[rows], labels[rows]
-        args = (anchors, contrasts, ids, labels, *of_contrasts, itself)
-        dense = (self.summation_location, self.denominator_mode, self.positives_cap) != ('out', 'all', -1)
-        with torch.autocast(features.device.type, enabled=False):       # similarities / temperature need float32
-            if dense or mask is not None:
-                losses = self._dense(*args, rows % max(1, bsz), bsz if keys is None else len(keys), mask)
-            else:
-                losses = self._blocked(*args, labelled)
-            return mean(losses, labels >= 0) * (self.temperature / self.base_temperature)
+            contrasts = _views_of_keys(keys.to(features.dtype), key_labels)
+            self_index = None                                           # no anchor is among them
+        source_class = None
+        if self.hard_negatives or key_labels is not None:
+            source_class = _source_class(contrasts.labels)
+        eq_2 = (self.summation_location, self.denominator_mode, self.positives_cap) == ('out', 'all', -1)
 
-    def _check_shapes(self, features, labels, mask, positives, keys, key_labels, everything):
-        _check('positives', positives, ('class', 'picture'))
+        with torch.autocast(features.device.type, enabled=False):       # similarities / temperature need float32
+            if eq_2 and mask is None:
+                log_denominator = _log_sum_exp(anchors.z, contrasts.z, self.temperature, self_index, anchors.labels,
+                                               source_class)
+                mean_positive, has_positives = _mean_positive(anchors, contrasts, positives, self_index)
+                losses = torch.where(has_positives, log_denominator - mean_positive / self.temperature, 0)
+            else:
+                weights, allowed = _weights_and_allowed(anchors, contrasts, positives, self_index, source_class, mask,
+                                                        self.positives_cap)
+                losses = reference_loss(anchors.z, contrasts.z, weights, allowed, self.temperature,
+                                        self.summation_location, self.denominator_mode)
+            loss = _global_mean(losses, anchors.labels >= 0)
+        return loss * (self.temperature / self.base_temperature)
+
+    def _check_arguments(self, features, labels, mask, positives, keys, key_labels, n_total):
+        _check('positives', positives, ('class', 'image'))
         bsz, n_views, dim = features.flatten(2).shape
+        of_features = f'for features {list(features.shape)}'
         if mask is not None and (labels is not None or keys is not None):
             raise ValueError(f"{'labels' if keys is None else 'keys'} and mask are both given, expected at most one")
         if labels is not None and labels.shape not in ((bsz,), (bsz, 1)):
-            raise ValueError(f'labels are {list(labels.shape)}, expected [{bsz}] for features {list(features.shape)}')
-        if mask is not None and mask.shape != (bsz, everything):
-            raise ValueError(f'mask is {list(mask.shape)}, expected [{bsz}, {everything}] for features '
-                             f'{list(features.shape)}')
-        if keys is not None and (keys.dim() != 2 or len(keys) < everything or keys.shape[1] != dim):
-            raise ValueError(f'keys are {list(keys.shape)}, expected [{everything} or more, {dim}] for features '
-                             f'{list(features.shape)}')
+            raise ValueError(f'labels are {list(labels.shape)}, expected [{bsz}] {of_features}')
+        if mask is not None and mask.shape != (bsz, n_total):
+            raise ValueError(f'mask is {list(mask.shape)}, expected [{bsz}, {n_total}] {of_features}')
+        if keys is not None and (keys.dim() != 2 or len(keys) < n_total or keys.shape[1] != dim):
+            raise ValueError(f'keys are {list(keys.shape)}, expected [{n_total} or more, {dim}] {of_features}')
         if keys is not None and (labels is None) != (key_labels is None) or (
                 key_labels is not None and key_labels.shape != keys.shape[:1]):
             raise ValueError('key_labels are expected with keys and labels, one for each key')
         if self.positives_cap > 0 and self.positives_cap % n_views:
             raise ValueError(f'positives_cap is {self.positives_cap}, expected a multiple of {n_views}, the views')
-
-    def _blocked(self, anchors, contrasts, ids, labels, contrast_ids, contrast_labels, itself, labelled):
-        """The losses of the anchors, [n]; itself [n]: which contrasts they are, or None."""
-        normal = contrast_labels >= 0
-        # Without labels there is no hard negative; a GPU is not asked, since the answer would have to be waited for.
-        all_normal = not labelled or normal.device.type == 'cpu' and bool(normal.all())
-        owners = None if all_normal else torch.where(normal, -1, -contrast_labels - 1)
-        log_denominator = _log_sum_exp(anchors, contrasts, self.temperature, itself, labels, owners)
-
-        if itself is not None:
-            contrast_ids = _dense_ids(contrast_ids)
-            ids = contrast_ids[itself]
-        else:
-            ids, contrast_ids = _dense_ids(torch.cat([ids, contrast_ids])).split([len(ids), len(contrast_ids)])
-        weight = normal.to(contrasts.dtype)
-        rows = len(contrasts) + (len(anchors) if itself is None else 0)                 # at most so many ids
-        counts = contrasts.new_zeros(rows).index_add(0, contrast_ids, weight)
-        sums = contrasts.new_zeros(rows, contrasts.shape[1]).index_add(0, contrast_ids, contrasts * weight[:, None])
-        # index_select, since the backward pass of sums[ids] adds in an order that changes from run to run on a CPU.
-        positives, sums = counts[ids], sums.index_select(0, ids)
-        if itself is not None:
-            positives, sums = positives - 1, sums - anchors
-        log_positive = (anchors * sums).sum(1) / positives.clamp(min=1) / self.temperature
-        return torch.where((labels >= 0) & (positives > 0), log_denominator - log_positive, 0)
-
-    def _dense(self, anchors, contrasts, ids, labels, contrast_ids, contrast_labels, itself, pictures, bsz, mask):
-        """As `_blocked`; the anchors are views of `pictures` [n] of bsz, and so are the contrasts, view after view."""
-        weight = (ids[:, None] == contrast_ids) & (contrast_labels >= 0)                # [n, m]
-        is_itself = torch.zeros_like(weight)
-        if itself is not None:
-            is_itself.scatter_(1, itself[:, None], True)
-        owners = torch.where(contrast_labels >= 0, -1, -contrast_labels - 1)
-        allowed = ~is_itself & ((owners < 0) | (owners == labels[:, None]))
-        if mask is not None:
-            weight = mask.repeat(len(anchors) // max(1, len(mask)), len(contrasts) // max(1, bsz))
-        weight = weight.to(anchors.dtype).masked_fill(is_itself, 0)
-        if self.positives_cap >= 0:
-            over = self._over_cap(weight > 0, pictures, bsz)
-            weight, allowed = weight.masked_fill(over, 0), allowed & ~over
-        total = weight.sum(1)
-        counts = (labels >= 0) & (total > 0)
-
-        logits = anchors @ contrasts.T / self.temperature               # [n, m]
-        if self.denominator_mode == 'all':
-            log_denominator = _masked_logsumexp(logits, allowed)
-        else:
-            negatives = allowed & (weight == 0)
-            log_denominator = _masked_logsumexp(logits, negatives)
-            if self.denominator_mode == 'one_positive':
-                log_denominator = torch.logaddexp(logits, log_denominator)
-            else:
-                counts = counts & negatives.any(1)
-        log_prob = logits - torch.where(counts[:, None], log_denominator, 0)
-        total = total.clamp(min=torch.finfo(total.dtype).tiny)
-        if self.summation_location == 'out':
-            losses = -(weight * log_prob).sum(1) / total
-        else:
-            losses = -_masked_logsumexp(log_prob + weight.clamp(min=1e-30).log(), weight > 0)[:, 0] + total.log()
-        return torch.where(counts, losses, 0)
-
-    def _over_cap(self, positive, pictures, bsz):
-        """Which positives [n, m] are of other pictures than the first that positives_cap allows."""
-        m = positive.shape[1]
-        other = positive & (torch.arange(m, device=positive.device) % bsz != pictures[:, None])
-        rank = other[:, :bsz].cumsum(1)                                 # alike in each view
-        return other & (rank > self.positives_cap // (m // bsz)).repeat(1, m // bsz)
-
-
-def _views(features, sizes, contrast_mode='all'):
-    """Anchors and contrasts among features [bsz, n_views, dim] of this process, of `sizes` in all of them.
-
-    -> anchors [n, dim] of this process, view after view; the views [n_views * sum(sizes), dim] of all processes, view
-    after view; and where the anchors are among these, [n].
-    """
-    bsz, n_views = features.shape[:2]
-    views = gather(features, sizes).transpose(0, 1).flatten(0, 1)
-    shown = n_views if contrast_mode == 'all' else 1
-    rows = torch.arange(bsz, device=features.device) + sum(sizes[:rank()])
-    rows = (sum(sizes) * torch.arange(shown, device=features.device)[:, None] + rows).flatten()
-    return features[:, :shown].transpose(0, 1).flatten(0, 1), views, rows
-
-
-def _masked_logsumexp(logits, mask):
-    """log sum of exp(logits) where mask, for each row: [n, m] -> [n, 1]; -inf, without gradient, for an empty row."""
-    some = mask.any(1, keepdim=True)
-    result = logits.masked_fill(~mask & some, -torch.inf).logsumexp(1, keepdim=True)
-    return torch.where(some, result, -torch.inf)
 
 
 class GenSupConLoss(_ContrastiveLoss):
@@ -261,7 +182,7 @@ class GenSupConLoss(_ContrastiveLoss):
             the anchors and the second the contrasts.
     """
 
-    def forward(self, features, labels):
+    def forward(self, features: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor]) -> Tensor:
         """Compute the loss of one batch; float16 and bfloat16 features are computed in float32.
 
         Args:
@@ -276,50 +197,327 @@ class GenSupConLoss(_ContrastiveLoss):
             ValueError: wrong shapes (all are named).
         """
         shapes = [list(tensor.shape) for tensor in (*features, *labels)]
-        n, classes = shapes[0][0], shapes[-1][-1]
-        if {len(shape) for shape in shapes} != {2} or shapes != [shapes[0]] * 2 + [[n, classes]] * 2:
+        n = shapes[0][0]
+        n_classes = shapes[-1][-1]
+        if {len(shape) for shape in shapes} != {2} or shapes != [shapes[0]] * 2 + [[n, n_classes]] * 2:
             raise ValueError(f'features are {shapes[:len(features)]} and labels {shapes[len(features):]}, expected two '
                              'of the same [N, dim] and two of the same [N, C]')
-        features = [part.float() if part.dtype in (torch.float16, torch.bfloat16) else part for part in features]
+        features = [_at_least_float32(part) for part in features]
         labels = [F.normalize(part.double(), dim=1) for part in labels]
-        sizes = sizes_of(n)
+        sizes = _all_sizes(n)
         if self.contrast_mode == 'all':
-            anchors, contrasts, itself = _views(torch.stack(features, 1), sizes)
-            u, v, _ = _views(torch.stack(labels, 1), sizes)                         # [n_anchors, C], [n_contrasts, C]
+            anchors, contrasts, self_index = _anchors_and_contrasts(torch.stack(features, 1), sizes)
+            u, v, _ = _anchors_and_contrasts(torch.stack(labels, 1), sizes)             # [n, C], [m, C]
         else:
-            (anchors, contrasts), (u, v) = ((part[0], gather(part[1], sizes)) for part in (features, labels))
-            itself = None
+            anchors, contrasts = features[0], _gather(features[1], sizes)
+            u, v = labels[0], _gather(labels[1], sizes)
+            self_index = None
         with torch.autocast(anchors.device.type, enabled=False):
-            log_denominator = _log_sum_exp(anchors, contrasts, self.temperature, itself)
-            log_positive, has_positives = self._positives(anchors.double(), contrasts.double(), u, v)
-            loss = torch.where(has_positives, log_denominator, 0).sum() - log_positive
-            loss = total(loss) / max(1, len(contrasts))                             # as many as all anchors
+            log_denominator = _log_sum_exp(anchors, contrasts, self.temperature, self_index)
+            sum_positive, has_positives = self._sum_positive(anchors.double(), contrasts.double(), u, v)
+            loss = torch.where(has_positives, log_denominator, 0).sum() - sum_positive / self.temperature
+            loss = _all_reduce_sum(loss) / max(1, len(contrasts))               # as many as the anchors of all
         return loss.to(anchors.dtype) * (self.temperature / self.base_temperature)
 
-    def _positives(self, anchors, contrasts, u, v):
-        """Sum over the anchors of their weighted means of s_ij, and which of them have positives: [n_anchors].
+    def _sum_positive(self, anchors, contrasts, u, v):
+        """sum_i sum_j w_ij z_i . z_j / sum_j w_ij, a scalar, and whether sum_j w_ij > 0: [n]; w_ij = u_i . v_j.
 
         In float64, since what an anchor adds to its own sums is subtracted again: the rest may be small.
         """
-        # w_ii, which is left out.
-        itself = u.square().sum(1) if self.contrast_mode == 'all' else torch.zeros_like(u[:, 0])
-        weight = u @ v.sum(0) - itself
-        has_positives = weight > 1e-9
-        scale = torch.where(has_positives, 1 / weight, 0)
-        m, m_anchors = contrasts.T @ v, anchors.T @ (scale[:, None] * u)                        # [dim, C] each
-        similar = (m * m_anchors).sum() - (scale * itself) @ anchors.square().sum(1)
-        return similar / self.temperature, has_positives
+        w_self = u.square().sum(1) if self.contrast_mode == 'all' else torch.zeros_like(u[:, 0])
+        w_sum = u @ v.sum(0) - w_self
+        has_positives = w_sum > 1e-9
+        scale = torch.where(has_positives, 1 / w_sum, 0)
+        m_contrasts = contrasts.T @ v                                           # [dim, C]
+        m_anchors = anchors.T @ (scale[:, None] * u)                            # [dim, C]
+        of_self = (scale * w_self) @ anchors.square().sum(1)
+        return (m_contrasts * m_anchors).sum() - of_self, has_positives
 
 
-def _log_sum_exp(anchors, contrasts, temperature, itself, labels=None, owners=None):
-    """The results of _LogSumExp, by half of the matrix where that is possible and no device has to be waited for."""
-    everything = itself is not None and len(anchors) == len(contrasts) > 0              # in the same order
-    if everything and owners is None and anchors.device.type == 'cpu':
-        bound = (anchors.detach().square().sum(1).amax() / temperature).item()      # of all |s_ij|
-        if 2 * bound < -math.log(torch.finfo(anchors.dtype).tiny) - 10:             # exp(-2 bound) is a normal number
+@torch.no_grad()
+def contrastive_accuracy(features: Tensor, labels: Tensor | None = None, positives: str = 'class',
+                         hard_negatives: bool = False) -> Tensor:
+    """Percentage of anchors whose most similar other view in the batch is a positive; a scalar.
+
+    features [bsz, n_views, dim], labels [bsz], positives and hard_negatives as for SupConLoss; or label distributions
+    [bsz, n_views, C], then the mean weight (%) of the most similar view. It rises from chance as pretraining learns.
+    With several processes as SupConLoss: of the whole batch.
+    """
+    _check('positives', positives, ('class', 'image'))
+    features = features.float()
+    sizes = _all_sizes(len(features))
+    if labels is not None and labels.dim() == 3:
+        anchors, contrasts, self_index = _anchors_and_contrasts(features, sizes)
+        u, v, _ = _anchors_and_contrasts(F.normalize(labels, dim=2), sizes)
+        return 100 * _global_mean((u * v[_nearest(anchors, contrasts, self_index)]).sum(1))
+    anchors, contrasts, self_index = _views(features, labels, sizes, 'all', hard_negatives)
+    source_class = _source_class(contrasts.labels) if hard_negatives else None
+    nearest = _nearest(anchors.z, contrasts.z, self_index, anchors.labels, source_class)
+    hits = anchors.ids(positives) == contrasts.ids(positives)[nearest]
+    return 100 * _global_mean(hits.float(), anchors.labels >= 0)
+
+
+# ------------------------------------------ The reference implementation ------------------------------------------
+
+
+def reference_loss(anchors: Tensor, contrasts: Tensor, weights: Tensor, allowed: Tensor, temperature: float = 0.07,
+                   summation_location: str = 'out', denominator_mode: str = 'all') -> Tensor:
+    """The loss L_i of each anchor as the formula is written, with n x m matrices: [n].
+
+    Everything here that is faster is compared with it, and SupConLoss uses it for the options that need the matrices.
+    The loss of a batch z [N, dim] with labels [N] is the mean of
+
+        not_self = ~torch.eye(N, dtype=torch.bool)
+        reference_loss(z, z, (labels[:, None] == labels) & not_self, not_self)
+
+    Args:
+        anchors: z_i, [n, dim].
+        contrasts: z_j, [m, dim].
+        weights: w_ij, [n, m]: above 0 where j is in P(i), else 0. Booleans count as 1 and 0.
+        allowed: [n, m] booleans: whether j is in A(i).
+        temperature, summation_location, denominator_mode: as for SupConLoss.
+    """
+    similarity = anchors @ contrasts.T / temperature                                    # s_ij
+    weights = weights.to(similarity.dtype)
+    sum_of_weights = weights.sum(1)
+    valid = sum_of_weights > 0                                                          # other anchors have the loss 0
+    if denominator_mode == 'all':
+        log_denominator = _masked_logsumexp(similarity, allowed)                        # [n, 1]
+    else:
+        negatives = allowed & (weights == 0)
+        log_denominator = _masked_logsumexp(similarity, negatives)                      # [n, 1]
+        if denominator_mode == 'one_positive':
+            log_denominator = torch.logaddexp(similarity, log_denominator)              # [n, m]
+        else:
+            valid = valid & negatives.any(1)
+    log_prob = similarity - torch.where(valid[:, None], log_denominator, 0)             # log(exp(s_ij) / D_ij)
+    sum_of_weights = sum_of_weights.clamp(min=torch.finfo(similarity.dtype).tiny)
+    if summation_location == 'out':
+        losses = -(weights * log_prob).sum(1) / sum_of_weights
+    else:
+        log_sum = _masked_logsumexp(log_prob + weights.clamp(min=1e-30).log(), weights > 0)[:, 0]
+        losses = sum_of_weights.log() - log_sum
+    return torch.where(valid, losses, 0)
+
+
+def _masked_logsumexp(logits, mask):
+    """log sum of exp(logits) where mask, for each row: [n, m] -> [n, 1]; -inf, without gradient, for an empty row."""
+    some = mask.any(1, keepdim=True)
+    result = logits.masked_fill(~mask & some, -torch.inf).logsumexp(1, keepdim=True)
+    return torch.where(some, result, -torch.inf)
+
+
+def _weights_and_allowed(anchors, contrasts, positives, self_index, source_class, mask, positives_cap):
+    """P(i) and A(i) as reference_loss takes them: the weights of the positives and what is allowed, [n, m] each."""
+    allowed = torch.ones(len(anchors.z), len(contrasts.z), dtype=torch.bool, device=anchors.z.device)
+    if mask is None:
+        weights = (anchors.ids(positives)[:, None] == contrasts.ids(positives)) & (contrasts.labels >= 0)
+    else:
+        weights = mask.repeat(anchors.n_views, contrasts.n_views)
+    if self_index is not None:
+        allowed.scatter_(1, self_index[:, None], False)
+        weights = weights.masked_fill(~allowed, 0)
+    if source_class is not None:
+        allowed &= (source_class < 0) | (source_class == anchors.labels[:, None])
+    if positives_cap >= 0:
+        of_others = (weights > 0) & (contrasts.images != anchors.images[:, None])
+        rank = of_others.unflatten(1, (contrasts.n_views, -1))[:, 0].cumsum(1)          # of images, alike in each view
+        beyond = of_others & (rank > positives_cap // contrasts.n_views).repeat(1, contrasts.n_views)
+        weights = weights.masked_fill(beyond, 0)
+        allowed &= ~beyond
+    return weights, allowed
+
+
+# ------------------------------------- Views: the anchors and the contrasts -------------------------------------
+
+
+class _Views(NamedTuple):
+    """Views of images, view after view: first all first views, then all second ones."""
+    z: Tensor               # [n, dim]
+    images: Tensor          # [n] the number of their image in the whole batch
+    labels: Tensor          # [n] their label; the number again where there are no labels, so that each image is a class
+    n_views: int            # how many there are of each image
+
+    def ids(self, positives):
+        """What the positives of a view share with it, [n]."""
+        return self.labels if positives == 'class' else self.images
+
+
+def _views(features, labels, sizes, contrast_mode, hard_negatives):
+    """-> anchors of this process and contrasts of all processes (_Views); which contrast each anchor is, [n]."""
+    n_views = features.shape[1]
+    images = torch.arange(sum(sizes), device=features.device)
+    if labels is None:
+        labels = images
+    else:
+        labels = _gather(labels.flatten(), sizes)
+        if not hard_negatives:
+            _check_not_negative(labels)
+    z, all_z, self_index = _anchors_and_contrasts(features, sizes, contrast_mode)
+    contrasts = _Views(all_z, images.repeat(n_views), labels.repeat(n_views), n_views)
+    n_anchor_views = n_views if contrast_mode == 'all' else 1
+    return _Views(z, contrasts.images[self_index], contrasts.labels[self_index], n_anchor_views), contrasts, self_index
+
+
+def _views_of_keys(keys, labels):
+    """Each key is the one view of an image; the first ones are of the images of the batch."""
+    images = torch.arange(len(keys), device=keys.device)
+    return _Views(keys, images, images if labels is None else labels, 1)
+
+
+def _anchors_and_contrasts(x, sizes, contrast_mode='all'):
+    """Anchors and contrasts among x [bsz, n_views, dim] of this process, of `sizes` in all of them.
+
+    -> anchors [n, dim] of this process, view after view; contrasts, the views [n_views * sum(sizes), dim] of all
+    processes, view after view; and self_index [n]: which of these each anchor is.
+    """
+    bsz, n_views = x.shape[:2]
+    contrasts = _gather(x, sizes).transpose(0, 1).flatten(0, 1)
+    n_anchor_views = n_views if contrast_mode == 'all' else 1
+    anchors = x[:, :n_anchor_views].transpose(0, 1).flatten(0, 1)
+    images = torch.arange(bsz, device=x.device) + sum(sizes[:_rank()])
+    self_index = sum(sizes) * torch.arange(n_anchor_views, device=x.device)[:, None] + images
+    return anchors, contrasts, self_index.flatten()
+
+
+def _at_least_float32(x):
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _check_not_negative(labels):
+    """Negative labels are an error: at once on a CPU; a GPU is not waited for, it stops at its next use."""
+    message = 'labels are negative, expected classes from 0 on, or hard_negatives=True and -(c + 1) for class c'
+    if labels.is_cuda:
+        torch._assert_async((labels >= 0).all(), message)
+    elif (labels < 0).any():
+        raise ValueError(f'{message}; found {labels.min().item()}')
+
+
+def _source_class(labels):
+    """The class whose anchors alone see a contrast, -1 where all do: [m]; None where a CPU finds no hard negative."""
+    if labels.device.type == 'cpu' and bool((labels >= 0).all()):
+        return None
+    return torch.where(labels >= 0, -1, -labels - 1)
+
+
+# ------------------------------- Kernels: what one row needs to know of all columns -------------------------------
+
+def _mean_positive(anchors, contrasts, positives, self_index):
+    """The mean of z_i . z_j over P(i), and whether P(i) holds anything: [n] each.
+
+    All with the same id have the same positives but for themselves: one sum for each id is enough.
+    """
+    ids = contrasts.ids(positives)
+    if self_index is None:
+        ids = torch.cat([ids, anchors.ids(positives)])
+    ids = _numbered(ids)
+    anchor_ids = ids[len(contrasts.z):] if self_index is None else ids[self_index]
+    contrast_ids = ids[:len(contrasts.z)]
+
+    in_distribution = (contrasts.labels >= 0).to(contrasts.z.dtype)
+    counts = in_distribution.new_zeros(len(ids)).index_add(0, contrast_ids, in_distribution)
+    sums = contrasts.z.new_zeros(len(ids), contrasts.z.shape[1])
+    sums = sums.index_add(0, contrast_ids, contrasts.z * in_distribution[:, None])
+    counts = counts[anchor_ids]
+    # index_select, since the backward pass of sums[ids] adds in an order that changes from run to run on a CPU.
+    sums = sums.index_select(0, anchor_ids)
+    if self_index is not None:
+        counts = counts - 1
+        sums = sums - anchors.z
+    return (anchors.z * sums).sum(1) / counts.clamp(min=1), counts > 0
+
+
+def _numbered(ids):
+    """Number equal ids alike, from 0: [n] -> [n] int64 below n, without waiting for the device."""
+    ordered, order = ids.sort()
+    numbers = torch.diff(ordered, prepend=ordered[:1]).ne(0).cumsum(0)
+    return torch.empty_like(numbers).scatter_(0, order, numbers)
+
+
+# ---- log-sum-exp over all contrasts ----
+
+# Similarities held at a time by the blocked log-sum-exp. 2**21 floats are 8 MB, which stay in the cache of a CPU; a
+# batch of 1,024 images takes two blocks.
+BLOCK = 2**21
+# Side of the square blocks of a symmetric matrix on a CPU; 512 to 1,024 are fastest (benchmarks/README.md).
+TILE = 1024
+
+
+def _log_sum_exp(anchors, contrasts, temperature, self_index, labels=None, source_class=None):
+    """log sum_{j in A(i)} exp(s_ij) for each anchor, [n]: by half of the matrix where it is symmetric, on a CPU.
+
+    Half of the matrix is for similarities that no exponential underflows with, and a GPU would have to be waited for to
+    know that.
+    """
+    symmetric = self_index is not None and len(anchors) == len(contrasts) > 0          # the same, in the same order
+    if symmetric and source_class is None and anchors.device.type == 'cpu':
+        bound = (anchors.detach().square().sum(1).amax() / temperature).item()          # of all |s_ij|
+        if 2 * bound < -math.log(torch.finfo(anchors.dtype).tiny) - 10:                 # exp(-2 bound) is normal
             return _SymmetricLogSumExp.apply(anchors, temperature, bound)
-    return _LogSumExp.apply(anchors, contrasts, temperature, itself, labels, owners)
+    return _LogSumExp.apply(anchors, contrasts, temperature, self_index, labels, source_class)
 
+
+class _LogSumExp(torch.autograd.Function):
+    """log sum_{j in A(i)} exp(anchors_i . contrasts_j / temperature) for each anchor i: [n].
+
+    With `self_index` [n], A(i) leaves out the contrast self_index[i], which is anchor i. With `source_class`
+    [n_contrasts] (-1, or the class whose anchors alone see the contrast) and `labels` [n], it also leaves out contrasts
+    made from another class. Keeps only the n results and recomputes the similarities in the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, anchors, contrasts, temperature, self_index, labels, source_class):
+        result = anchors.new_empty(len(anchors))
+        for rows in _blocks(anchors, contrasts):
+            logits = _logits(anchors, contrasts, rows, temperature, self_index, labels, source_class)
+            torch.logsumexp(logits, 1, out=result[rows])
+        # An anchor without contrasts has log 0 = -inf; any finite value in its place gives the gradient 0.
+        finite = result.masked_fill(result == -torch.inf, 0)
+        ctx.save_for_backward(anchors, contrasts, self_index, labels, source_class, finite)
+        ctx.temperature = temperature
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        anchors, contrasts, self_index, labels, source_class, result = ctx.saved_tensors
+        grad = grad / ctx.temperature
+        grad_anchors = torch.empty_like(anchors)
+        grad_contrasts = torch.zeros_like(contrasts) if ctx.needs_input_grad[1] else None       # keys need none
+        with torch.autocast(anchors.device.type, enabled=False):
+            for rows in _blocks(anchors, contrasts):
+                prob = _logits(anchors, contrasts, rows, ctx.temperature, self_index, labels, source_class)
+                prob.sub_(result[rows, None]).exp_().mul_(grad[rows, None])
+                torch.mm(prob, contrasts, out=grad_anchors[rows])
+                if grad_contrasts is not None:
+                    grad_contrasts.addmm_(prob.T, anchors[rows])
+        return grad_anchors, grad_contrasts, None, None, None, None
+
+
+def _blocks(anchors, contrasts):
+    """Slices of the anchors, as many as have BLOCK similarities."""
+    step = max(1, BLOCK // max(1, len(contrasts)))
+    return [slice(i, min(i + step, len(anchors))) for i in range(0, len(anchors), step)]
+
+
+def _logits(anchors, contrasts, rows, temperature=1., self_index=None, labels=None, source_class=None):
+    """s_ij of some anchors, -inf where j is not in A(i): [rows, n_contrasts]."""
+    logits = (anchors[rows] / temperature) @ contrasts.T
+    if self_index is not None:
+        logits.scatter_(1, self_index[rows, None], -torch.inf)
+    if source_class is not None:
+        logits.masked_fill_((source_class >= 0) & (source_class != labels[rows, None]), -torch.inf)
+    return logits
+
+
+def _nearest(anchors, contrasts, self_index, labels=None, source_class=None):
+    """The contrast in A(i) that is most similar to each anchor, [n]."""
+    nearest = [_logits(anchors, contrasts, rows, 1., self_index, labels, source_class).argmax(1)
+               for rows in _blocks(anchors, contrasts)]
+    return torch.cat(nearest) if nearest else self_index
+
+
+# ---- log-sum-exp of a symmetric matrix ----
 
 class _SymmetricLogSumExp(torch.autograd.Function):
     """log sum_{j != i} exp(z_i . z_j / temperature) for each row of z [n, dim]: [n].
@@ -337,7 +535,8 @@ class _SymmetricLogSumExp(torch.autograd.Function):
             if rows != columns:
                 sums[columns] += block.sum(0)
         ctx.save_for_backward(z, sums)
-        ctx.temperature, ctx.bound = temperature, bound
+        ctx.temperature = temperature
+        ctx.bound = bound
         return sums.log() + bound
 
     @staticmethod
@@ -345,7 +544,8 @@ class _SymmetricLogSumExp(torch.autograd.Function):
     def backward(ctx, grad):
         z, sums = ctx.saved_tensors
         scale = grad / sums.masked_fill(sums == 0, 1) / ctx.temperature         # a single row has no contrasts
-        grad_z, factors = torch.zeros_like(z), z.new_empty(min(TILE, len(z))**2)
+        grad_z = torch.zeros_like(z)
+        factors = z.new_empty(min(TILE, len(z))**2)
         with torch.autocast(z.device.type, enabled=False):
             for rows, columns, block in _SymmetricLogSumExp._blocks(z, ctx.temperature, ctx.bound):
                 factor = factors[:block.numel()].view_as(block)
@@ -358,10 +558,11 @@ class _SymmetricLogSumExp(torch.autograd.Function):
     @staticmethod
     def _blocks(z, temperature, bound):
         """The blocks of E on and above the diagonal, in one buffer: yields rows, columns, block."""
-        scaled, buffer = z / temperature, z.new_empty(min(TILE, len(z))**2)
-        parts = [slice(i, min(i + TILE, len(z))) for i in range(0, len(z), TILE)]
-        for number, rows in enumerate(parts):
-            for columns in parts[number:]:
+        scaled = z / temperature
+        buffer = z.new_empty(min(TILE, len(z))**2)
+        slices = [slice(i, min(i + TILE, len(z))) for i in range(0, len(z), TILE)]
+        for number, rows in enumerate(slices):
+            for columns in slices[number:]:
                 shape = rows.stop - rows.start, columns.stop - columns.start
                 block = torch.mm(scaled[rows], z[columns].T, out=buffer[:math.prod(shape)].view(shape))
                 if rows == columns:
@@ -369,97 +570,63 @@ class _SymmetricLogSumExp(torch.autograd.Function):
                 yield rows, columns, block.sub_(bound).exp_()
 
 
-class _LogSumExp(torch.autograd.Function):
-    """log sum_{j in A(i)} exp(anchors_i . contrasts_j / temperature) for each anchor i: [n].
+# ---- Collectives: what several processes have in common (torch.distributed); one process sends nothing ----
+#
+# Each process calls backward on the same number, the loss of the whole batch. What _gather passes back is the sum of
+# what the processes pass to it, so that the gradients of the parameters have to be averaged afterwards, as
+# DistributedDataParallel does: the average is the gradient of that loss. torch.distributed.nn.functional.all_gather does
+# so too, but is deprecated, and what replaces it is private.
 
-    With `itself` [n], A(i) leaves out the contrast itself[i], which is anchor i. With `owners` [n_contrasts] (-1, or
-    the class whose anchors alone see the contrast) and `labels` [n], it also leaves out contrasts that belong to
-    another class. Keeps only the n results and recomputes the similarities in the backward pass.
-    """
+def _n_processes():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
+
+def _rank():
+    return dist.get_rank() if _n_processes() > 1 else 0
+
+
+def _all_sizes(n):
+    """The numbers n of all processes, a list; sent from the CPU where it has a way, so that no GPU is waited for."""
+    if _n_processes() == 1:
+        return [n]
+    backends = dist.get_backend_config()
+    mine = torch.tensor([n], device='cpu' if 'cpu' in backends or backends in ('gloo', 'mpi') else 'cuda')
+    sizes = [torch.empty_like(mine) for _ in range(_n_processes())]
+    dist.all_gather(sizes, mine)
+    return torch.cat(sizes).tolist()
+
+
+def _gather(x, sizes):
+    """The rows of all processes, with gradient: [n, ...] -> [sum(sizes), ...]; sizes as `_all_sizes(n)`."""
+    return x if len(sizes) == 1 else _Gather.apply(x, sizes)
+
+
+class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, anchors, contrasts, temperature, itself, labels, owners):
-        result = anchors.new_empty(len(anchors))
-        for rows in _blocks(anchors, contrasts):
-            torch.logsumexp(_logits(anchors, contrasts, rows, temperature, itself, labels, owners), 1, out=result[rows])
-        # An anchor without contrasts has log 0 = -inf; any finite value in its place gives the gradient 0.
-        ctx.save_for_backward(anchors, contrasts, itself, labels, owners, result.masked_fill(result == -torch.inf, 0))
-        ctx.temperature = temperature
-        return result
+    def forward(ctx, x, sizes):
+        ctx.rows = slice(sum(sizes[:_rank()]), sum(sizes[:_rank() + 1]))
+        padded = x.new_zeros(max(sizes), *x.shape[1:])                  # collectives want equal shapes
+        padded[:len(x)] = x
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:n] for part, n in zip(parts, sizes)])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        anchors, contrasts, itself, labels, owners, result = ctx.saved_tensors
-        grad = grad / ctx.temperature
-        grad_anchors = torch.empty_like(anchors)
-        grad_contrasts = torch.zeros_like(contrasts) if ctx.needs_input_grad[1] else None       # keys need none
-        with torch.autocast(anchors.device.type, enabled=False):
-            for rows in _blocks(anchors, contrasts):
-                prob = _logits(anchors, contrasts, rows, ctx.temperature, itself, labels, owners)
-                prob.sub_(result[rows, None]).exp_().mul_(grad[rows, None])
-                torch.mm(prob, contrasts, out=grad_anchors[rows])
-                if grad_contrasts is not None:
-                    grad_contrasts.addmm_(prob.T, anchors[rows])
-        return grad_anchors, grad_contrasts, None, None, None, None
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad[ctx.rows], None
 
 
-def _blocks(anchors, contrasts):
-    step = max(1, BLOCK // max(1, len(contrasts)))
-    return [slice(i, min(i + step, len(anchors))) for i in range(0, len(anchors), step)]
+def _all_reduce_sum(x):
+    """The sum of x over all processes, with gradient."""
+    return _gather(x[None], [1] * _n_processes()).sum(0)
 
 
-def _logits(anchors, contrasts, rows, temperature=1., itself=None, labels=None, owners=None):
-    logits = (anchors[rows] / temperature) @ contrasts.T                # [rows, n_contrasts]
-    if itself is not None:
-        logits.scatter_(1, itself[rows, None], -torch.inf)
-    if owners is not None:
-        logits.masked_fill_((owners >= 0) & (owners != labels[rows, None]), -torch.inf)
-    return logits
-
-
-def _ids_and_labels(features, labels, positives, sizes):
-    """For all views of all processes, view after view: an id that positives share, and the label: [n_views * bsz]."""
-    n_views = features.shape[1]
-    pictures = torch.arange(sum(sizes), device=features.device)
-    labels = pictures if labels is None else gather(labels.flatten(), sizes)
-    return (labels if positives == 'class' else pictures).repeat(n_views), labels.repeat(n_views)
-
-
-def _ids_and_labels_of_keys(bsz, keys, key_labels, positives):
-    """The same for keys, the first bsz of which belong to the pictures of the batch: [n_keys] each."""
-    pictures = torch.arange(len(keys), device=keys.device)
-    labels = pictures if key_labels is None else key_labels
-    return (labels if positives == 'class' and key_labels is not None else
-            torch.where(pictures < bsz, pictures, -1)), labels
-
-
-def _dense_ids(ids):
-    """Number equal ids alike, from 0: [n] -> [n] int64 below n, without waiting for the device."""
-    ordered, order = ids.sort()
-    steps = F.pad((ordered[1:] != ordered[:-1]).long(), (1, 0)).cumsum(0)
-    return torch.empty_like(steps).scatter_(0, order, steps)
-
-
-@torch.no_grad()
-def contrastive_accuracy(features, labels=None, positives='class'):
-    """Share of anchors (%) whose most similar other view in the batch is a positive; a scalar tensor.
-
-    features [bsz, n_views, dim], labels [bsz] and positives as for SupConLoss; or label distributions
-    [bsz, n_views, C], then the mean weight (%) of the most similar view. It rises from chance as pretraining learns.
-    With several processes as SupConLoss: of the whole batch.
-    """
-    sizes = sizes_of(len(features))
-    anchors, contrasts, rows = _views(features.detach().float(), sizes)
-    if labels is not None and labels.dim() == 3:
-        u, v, _ = _views(F.normalize(labels, dim=2), sizes)
-        return 100 * mean((u * v[_nearest(anchors, contrasts, rows)]).sum(1))
-    ids, labels = _ids_and_labels(features, labels, positives, sizes)
-    nearest = _nearest(anchors, contrasts, rows, labels[rows], torch.where(labels >= 0, -1, -labels - 1))
-    return 100 * mean((ids[rows] == ids[nearest]).float(), labels[rows] >= 0)
-
-
-def _nearest(anchors, contrasts, itself, labels=None, owners=None):
-    nearest = [_logits(anchors, contrasts, rows, 1., itself, labels, owners).argmax(1)
-               for rows in _blocks(anchors, contrasts)]
-    return torch.cat(nearest) if nearest else itself
+def _global_mean(values, counted=None):
+    """The mean of the values [n] of all processes, or of those that are `counted` ([n] bool); 0 where there is none."""
+    if counted is None:
+        counted = torch.ones_like(values, dtype=torch.bool)
+    total, count = _all_reduce_sum(torch.stack([torch.where(counted, values, 0).sum(), counted.sum().to(values.dtype)]))
+    return total / count.clamp(min=1)

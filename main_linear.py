@@ -18,26 +18,29 @@ from pathlib import Path
 
 from torch import nn
 
-import util
 from datasets.loader import FeatureLoader
 from main_ce import fit, set_loader
 from networks.resnet_big import LinearProbe
-from util import UserError, log
+from util import arguments, errors, options, training
+from util.checkpoints import load_checkpoint, load_encoder
+from util.errors import UserError
+from util.log import log
+from util.runs import Run, run_folder
 
 
 def parse_option(argv=None):
     """The options, and the checkpoint: its network and dataset are the defaults, on the same dataset its size and
     statistics too."""
-    opt, names = util.parse('main_linear', __doc__, argv), util.DATA
+    opt, names = arguments.parse('main_linear', __doc__, argv), options.DATA
     if opt.evaluate and opt.output_name:
-        ckpt, names = util.run_folder(opt.output_name, opt.trial) / 'last.ckpt', util.EVALUATION
+        ckpt, names = run_folder(opt.output_name, opt.trial) / 'last.ckpt', options.EVALUATION
     elif (opt.ckpt is None) == (opt.pretrained is None):
         raise UserError('expected the pretrained encoder, either --ckpt FILE or --pretrained NAME')
     else:
-        ckpt = opt.ckpt or util.run_folder(opt.pretrained, opt.trial) / opt.pretrained_ckpt
-    checkpoint = util.load_checkpoint(ckpt)
+        ckpt = opt.ckpt or run_folder(opt.pretrained, opt.trial) / opt.pretrained_ckpt
+    checkpoint = load_checkpoint(ckpt)
     recorded = checkpoint['opt']
-    opt = util.parse_recorded('main_linear', __doc__, argv, ckpt, recorded, names, method=recorded.get('method'))
+    opt = arguments.parse_recorded('main_linear', __doc__, argv, ckpt, recorded, names, method=recorded.get('method'))
     opt.ckpt = str(ckpt)
     for name, default in (('model', 'resnet50'), ('stem', 'cifar'), ('width', 1.)):
         known = recorded.get(name, default)
@@ -52,7 +55,7 @@ def parse_option(argv=None):
     opt.output_name = opt.output_name or (
         f'{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}_bsz_{opt.batch_size}'
         + '_cosine' * opt.cosine + '_warm' * opt.warm
-        + util.name_suffix('main_linear', opt, ('model', 'width', 'stem', 'size')) + f'_of_{encoder_name(opt)}')
+        + arguments.name_suffix('main_linear', opt, ('model', 'width', 'stem', 'size')) + f'_of_{encoder_name(opt)}')
     return opt, checkpoint
 
 
@@ -66,12 +69,12 @@ def encoder_name(opt):
     return re.sub(r'[^\w.+=,@%-]+', '-', '_'.join(part for part in parts if part))
 
 
-def set_model(opt, checkpoint, classes):
-    opt.num_classes = len(classes)
-    encoder = util.load_encoder(checkpoint, opt, opt.ckpt)
+def set_model(opt, checkpoint):
+    """The frozen encoder of the checkpoint with a new classifier, and the loss of each image."""
+    encoder = load_encoder(checkpoint, opt, opt.ckpt)
     log(f"{opt.ckpt}: {opt.model} after {checkpoint.get('epoch', 'unknown')} epochs")
-    model = LinearProbe(encoder, len(classes))
-    return util.prepare(model, opt), nn.CrossEntropyLoss(label_smoothing=opt.label_smoothing, reduction='none')
+    return LinearProbe(encoder, opt.num_classes), nn.CrossEntropyLoss(label_smoothing=opt.label_smoothing,
+                                                                      reduction='none')
 
 
 def cached_features(train_loader, loaders, model, opt):
@@ -81,7 +84,7 @@ def cached_features(train_loader, loaders, model, opt):
     """
     def compute(loader):
         start = time.time()
-        features, labels = util.forward_all(model.encoder, loader, opt)
+        features, labels = training.forward_all(model.encoder, loader, opt)
         log(f'--cache_features: {len(labels)} pictures without augmentation in {time.time() - start:.2f} s')
         return features, labels
     return (FeatureLoader(train_loader, compute, opt, train=True),
@@ -90,16 +93,15 @@ def cached_features(train_loader, loaders, model, opt):
 
 def main(argv=None):
     opt, checkpoint = parse_option(argv)
-    run = util.Run(opt)
-    util.set_device(opt)
-    util.set_warmup(opt)
+    run = Run(opt)
+    training.set_device(opt)
+    training.set_warmup(opt)
     train_loader, loaders, classes = set_loader(opt, augment=not opt.cache_features)
-    model, criterion = set_model(opt, checkpoint, classes)
+    model, criterion = set_model(opt, checkpoint)
     if opt.cache_features:
         train_loader, loaders = cached_features(train_loader, loaders, model, opt)
-    optimizer = util.set_optimizer(opt, model)
-    fit(run, train_loader, loaders, model, criterion, optimizer, classes, opt)
+    fit(run, train_loader, loaders, model, criterion, classes, opt)
 
 
 if __name__ == '__main__':
-    util.run(main)
+    errors.run(main)

@@ -16,8 +16,7 @@ from datasets import evaluation_view, load_pictures, make_loader, pretraining_vi
 from methods import METHODS, N_VIEWS, Momentum
 from networks.moco import MomentumContrast
 from networks.resnet_big import SupConResNet
-from util import arguments, training
-from util.errors import UserError, run_main
+from util import arguments, errors, training
 from util.log import log
 from util.metrics import feature_spread, knn_accuracy
 from util.runs import Run
@@ -44,7 +43,7 @@ def set_loader(opt):
     data = load_pictures(opt)
     opt.num_classes = len(data.train.classes)
     if opt.denominator_mode == 'only_negatives' and opt.method == 'SupCon' and opt.num_classes == 1:
-        raise UserError('--denominator_mode only_negatives: pictures of one class have no negatives')
+        raise errors.UserError('--denominator_mode only_negatives: pictures of one class have no negatives')
     train = data.train.join(data.ood) if opt.aug_mode == 'with_both' else data.train        # with hard negatives
     train_loader = make_loader(train, pretraining_view(opt), opt, N_VIEWS)
     memory_loader, val_loader = (make_loader(part, evaluation_view(opt), opt, train=False)
@@ -101,8 +100,8 @@ def main(argv=None):
             averages = train(train_loader, network, method, optimizer, scaler, epoch, run)
             if averages['feature_spread'] < 1e-4 and not warned:
                 warned = True
-                log(f"Warning: in epoch {epoch} the loss was {averages['loss']:.3f}, its value when all features are the "
-                    'same: the network has collapsed and learns nothing. Start again with --warm or a lower '
+                log(f"Warning: in epoch {epoch} the loss was {averages['loss']:.3f}, its value when all features are "
+                    'the same: the network has collapsed and learns nothing. Start again with --warm or a lower '
                     '--learning_rate.')
             if epoch == opt.epochs or opt.eval_freq and epoch % opt.eval_freq == 0:
                 averages['knn_acc'] = validate(memory_loader, val_loader, model, opt)
@@ -114,4 +113,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    run_main(main)
+    errors.run(main)

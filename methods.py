@@ -30,21 +30,21 @@ class SupCon:
     positives = 'class'
 
     def __init__(self, opt, num_classes, teacher=None):
+        self.opt, self.hard_negatives = opt, opt.aug_mode == 'with_both'
         self.criterion = SupConLoss(opt.temp, opt.contrast_mode, opt.base_temperature, opt.summation_location,
-                                    opt.denominator_mode, opt.positives_cap)
-        self.opt = opt
+                                    opt.denominator_mode, opt.positives_cap, self.hard_negatives)
 
     def __call__(self, network, images, labels, rng):
         features, logits = features_and_logits(network, images, N_VIEWS)
         loss = self.criterion(features, labels, positives=self.positives)
         if logits is not None:
             loss = loss + self.opt.ce_weight * classifier_loss(logits, labels.repeat(N_VIEWS))
-        return features, loss, contrastive_accuracy(features, labels, self.positives)
+        return features, loss, contrastive_accuracy(features, labels, self.positives, self.hard_negatives)
 
 
 class SimCLR(SupCon):
     """The positive of a view is the other view of its image (Chen et al., 2020, https://arxiv.org/abs/2002.05709)."""
-    positives = 'picture'
+    positives = 'image'
 
 
 class Momentum(SupCon):
@@ -70,12 +70,12 @@ class Momentum(SupCon):
         if logits is not None:
             loss = loss + self.opt.ce_weight * classifier_loss(logits, labels)
         features = torch.stack([features[:, 0], keys[share(len(keys))]], 1)     # the keys are the other views
-        return features, loss, contrastive_accuracy(features, labels, self.positives)
+        return features, loss, contrastive_accuracy(features, labels, self.positives, self.hard_negatives)
 
 
 class GenSCL:
-    """Views are mixed on their own, and positives weigh as much as their label distributions are alike; a teacher's class
-    probabilities are further labels (Kim et al., 2022, https://arxiv.org/abs/2206.00384)."""
+    """Views are mixed on their own, and positives weigh as much as their label distributions are alike; the class
+    probabilities of a teacher (--KD) are further labels (Kim et al., 2022, https://arxiv.org/abs/2206.00384)."""
 
     def __init__(self, opt, num_classes, teacher=None):
         self.criterion = GenSupConLoss(opt.temp, opt.contrast_mode, opt.base_temperature)

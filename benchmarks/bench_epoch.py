@@ -44,9 +44,12 @@ def measure(form, args):
     from torch.utils.flop_counter import FlopCounterMode
 
     import main_supcon
-    import util
     from datasets import make_loader, pretraining_view
+    from losses import SupConLoss
+    from methods import SupCon
     from networks.resnet_big import SupConResNet
+    from util import training
+    from util.runs import Run
 
     original = form == 'original'
     opt = main_supcon.parse_option(['--model', args.model, '--batch_size', str(args.batch_size), '--temp', '0.1',
@@ -56,20 +59,23 @@ def measure(form, args):
     if original:                                        # set_device would keep freed memory
         opt.device = 'cuda' if torch.cuda.is_available() else 'cpu'
     else:
-        util.set_device(opt)
-    util.set_warmup(opt)
+        training.set_device(opt)
+    training.set_warmup(opt)
     pictures = photographs(min(args.pictures, 2000), 32)
     pictures = pictures.select([i % len(pictures) for i in range(args.pictures)])
     loader = make_loader(pictures, pretraining_view(opt), opt, 2)
-    model, criterion, _ = main_supcon.set_model(opt, pictures.classes)
+    opt.num_classes = len(pictures.classes)
     if original:
-        model = SupConResNet(args.model).to(opt.device)
-        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
+        model, criterion = SupConResNet(args.model).to(opt.device), SupConLoss(temperature=0.1)
+        network, optimizer = model, torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
     else:
-        optimizer = util.set_optimizer(opt, model)
+        model, method, run = main_supcon.set_model(opt), SupCon(opt, opt.num_classes), Run(opt)
+        network, optimizer = training.Network(model, opt), training.set_optimizer(opt, model)
+        scaler = training.set_scaler(opt)
+        run.restore(model, optimizer, scaler)
     images, _ = next(iter(loader))
     with FlopCounterMode(display=False) as counter:
-        util.forward(model, images[:8], opt)[0].sum().backward()
+        network(images[:8]).sum().backward()
     flops, gpu = counter.get_total_flops() / len(images[:8]) * 2 * args.pictures, opt.device == 'cuda'
 
     def seconds_of(function, *arguments):
@@ -84,8 +90,7 @@ def measure(form, args):
         loader.set_epoch(epoch)
         views.append(seconds_of(collections.deque, loader, 0))
         seconds.append(seconds_of(original_epoch, loader, model, criterion, optimizer) if original else
-                       seconds_of(main_supcon.train, loader, model, criterion, optimizer, epoch, opt,
-                                  util.Run(opt)))
+                       seconds_of(main_supcon.train, loader, network, method, optimizer, scaler, epoch, run))
     return {'seconds': statistics.median(seconds[1:]), 'views': statistics.median(views[1:]), 'flops': flops,
             'memory': torch.cuda.max_memory_allocated() if gpu else 0,
             'name': torch.cuda.get_device_name() if gpu else 'CPU'}

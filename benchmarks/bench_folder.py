@@ -23,10 +23,10 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from torchvision.datasets import ImageFolder  # noqa: E402
 
-import util  # noqa: E402
 from datasets import pretraining_view, views  # noqa: E402
 from datasets.loader import make_loader  # noqa: E402
 from datasets.pictures import folder  # noqa: E402
+from util import arguments  # noqa: E402
 
 POLICIES = {'blur': {'jitter_strength': 1., 'blur_p': 0.5}, 'sim': {}, 'auto': {'augment_policy': 'auto'},
             'no': {'augment_policy': 'no'}}
@@ -68,7 +68,7 @@ def epoch(loader):
 
 
 def measure(root, policy, args):
-    opt = util.defaults(dataset='imagenet', size=args.size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
+    opt = arguments.defaults(dataset='imagenet', size=args.size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
                         batch_size=64, loader='workers', device='cuda' if torch.cuda.is_available() else 'cpu', seed=0,
                         num_workers=os.cpu_count() if args.num_workers is None else args.num_workers,
                         **POLICIES[policy])

@@ -22,31 +22,34 @@ from bench_views import photographs  # noqa: E402
 
 import main_ce  # noqa: E402
 import main_linear  # noqa: E402
-import util  # noqa: E402
 from datasets import classification_view, evaluation_view, make_loader  # noqa: E402
 from networks.resnet_big import LinearProbe, make_encoder  # noqa: E402
+from util import arguments, runs, training  # noqa: E402
 
 
 def measure(form, pictures, args):
     """Seconds of the first epoch, and of the others."""
-    opt = util.parse('main_linear', '', ['--model', args.model, '--batch_size', str(args.batch_size), '--loader',
+    opt = arguments.parse('main_linear', '', ['--model', args.model, '--batch_size', str(args.batch_size), '--loader',
                                          'batched', '--size', '32'])
     opt.amp, opt.cache_features, opt.warm_epochs, opt.num_classes = form == 'amp', form == 'features', 0, 2
     opt.mean, opt.std, opt.output_name = (0.5,) * 3, (0.25,) * 3, 'benchmark'
-    util.set_device(opt)
+    training.set_device(opt)
     cached = opt.cache_features
     val = pictures.select(np.arange(len(pictures) // 5))
     train_loader = make_loader(pictures, evaluation_view(opt) if cached else classification_view(opt), opt,
                                train=not cached)
     loaders = {'val': make_loader(val, evaluation_view(opt), opt, train=False)}
-    model = util.prepare(LinearProbe(make_encoder(args.model), 2), opt)
-    criterion, optimizer, seconds = torch.nn.CrossEntropyLoss(), util.set_optimizer(opt, model), []
+    model = LinearProbe(make_encoder(args.model), 2)
+    network, run = training.Network(model, opt), runs.Run(opt)
+    criterion = torch.nn.CrossEntropyLoss(reduction='none')
+    optimizer, scaler = training.set_optimizer(opt, model), training.set_scaler(opt)
+    run.restore(model, optimizer, scaler)
+    seconds = []
     if cached:
         train_loader, loaders = main_linear.cached_features(train_loader, loaders, model, opt)
     for epoch in range(1, args.repeat + 2):
         start = time.perf_counter()
-        train_loader.set_epoch(epoch)
-        main_ce.train(train_loader, model, criterion, optimizer, epoch, opt, util.Run(opt))
+        main_ce.train(train_loader, network, criterion, optimizer, scaler, epoch, run, opt)
         main_ce.validate(loaders, model, opt)
         seconds.append(time.perf_counter() - start)
     return seconds[0], statistics.median(seconds[1:])

@@ -21,8 +21,8 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import util  # noqa: E402
 from datasets import classification_view, evaluation_view, load_pictures, make_loader, pretraining_view  # noqa: E402
+from util import arguments  # noqa: E402
 
 
 def make_tree(root, pictures):
@@ -71,7 +71,7 @@ def main():
                                          ('pretraining', pretraining_view, 2)):
             second = {}
             for kind in ('per_sample', 'batched'):
-                opt = util.defaults(dataset='mvip', data_folder=folder, batch_size=16, loader=kind, size=args.size,
+                opt = arguments.defaults(dataset='mvip', data_folder=folder, batch_size=16, loader=kind, size=args.size,
                                     num_workers=args.workers, device='cpu')
                 with contextlib.redirect_stdout(io.StringIO()):
                     data = load_pictures(opt)

@@ -21,8 +21,8 @@ sys.path.insert(0, str(ROOT))
 from bench_views import photographs  # noqa: E402
 from PIL import Image  # noqa: E402
 
-import util  # noqa: E402
 from datasets import load_pictures, make_loader, pretraining_view  # noqa: E402
+from util import arguments  # noqa: E402
 
 
 def write_folder(root, count, size):
@@ -35,7 +35,8 @@ def write_folder(root, count, size):
 
 def start(root, cache_dir):
     """Seconds of reading all pictures of a folder."""
-    opt = util.defaults(dataset='path', data_folder=str(root), cache_dir=cache_dir and str(cache_dir), device='cpu',
+    cache_dir = cache_dir and str(cache_dir)
+    opt = arguments.defaults(dataset='path', data_folder=str(root), cache_dir=cache_dir, device='cpu',
                         epochs=1, seed=0)
     before = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):

@@ -25,23 +25,24 @@ def step_of(form, args):
     """A function that trains one step, from random pictures on the device."""
     import torch
 
-    import util
     from losses import SupConLoss
     from networks.resnet_big import SupConResNet
+    from util import arguments, memory, training
 
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    opt = util.defaults(device=device, amp=form in ('amp', 'compile'), compile=form == 'compile', learning_rate=0.1)
+    opt = arguments.defaults(device=device, amp=form in ('amp', 'compile'), compile=form == 'compile', learning_rate=0.1)
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
     images = torch.randn(2 * args.batch_size, 3, args.size, args.size, device=device)
     labels = torch.randint(10, (args.batch_size,), device=device)
     model, criterion = SupConResNet(args.model).to(device).train(), SupConLoss(temperature=0.1)
     if form != 'original' and device == 'cpu':
-        util.keep_freed_memory()
+        memory.keep_freed_memory()
     if form.startswith('original'):
         optimizer = torch.optim.SGD(model.parameters(), opt.learning_rate, momentum=0.9, weight_decay=1e-4)
     else:
-        model, optimizer = util.prepare(model, opt), util.set_optimizer(opt, model)
+        network = training.Network(model, opt)
+        optimizer, scaler = training.set_optimizer(opt, model), training.set_scaler(opt)
 
     def step():
         if form.startswith('original'):
@@ -51,8 +52,8 @@ def step_of(form, args):
             loss.backward()
             optimizer.step()
         else:
-            features, backward = util.forward(model, images, opt, 2)
-            util.update(criterion(torch.stack(features.chunk(2), 1), labels), optimizer, backward)
+            features = network(images, 2)
+            training.update(criterion(torch.stack(features.chunk(2), 1), labels), optimizer, scaler)
     return step
 
 

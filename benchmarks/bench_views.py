@@ -21,10 +21,10 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-import util  # noqa: E402
 from datasets import pretraining_view  # noqa: E402
 from datasets.loader import COMPILE_PAYS, make_loader  # noqa: E402
 from datasets.pictures import Pictures  # noqa: E402
+from util import arguments, memory  # noqa: E402
 
 
 def photographs(count, size):
@@ -40,7 +40,7 @@ def photographs(count, size):
 
 
 def loader_of(form, pictures, args):
-    opt = util.defaults(dataset='cifar10', size=args.size, mean=(0.5,) * 3, std=(0.25,) * 3, seed=0,
+    opt = arguments.defaults(dataset='cifar10', size=args.size, mean=(0.5,) * 3, std=(0.25,) * 3, seed=0,
                         batch_size=args.batch_size, num_workers=args.num_workers, device=args.device,
                         loader='per_sample' if form == 'per_sample' else 'batched',
                         epochs=COMPILE_PAYS if form == 'compiled' else 1)
@@ -71,7 +71,7 @@ def main():
     parser.add_argument('--repeat', type=int, default=5)
     args = parser.parse_args()
     args.device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    util.keep_freed_memory()
+    memory.keep_freed_memory()
     cache = tempfile.TemporaryDirectory()
     os.environ['TORCHINDUCTOR_CACHE_DIR'] = cache.name  # as on a machine that has compiled nothing yet
     pictures = photographs(args.pictures, args.size)

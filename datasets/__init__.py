@@ -11,7 +11,8 @@ from datasets import mvip, pictures
 from datasets.augmentations import load_augmentations
 from datasets.loader import make_loader
 from datasets.views import View
-from util import UserError, log
+from util.errors import UserError
+from util.log import log
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class DatasetInfo:
     classification unless told otherwise (a key of POLICIES; of pretraining it is 'sim'). auto: its AutoAugment policy.
     padding: classification with 'auto' and 'rand' cuts views from the padded picture instead.
     resize: evaluation resizes the shorter side to this many times the size and takes the central square.
+    folder: where it lies unless --data_folder is given. defaults: of options where they are not the usual ones,
+    {program: {option: value}}.
     """
     load: Callable
     mean: tuple | None = None
@@ -34,6 +37,8 @@ class DatasetInfo:
     auto: str = 'imagenet'
     padding: int = 0
     resize: float = 1.
+    folder: str = './data'
+    defaults: dict = field(default_factory=dict)
 
 
 CROP = {'crop': (0.2, 1.), 'flip': 0.5}
@@ -43,14 +48,21 @@ CIFAR = {'auto': 'cifar10', 'padding': 4}
 LARGE = {'size': 224, 'resize': 256 / 224, **dict.fromkeys(('pretraining', 'classification'),
                                                            {'crop': (0.08, 1.), 'flip': 0.5})}
 
+MVIP = {'learning_rate': 0.001, 'batch_size': 16, 'save_freq': 10}
+
 DATASETS = {
     'digits': DatasetInfo(pictures.digits, size=16, pretraining=DIGIT, classification=DIGIT, auto='svhn'),
     'cifar10': DatasetInfo(pictures.cifar, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), **CIFAR),
     'cifar100': DatasetInfo(pictures.cifar, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), **CIFAR),
-    'imagenet': DatasetInfo(pictures.imagenet, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), **LARGE),
+    'imagenet': DatasetInfo(pictures.imagenet, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), **LARGE,
+                            folder='./data/imagenet',
+                            defaults=dict.fromkeys(('main_supcon', 'main_ce'), {'stem': 'imagenet'})),
     'path': DatasetInfo(pictures.path),
     'mvip': DatasetInfo(mvip.mvip, (0.4213, 0.4252, 0.4242), (0.1955, 0.1923, 0.1912), size=224, policy='sim',
-                        pretraining={'crop': (0.6, 1.), **PART}, classification={'crop': (0.8, 1.), **PART}),
+                        pretraining={'crop': (0.6, 1.), **PART}, classification={'crop': (0.8, 1.), **PART},
+                        folder='./data/MVIP/sets', defaults={
+                            'main_supcon': {**MVIP, 'epochs': 110}, 'main_linear': {**MVIP, 'epochs': 50},
+                            'main_ce': {**MVIP, 'epochs': 100, 'weight_decay': 0.}}),
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from datasets.pictures import EXTENSIONS, Pictures, as_text
-from util import UserError
+from util.errors import UserError
 
 
 def load_augmentations(opt, classes):

@@ -9,8 +9,9 @@ import zipfile
 import numpy as np
 import PIL
 
-from util import UserError, log
-from util.checkpoints import stored_bytes
+from util.errors import UserError
+from util.files import stored_bytes
+from util.log import log
 
 try:
     import fcntl

@@ -19,8 +19,9 @@ from torchvision import transforms
 
 from datasets import views
 from datasets.pictures import available_memory, mostly_padding
-from util import UserError, log, moved
-from util.distributed import largest, local_processes, share, world_size
+from util.distributed import largest, local_processes, moved, share, world_size
+from util.errors import UserError
+from util.log import log
 
 
 def make_loader(pictures, view, opt, n_views=1, train=True):

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from util import exchanged, sizes_of
+from util.distributed import exchanged, sizes_of
 
 
 def mix(images, labels, kind, alpha, rng):

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from datasets.pictures import Pictures, as_text, open_picture, open_regular, read_picture
-from util import UserError, log
+from util.errors import UserError
+from util.log import log
 
 MARGIN = 16                                 # pixels between the mask's bounding box and the crop, as published
 LARGEST_META = 2**20                        # bytes

@@ -12,8 +12,10 @@ from PIL import Image, UnidentifiedImageError
 from torchvision import datasets as tv
 
 from datasets.cache import cached, key_of, size_in_cache
-from util import UserError, log, release_freed_memory
-from util.distributed import in_turn, lost
+from util.distributed import in_turn
+from util.errors import UserError, is_peer_failure
+from util.log import log
+from util.memory import release_freed_memory
 
 EXTENSIONS = (*tv.folder.IMG_EXTENSIONS, '.gif')
 # The formats that are opened, whatever a file is called: Pillow knows more, and hands EPS to the program Ghostscript.
@@ -293,7 +295,7 @@ def cifar(opt):
         try:
             data = in_turn(lambda train=train: getattr(tv, name)(opt.data_folder, train=train, download=True))
         except (OSError, RuntimeError) as error:
-            if lost(error):
+            if is_peer_failure(error):
                 raise
             if new and os.path.isdir(opt.data_folder) and not os.listdir(opt.data_folder):
                 os.rmdir(opt.data_folder)

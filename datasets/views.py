@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision import transforms
 
-from util import log, moved
+from util.distributed import moved
+from util.log import log
 
 RATIO = (3 / 4, 4 / 3)                      # aspect ratio (width / height) of random crops, torchvision's default
 BLUR = (0.1, 2.)                            # standard deviations, as SimCLR

@@ -5,11 +5,12 @@ pictures, stem='cifar': a 3x3 stem of stride 1 and no max-pool, so that a 32x32 
 the first stage. Parameter names are those of the released SupContrast checkpoints: encoder.layer1.0.conv1.weight,
 encoder.layer2.0.shortcut.0.weight, head.0.weight, head.2.weight, fc.weight.
 """
-import contextlib
-
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from networks.precision import mixed_precision
+from util.errors import UserError
 
 
 class BasicBlock(nn.Module):
@@ -86,6 +87,23 @@ RESNETS = {                             # block and depth of the four stages
 }
 
 
+def feature_dim(name):
+    """Dimensions of the features of a ResNet of the usual width."""
+    return 512 * RESNETS[name][0].expansion
+
+
+def network_name(text, option='--model'):
+    """The name of a network: resnet50 for resnet-50, or timm/<name>. UserError for one that does not exist."""
+    if text.startswith('timm/'):
+        from networks.timm_encoder import check_name  # here, since timm takes seconds to import
+        check_name(text.removeprefix('timm/'), option)
+        return text
+    name = text.lower().replace('-', '')
+    if name not in RESNETS:
+        raise UserError(f"argument {option}: found {text!r}, expected one of {', '.join(RESNETS)} or timm/<name>")
+    return name
+
+
 class ResNet(nn.Module):
     """Encoder: pictures [bsz, 3, h, w] -> features [bsz, dim_out] after the average pool.
 
@@ -138,14 +156,6 @@ class ResNet(nn.Module):
             x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
             x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
             return x.mean((2, 3))
-
-
-def mixed_precision(x, precision):
-    """The context to compute with x in: autocast to a dtype, or unchanged for None.
-
-    Encoders enter it themselves, since DataParallel's threads take over whether autocast is on, but not its dtype.
-    """
-    return contextlib.nullcontext() if precision is None else torch.autocast(x.device.type, precision)
 
 
 def make_encoder(name, size=32, **settings):
@@ -217,11 +227,14 @@ class SupCEResNet(nn.Module):
 
 
 class LinearClassifier(nn.Module):
-    """Linear classifier on frozen features: [bsz, dim] -> logits [bsz, num_classes]."""
+    """Linear classifier on frozen features: [bsz, dim] -> logits [bsz, num_classes].
 
-    def __init__(self, dim=2048, num_classes=10):
+    dim: of the features; default: what the ResNet `name` gives.
+    """
+
+    def __init__(self, name='resnet50', num_classes=10, dim=None):
         super().__init__()
-        self.fc = nn.Linear(dim, num_classes)
+        self.fc = nn.Linear(dim or feature_dim(name), num_classes)
 
     def forward(self, features):
         return self.fc(features)
@@ -237,7 +250,7 @@ class LinearProbe(nn.Module):
     def __init__(self, encoder, num_classes=10):
         super().__init__()
         self.encoder = encoder.requires_grad_(False)
-        self.classifier = LinearClassifier(encoder.dim_out, num_classes)
+        self.classifier = LinearClassifier(dim=encoder.dim_out, num_classes=num_classes)
 
     def train(self, mode=True):
         super().train(mode)

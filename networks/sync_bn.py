@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from util.distributed import total, world_size
-from util.options import UserError
+from util.errors import UserError
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):

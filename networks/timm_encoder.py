@@ -1,10 +1,25 @@
 """Models of timm, for small pictures too: backbones as encoders, and classifiers as teachers."""
+import difflib
+
 import timm
 import torch
 from torch import nn
 
-from networks.resnet_big import mixed_precision
-from util import UserError, log
+from networks.precision import mixed_precision
+from util.errors import UserError
+from util.log import log
+
+
+def check_name(name, option):
+    """UserError where timm has no model of this name, or where it names pretrained weights."""
+    base, _, tag = name.partition('.')
+    if tag and timm.is_model(base):
+        raise UserError(f'argument {option}: found {name!r}: {tag} names pretrained weights, which cannot be loaded, '
+                        f'expected {base}, with random weights')
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), 1)
+        raise UserError(f'argument {option}: found {name!r}, expected the name of a model of timm {timm.__version__}'
+                        + ''.join(f', did you mean {other}?' for other in close))
 
 
 def timm_model(name, num_classes, stem, size):

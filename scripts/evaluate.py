@@ -20,9 +20,9 @@ from torchvision.transforms.v2 import functional as tvf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import util  # noqa: E402
 from datasets import evaluation_view, load_pictures, make_loader  # noqa: E402
 from datasets.pictures import Pictures  # noqa: E402
+from util import arguments, checkpoints, errors, metrics, teachers, training  # noqa: E402
 from util.options import Parser, dataset, number  # noqa: E402
 
 STRENGTHS = {
@@ -86,25 +86,25 @@ class Damaged:
 
 def main():
     args = parse_option()
-    checkpoint = util.load_checkpoint(args.ckpt)
+    checkpoint = checkpoints.load_checkpoint(args.ckpt)
     given = {name: value for name, value in vars(args).items() if name in ('dataset', 'data_folder') and value}
-    opt = util.evaluation_options(checkpoint, args.ckpt, **given)
+    opt = arguments.evaluation_options(checkpoint, args.ckpt, **given)
     opt.teacher_kind = None                             # the checkpoint tells itself which network it is
-    util.set_device(opt)
+    training.set_device(opt)
     data = load_pictures(opt)
-    classifier = util.load_classifier({**checkpoint, 'file': args.ckpt, 'classes': checkpoint.get('classes')}, opt,
+    classifier = teachers.load_classifier({**checkpoint, 'file': args.ckpt, 'classes': checkpoint.get('classes')}, opt,
                                       data.train.classes)
     view, val = evaluation_view(opt), data.val.sample(args.max_pictures, 0)
 
     def top1(pictures):
-        logits, labels = util.forward_all(classifier, make_loader(pictures, view, opt, train=False), opt)
-        return util.accuracy(logits, labels)
+        logits, labels = training.forward_all(classifier, make_loader(pictures, view, opt, train=False), opt)
+        return metrics.accuracy(logits, labels)
 
     encoder = classifier.classifier.encoder
-    memory, features = (util.forward_all(encoder, make_loader(part, view, opt, train=False), opt)
+    memory, features = (training.forward_all(encoder, make_loader(part, view, opt, train=False), opt)
                         for part in (data.train, val))
     print(f'top-1 {top1(val):.2f}')
-    print(f'kNN accuracy {util.knn_accuracy(*memory, *features):.2f}', flush=True)
+    print(f'kNN accuracy {metrics.knn_accuracy(*memory, *features):.2f}', flush=True)
     if args.corruptions:
         for kind, strengths in STRENGTHS.items():
             print(kind, end='')
@@ -115,4 +115,4 @@ def main():
 
 
 if __name__ == '__main__':
-    util.run(main)
+    errors.run(main)

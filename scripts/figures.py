@@ -7,8 +7,7 @@ from pathlib import Path
 
 from matplotlib.backend_bases import FigureCanvasBase
 
-from util import UserError
-from util.options import printable
+from util.errors import UserError, printable
 
 
 def figure_file(text):

@@ -20,11 +20,11 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import util  # noqa: E402
 from datasets import DATASETS, load_pictures  # noqa: E402
-from util import UserError  # noqa: E402
+from util import arguments, errors  # noqa: E402
+from util.errors import UserError  # noqa: E402
+from util.files import writing  # noqa: E402
 from util.options import Parser, number  # noqa: E402
-from util.runs import writing  # noqa: E402
 
 BLEND, GAIN = 0.2, 0.2              # share of the other picture, and the largest relative change of a colour channel
 
@@ -97,7 +97,7 @@ def file_names(classes, args):
 
 def main():
     args = parse_option()
-    opt = util.defaults(dataset=args.dataset, data_folder=args.data_folder, seed=args.seed,
+    opt = arguments.defaults(dataset=args.dataset, data_folder=args.data_folder, seed=args.seed,
                         max_samples=args.max_samples, samples_per_class=args.samples_per_class)
     folders = [Path(args.aug_root) / args.aug_output_name / name for name in (args.aug_name_id, args.aug_name_ood)]
     with writing(folders[0].parent):
@@ -133,4 +133,4 @@ def main():
 
 
 if __name__ == '__main__':
-    util.run(main)
+    errors.run(main)

@@ -15,14 +15,15 @@ from sklearn.manifold import TSNE
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import util  # noqa: E402
 from datasets import evaluation_view, load_pictures, make_loader  # noqa: E402
 from scripts.figures import figure_file, plain_text, save  # noqa: E402
-from util import UserError  # noqa: E402
-from util.options import Parser, dataset, number  # noqa: E402
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402
+
+from util import arguments, checkpoints, errors, training  # noqa: E402
+from util.errors import UserError  # noqa: E402
+from util.options import Parser, dataset, number  # noqa: E402
 
 
 def parse_option():
@@ -39,14 +40,14 @@ def parse_option():
 
 def features_of(ckpt, args):
     """Title, features [n, dim], labels [n], class names and the run's name of one checkpoint."""
-    checkpoint = util.load_checkpoint(ckpt)
+    checkpoint = checkpoints.load_checkpoint(ckpt)
     given = {name: value for name, value in vars(args).items() if name in ('dataset', 'data_folder') and value}
-    opt = util.evaluation_options(checkpoint, ckpt, **given)
-    util.set_device(opt)
-    encoder = util.load_encoder(checkpoint, opt, ckpt).to(opt.device)
+    opt = arguments.evaluation_options(checkpoint, ckpt, **given)
+    training.set_device(opt)
+    encoder = checkpoints.load_encoder(checkpoint, opt, ckpt).to(opt.device)
     data = load_pictures(opt)
     parts = [part.sample(args.max_points, opt.seed) for part in (data.val, data.ood) if part]
-    outputs = [util.forward_all(encoder, make_loader(part, evaluation_view(opt), opt, train=False), opt)
+    outputs = [training.forward_all(encoder, make_loader(part, evaluation_view(opt), opt, train=False), opt)
                for part in parts]
     features, labels = (np.concatenate([output[i].cpu().numpy() for output in outputs]) for i in (0, 1))
     recorded = checkpoint['opt']
@@ -87,4 +88,4 @@ def main():
 
 
 if __name__ == '__main__':
-    util.run(main)
+    errors.run(main)

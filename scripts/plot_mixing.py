@@ -19,10 +19,10 @@ import matplotlib  # noqa: E402
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 
-import util  # noqa: E402
 from datasets import DATASETS, load_pictures, make_loader, pretraining_view  # noqa: E402
 from datasets.mixing import mix  # noqa: E402
 from scripts.figures import figure_file, plain_text, save  # noqa: E402
+from util import arguments, errors  # noqa: E402
 from util.options import Parser, number  # noqa: E402
 
 
@@ -54,7 +54,7 @@ def mixed_views(opt, count):
 
 def main():
     args = parse_option()
-    opt = util.defaults(dataset=args.dataset, data_folder=args.data_folder, max_samples=max(100, args.count),
+    opt = arguments.defaults(dataset=args.dataset, data_folder=args.data_folder, max_samples=max(100, args.count),
                         batch_size=args.count, seed=args.seed, device='cpu')
     classes, rows = mixed_views(opt, args.count)
     fig, axes = plt.subplots(len(rows), args.count, figsize=(1.25 * args.count, 1.65 * len(rows)), squeeze=False,
@@ -70,4 +70,4 @@ def main():
 
 
 if __name__ == '__main__':
-    util.run(main)
+    errors.run(main)

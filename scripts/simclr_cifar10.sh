@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # SimCLR pretraining on CIFAR-10. Published, with simclr_cifar10_linear.sh after it: 93.6 % top-1 (ResNet-50).
 # Published on several GPUs; all in CUDA_VISIBLE_DEVICES are used. The learning rate belongs to this batch size.
-CDPATH='' cd -- "$(dirname "$0")/.." || exit
-python main_supcon.py --batch_size 1024 --learning_rate 0.5 --temp 0.5 --cosine --syncBN --method SimCLR "$@"
+exec python "$(dirname "$0")/launch.py" "$0" \
+    'main_supcon.py --batch_size 1024 --learning_rate 0.5 --temp 0.5 --cosine --syncBN --method SimCLR' -- "$@"

@@ -8,7 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-import util
+import main_ce
+import main_supcon
+from methods import METHODS, Momentum
+from util import errors, training
+from util.log import log
+from util.runs import Run
 
 ARCHIVE = Path(__file__).resolve().parents[2] / 'shared' / 'data' / 'cifar10_jpeg.tar.xz'
 TINY = ['--dataset', 'digits', '--model', 'resnet18', '--width', '0.0625', '--size', '8', '--max_samples', '96',
@@ -20,8 +25,8 @@ def contents(folder):
 
 
 def close_log():
-    util.log.file = None
-    util.log.waiting.clear()
+    log.file = None
+    log.waiting.clear()
 
 
 @pytest.fixture
@@ -34,7 +39,7 @@ def call(tmp_path, monkeypatch, capsys):
         close_log()                             # in a shell every run is a process of its own
         status = 0
         try:
-            util.run(lambda: main([str(argument) for argument in arguments]))
+            errors.run(lambda: main([str(argument) for argument in arguments]))
         except SystemExit as stop:
             status = stop.code
         out, err = capsys.readouterr()
@@ -70,16 +75,31 @@ def spy(monkeypatch):
     return spy
 
 
+def train_one_epoch(program, opt, loader, num_classes, teacher=None, model=None):
+    """The first epoch of main_supcon or main_ce on batches of a loader: -> averages, the model."""
+    opt.num_classes = num_classes
+    if program is main_supcon:
+        model = main_supcon.set_model(opt)
+        method, more = (Momentum if opt.moco else METHODS[opt.method])(opt, num_classes, teacher), ()
+    else:
+        new, method = main_ce.set_model(opt)
+        model, more = model or new, (opt,)
+    network, run = training.Network(model, opt), Run(opt)
+    optimizer, scaler = training.set_optimizer(opt, model), training.set_scaler(opt)
+    run.restore(model, optimizer, scaler)
+    return program.train(loader, network, method, optimizer, scaler, 1, run, *more), model
+
+
 @pytest.fixture
 def interrupt(call):
     """interrupt(program, epoch, *arguments): run a program until Ctrl-C comes at the start of an epoch."""
     def interrupt(program, epoch, *arguments):
         train = program.train
 
-        def interrupted(train_loader, model, criterion, optimizer, now, *rest):
+        def interrupted(train_loader, network, method, optimizer, scaler, now, *rest):
             if now == epoch:
                 raise KeyboardInterrupt
-            return train(train_loader, model, criterion, optimizer, now, *rest)
+            return train(train_loader, network, method, optimizer, scaler, now, *rest)
         program.train = interrupted
         try:
             assert call(program.main, *arguments)[0] == 130

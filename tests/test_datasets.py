@@ -12,16 +12,16 @@ import torch
 from PIL import Image
 
 import main_ce
-import util
 from datasets import load_pictures, make_loader, pictures, pretraining_view
 from datasets import loader as loaders
 from datasets.pictures import Pictures
 from datasets.views import View
-from util import UserError
+from util import arguments
+from util.errors import UserError
 
 
 def options(**changes):
-    return util.defaults(**{'dataset': 'digits', 'batch_size': 32, 'loader': 'batched', 'num_workers': 0,
+    return arguments.defaults(**{'dataset': 'digits', 'batch_size': 32, 'loader': 'batched', 'num_workers': 0,
                             'device': 'cpu', **changes})
 
 
@@ -231,7 +231,7 @@ def test_every_batch_has_its_own_random_numbers():
     """The permutation of an epoch and what each of its batches draws: all different, and the same again."""
     def numbers():
         for epoch in (1, 2):
-            batches = loaders.Batches(40, util.defaults(batch_size=10), train=True)
+            batches = loaders.Batches(40, arguments.defaults(batch_size=10), train=True)
             batches.epoch = epoch
             for of in ((), (0,), (0, 0), (0, 1), (1,), (2,), (3,)):
                 yield torch.rand((), generator=batches.generator(*of)).item()

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, train_one_epoch
 from timm.layers import BatchNormAct2d
 from torch import distributed as dist
 from torch import nn
@@ -20,14 +20,13 @@ from torch.nn import functional as F
 import main_ce
 import main_linear
 import main_supcon
-import util
 from datasets import loader as loaders
 from datasets.pictures import Pictures
 from datasets.views import View
 from losses import GenSupConLoss, SupConLoss, contrastive_accuracy
 from networks.sync_bn import SyncBatchNorm, average_statistics, synchronized
 from networks.timm_encoder import TimmEncoder
-from util import distributed
+from util import arguments, checkpoints, distributed, metrics, training
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,7 +66,7 @@ def _child(rank, n, function, name):
 
 def mine(x):
     """This process's share of the rows of x."""
-    return x[util.share(len(x))]
+    return x[distributed.share(len(x))]
 
 
 class Loader:
@@ -79,12 +78,15 @@ class Loader:
     def __len__(self):
         return len(self.sizes)
 
+    def set_epoch(self, epoch, step):
+        pass
+
     def __iter__(self):
         rng = torch.Generator().manual_seed(1)
         for bsz in self.sizes:
             images = torch.rand(self.views, bsz, 3, 8, 8, generator=rng)
             labels = torch.tensor(self.labels)[torch.arange(bsz) % len(self.labels)]
-            yield images[:, util.share(bsz)].flatten(0, 1), mine(labels)
+            yield images[:, distributed.share(bsz)].flatten(0, 1), mine(labels)
 
 
 METHODS = {
@@ -106,13 +108,11 @@ def steps(method, sizes, labels=(0, 1, 2, 1, 0)):
         opt = main_supcon.parse_option(['--dataset', 'digits', '--model', 'resnet18', '--width', '0.0625', '--syncBN',
                                         '--batch_size', '13', '--temp', '0.5', '--lr', '0.1', '--epochs', '2',
                                         *METHODS[method]])
-        opt.size, opt.print_freq = 8, 1
-        util.set_device(opt)
-        util.set_warmup(opt)
-        model, criterion, _ = main_supcon.set_model(opt, ['a', 'b', 'c'])
+        opt.size, opt.print_freq, opt.aug_mode = 8, 1, 'with_both' if 'negatives' in method else 'none'
+        training.set_device(opt)
+        training.set_warmup(opt)
         teacher = (lambda images: images.mean((2, 3))) if 'teacher' in method else None
-        averages = main_supcon.train(Loader(sizes, 2, labels), model, criterion, util.set_optimizer(opt, model), 1, opt,
-                                     util.Run(opt), teacher)
+        averages, model = train_one_epoch(main_supcon, opt, Loader(sizes, 2, labels), 3, teacher)
         average_statistics(model)
         return ((averages['loss'], averages['contrastive_acc']),
                 {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
@@ -157,11 +157,9 @@ def test_processes_that_each_normalize_still_have_one_network(in_processes):
     def train():
         opt = main_supcon.parse_option([*TINY, '--batch_size', '13', '--epochs', '1'])
         opt.size = 8
-        util.set_device(opt)
-        util.set_warmup(opt)
-        model, criterion, _ = main_supcon.set_model(opt, ['a', 'b', 'c'])
-        main_supcon.train(Loader([13, 12, 3], 2, (0, 1, 2)), model, criterion, util.set_optimizer(opt, model), 1, opt,
-                          util.Run(opt))
+        training.set_device(opt)
+        training.set_warmup(opt)
+        _, model = train_one_epoch(main_supcon, opt, Loader([13, 12, 3], 2, (0, 1, 2)), 3)
         average_statistics(model)
         return {name: value for name, value in model.state_dict().items() if 'num_batches' not in name}
     one, other = in_processes(2, train)
@@ -176,17 +174,16 @@ def test_classifiers_learn_the_same_in_processes(in_processes, program, extra, n
     def classify():
         torch.set_default_dtype(torch.float64)
         try:
-            opt = util.parse('main_ce', '', ['--dataset', 'digits', '--model', 'resnet18', '--width', '0.0625',
+            opt = arguments.parse('main_ce', '', ['--dataset', 'digits', '--model', 'resnet18', '--width', '0.0625',
                                              '--syncBN', '--batch_size', '13', '--epochs', '1', *extra])
             opt.size, opt.output_name = 8, 'x'
-            util.set_device(opt)
-            if program is main_ce:
-                model, criterion = main_ce.set_model(opt, ['a', 'b', 'c'])
-            else:
-                opt.syncBN, opt.ckpt, encoder = False, 'x', main_ce.SupCEResNet('resnet18', width=0.0625)
-                model, criterion = main_linear.set_model(opt, {'model': encoder.state_dict()}, ['a', 'b', 'c'])
-            optimizer = util.set_optimizer(opt, model)
-            values = main_ce.train(Loader([13, 5, 3], 1, (0, 1, 2)), model, criterion, optimizer, 1, opt, util.Run(opt))
+            training.set_device(opt)
+            model = None
+            if program is main_linear:
+                opt.syncBN, opt.ckpt, opt.num_classes = False, 'x', 3
+                encoder = main_ce.SupCEResNet('resnet18', width=0.0625)
+                model, _ = main_linear.set_model(opt, {'model': encoder.state_dict()})
+            values, model = train_one_epoch(main_ce, opt, Loader([13, 5, 3], 1, (0, 1, 2)), 3, model=model)
             return values['train_loss'], values['train_acc'], dict(model.named_parameters())
         finally:
             torch.set_default_dtype(torch.float32)
@@ -210,7 +207,7 @@ def test_the_loss_alone_in_any_training_loop(in_processes, criterion):
         torch.manual_seed(0)
         network = nn.Linear(5, 4).double()
         network = nn.parallel.DistributedDataParallel(network) if several else network
-        rows = slice(sum(sizes[:util.rank()]), sum(sizes[:util.rank() + 1])) if several else slice(0, 7)
+        rows = slice(sum(sizes[:distributed.rank()]), sum(sizes[:distributed.rank() + 1])) if several else slice(0, 7)
         z = F.normalize(network(x[rows]), dim=2)
         if isinstance(criterion, GenSupConLoss):
             loss = criterion(z.unbind(1), (soft[rows], soft[rows]))
@@ -241,18 +238,18 @@ def test_what_is_sent_between_processes(in_processes):
     rows = torch.arange(14.).view(7, 2)
 
     def send():
-        own = slice(sum(sizes[:util.rank()]), sum(sizes[:util.rank() + 1]))
-        assert util.sizes_of(sizes[util.rank()]) == sizes
-        assert torch.equal(util.gather(rows[own], sizes), rows)
-        assert torch.equal(util.gather(rows[own] > 3, sizes), rows > 3)
-        assert torch.equal(util.exchanged(rows[own], order, sizes), rows[order][own])
-        assert distributed.largest(-util.rank()) == 0
+        own = slice(sum(sizes[:distributed.rank()]), sum(sizes[:distributed.rank() + 1]))
+        assert distributed.sizes_of(sizes[distributed.rank()]) == sizes
+        assert torch.equal(distributed.gather(rows[own], sizes), rows)
+        assert torch.equal(distributed.gather(rows[own] > 3, sizes), rows > 3)
+        assert torch.equal(distributed.exchanged(rows[own], order, sizes), rows[order][own])
+        assert distributed.largest(-distributed.rank()) == 0
         even = rows[own, 0] % 4 == 0
-        torch.testing.assert_close(util.mean(rows[own, 0], even), rows[rows[:, 0] % 4 == 0, 0].mean())
-        assert util.mean(rows[own, 0], even & False) == 0
+        torch.testing.assert_close(distributed.mean(rows[own, 0], even), rows[rows[:, 0] % 4 == 0, 0].mean())
+        assert distributed.mean(rows[own, 0], even & False) == 0
         return True
     assert in_processes(3, send) == [True] * 3
-    assert torch.equal(util.exchanged(rows, order, [7]), rows[order]) and util.gather(rows, [7]) is rows
+    assert torch.equal(distributed.exchanged(rows, order, [7]), rows[order]) and distributed.gather(rows, [7]) is rows
 
 
 @pytest.mark.parametrize('n', range(1, 12))
@@ -280,7 +277,7 @@ def test_batch_norm_over_processes_is_that_of_the_whole_batch(in_processes, shap
         norm = nn.Sequential((nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d)(3).double())
         nn.init.uniform_(norm[0].weight, generator=torch.Generator().manual_seed(2))
         several = dist.is_initialized()
-        own = slice(sum(sizes[:util.rank()]), sum(sizes[:util.rank() + 1])) if several else slice(0, 6)
+        own = slice(sum(sizes[:distributed.rank()]), sum(sizes[:distributed.rank() + 1])) if several else slice(0, 6)
         if several:
             norm = synchronized(norm, cuda=False)
             assert type(norm[0]) is SyncBatchNorm
@@ -303,7 +300,7 @@ def test_processes_share_the_views_of_one(monkeypatch, kind):
     """Same permutation, and each picture's views as one process draws them; a last batch that is too small for all."""
     pictures = Pictures(np.random.default_rng(0).integers(0, 256, (23, 20, 20, 3), dtype=np.uint8),
                         torch.arange(23), ['a'])
-    opt = util.defaults(device='cpu', loader=kind, batch_size=10, num_workers=0, seed=3)
+    opt = arguments.defaults(device='cpu', loader=kind, batch_size=10, num_workers=0, seed=3)
     view = View(16, (0.5,) * 3, (0.2,) * 3, crop=(0.2, 1.), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2,
                 blur=0.5, cutout=(1, 4), rotation=10.)
     monkeypatch.setattr(View, 'group', 4)
@@ -331,14 +328,15 @@ def test_evaluation_counts_every_picture_once(in_processes):
     images, labels = torch.rand(11, 3, 8, 8, generator=rng), torch.arange(11) % 3
 
     def evaluate():
-        opt = util.defaults(device='cpu', accum_steps=2)
+        opt = arguments.defaults(device='cpu', accum_steps=2)
         torch.manual_seed(0)
         network = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
         batches = [(mine(images[i:i + 4]), mine(labels[i:i + 4])) for i in (0, 4, 8)]
-        features, found = util.forward_all(network, batches, opt)
+        features, found = training.forward_all(network, batches, opt)
         assert torch.equal(found, labels)
-        return [features, util.knn_accuracy(features, found, features.flip(0), found.flip(0), k=3),
-                util.accuracy(network(mine(images)), mine(labels)), util.ood_metrics(features, features, -features)]
+        return [features, metrics.knn_accuracy(features, found, features.flip(0), found.flip(0), k=3),
+                metrics.accuracy(network(mine(images)), mine(labels)),
+                metrics.ood_metrics(features, features, -features)]
     whole, = in_processes(1, evaluate)
     for part in in_processes(3, evaluate):
         torch.testing.assert_close(part[0], whole[0])
@@ -365,11 +363,11 @@ def test_batch_norms_for_gpus_are_pytorch_s(monkeypatch):
 
 
 def test_a_process_of_torchrun_uses_one_gpu(monkeypatch):
-    opt = util.defaults(device='cuda')
+    opt = arguments.defaults(device='cuda')
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
-    assert util.training.several_devices(opt)
+    assert training.several_devices(opt)
     monkeypatch.setenv('LOCAL_RANK', '0')
-    assert not util.training.several_devices(opt)
+    assert not training.several_devices(opt)
 
 
 def torchrun(processes, program, *arguments):
@@ -403,7 +401,7 @@ def test_torchrun_stops_on_a_signal_and_one_process_goes_on(call, monkeypatch, t
     stopped, = [line for line in lines if 'SIGTERM: stopped after' in line]
     assert len([line for line in lines if line.startswith('Train: [1][1/3]')]) == 1
     assert '2 processes' in lines[0] or any('2 processes' in line for line in lines)
-    checkpoint = util.load_checkpoint('output/a/trial=0/last.ckpt')
+    checkpoint = checkpoints.load_checkpoint('output/a/trial=0/last.ckpt')
     epoch = int(re.search(r'epoch (\d+),', stopped)[1])
     assert checkpoint['epoch'] == epoch - bool(checkpoint['step'])
     assert not any('module' in name for name in checkpoint['model'])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import main_ce
 import main_linear
 import main_supcon
-import util
+from util import errors, runs, training
 from util.options import OPTIONS, PROGRAMS, Switch
 
 MAINS = dict(zip(PROGRAMS, (main_supcon, main_ce, main_linear)))
@@ -74,7 +74,7 @@ def status_of(function, *args):
     err = io.StringIO()
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
         try:
-            util.run(lambda: function(*args))
+            errors.run(lambda: function(*args))
             return 0, err.getvalue()
         except SystemExit as stop:
             return stop.code, err.getvalue()
@@ -92,11 +92,11 @@ def check(program, extra, folder):
     def parse():
         opt = main.parse_option([*base, *extra])
         found.append(opt[0] if program == 'main_linear' else opt)
-        util.Run(found[0])
+        runs.Run(found[0])
     status, err = status_of(parse)
     if status == 0:
-        util.set_warmup(found[0])
-        assert util.learning_rate(found[0], 1) >= 0
+        training.set_warmup(found[0])
+        assert training.learning_rate(found[0], 1) >= 0
         if not small(found[0]):
             return 'parsed'
         status, err = status_of(main.main, [*base, *extra])

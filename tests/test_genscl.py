@@ -16,11 +16,12 @@ from torch.nn import functional as F
 import main_ce
 import main_linear
 import main_supcon
-import util
+import methods
 from datasets import classification_view, pretraining_view
 from datasets.mixing import cutmix, mix, mix_views
 from networks.timm_encoder import TimmEncoder, timm_model
-from util import UserError
+from util import checkpoints, options, runs, training
+from util.errors import UserError
 from util.metrics import accuracy
 
 GENSCL = [*TINY, '--method', 'GenSCL', '--epochs', '1']
@@ -174,14 +175,14 @@ def test_the_published_pair(call, teacher, tmp_path):
 
 
 def test_loss_is_that_of_labels_and_of_the_teacher(call, teacher, spy, tmp_path):
-    called, updates = spy(main_supcon.GenSupConLoss, 'forward'), spy(util, 'update')
+    called, updates = spy(methods.GenSupConLoss, 'forward'), spy(training, 'update')
     losses = {}
     for alpha in ('0', '0.5', 'inf'):
         called.clear()
         updates.clear()
         ok(call, main_supcon, *GENSCL, '--mix', 'mixup', '--KD', '--KD_alpha', alpha, '--KD_temp', 2, '--teacher_path',
            TEACHER, '--output_name', alpha)
-        terms = [main_supcon.GenSupConLoss(0.1)(*args[1:]).item() for args, _ in called[:2]]
+        terms = [methods.GenSupConLoss(0.1)(*args[1:]).item() for args, _ in called[:2]]
         losses[alpha] = updates[0][0][0].item(), terms
         labels = called[0][0][2] if alpha == 'inf' else called[1][0][2]
         assert [part.shape for part in labels] == [(32, 10), (32, 10)]
@@ -215,7 +216,7 @@ def test_teacher_is_asked_in_eval_mode_without_gradient_about_the_mixed_views(ca
     assert seen and not any(training or grad for training, grad, *_ in seen)
     del seen[0]                                                            # a trial, before anything is written
     assert torch.equal(seen[0][2], given[0])
-    checkpoint = util.load_checkpoint(f'{TEACHER}/last.ckpt')
+    checkpoint = checkpoints.load_checkpoint(f'{TEACHER}/last.ckpt')
     from networks.resnet_big import SupCEResNet
     model = SupCEResNet('resnet18', 10, width=0.0625)
     model.load_state_dict(checkpoint['model'])
@@ -275,7 +276,7 @@ def test_the_published_teacher_has_a_small_stem():
     (['--KD', '--teacher_path', 'timm'], ['timm/ckpt_best.pth', 'efficientnetv2_rw_m']),
     (['--KD', '--teacher_path', 'timm', '--teacher_kind', 'resnet10t'], ['knows 7 classes', 'have 10']),
     (['--KD', '--teacher_path', 'renamed'], ['other classes', '1, 0, 2']),
-    (['--teacher_kind', 'efficientnetv2_rw'], ['--teacher_kind', "'efficientnetv2_rw'", 'did you mean']),
+    (['--KD', '--teacher_path', 'x', '--teacher_kind', 'efficientnetv2_rw'], ['--teacher_kind', "'efficientnetv2_rw'", 'did you mean']),
     (['--model', 'timm/nothing_like_it'], ['--model', 'nothing_like_it', 'timm']),
     (['--model', 'timm/resnet10t'], ['--width 0.0625']),
     (['--mix', 'mixup', '--mix-alpha', '0'], ['--mix_alpha', "'0'", 'above 0']),
@@ -295,7 +296,7 @@ def test_the_published_teacher_has_a_small_stem():
     (['--KD', '--teacher_path', TEACHER, '--teacher_kind', 'resnet10t'], ['--teacher_kind resnet10t', 'resnet18']),
     (['--KD', '--teacher_path', 'large', '--teacher_kind', 'vit_tiny_patch16_224'],
      ['large/ckpt_best.pth', 'pos_embed']),
-    (['--KD', '--teacher_path', 'nan'], ['nan/last.ckpt', '10 finite logits']),
+    (['--KD', '--teacher_path', 'nan'], ['nan/last.ckpt', 'fc.bias is not finite']),
     (['--optim-kind', 'Lion'], ['--optim_kind', 'Lion', 'AdamW']),
     (['--augment-policy', 'rand', '--loader', 'batched'], ['--augment_policy rand', 'per_sample']),
     (['--cutout'], ['--cutout_length 16', '8 pixels']),
@@ -337,7 +338,7 @@ def test_optimizers(program, kind, made):
     more = {'SGD': ['--momentum', '0.8', '--nesterov'], 'RMSProp': ['--momentum', '0.8', '--optim_eps', '0.5']}
     opt = program.parse_option(['--optim-kind', kind, '--lr', '0.01', '--weight_decay', '0.02', *more.get(kind, [])])
     opt.device = 'cpu'
-    optimizer = util.set_optimizer(opt, torch.nn.Linear(3, 2))
+    optimizer = training.set_optimizer(opt, torch.nn.Linear(3, 2))
     assert type(optimizer) is made
     group, = optimizer.param_groups
     assert (group['lr'], group['weight_decay']) == (0.01, 0.02) and group.get('momentum', 0.8) == 0.8
@@ -350,8 +351,8 @@ def test_rmsprop_with_epsilon_inside_the_root():
                                 '--weight_decay', '0'])
     opt.device = 'cpu'
     weight = torch.nn.Parameter(torch.tensor([2.]))
-    optimizer = util.set_optimizer(opt, torch.nn.ParameterList([weight]))
-    util.update((3 * weight).sum(), optimizer)
+    optimizer = training.set_optimizer(opt, torch.nn.ParameterList([weight]))
+    training.update((3 * weight).sum(), optimizer, training.set_scaler(opt))
     mean_square = 0.9 * 1 + 0.1 * 9                             # TensorFlow's starts from one
     assert weight.item() == pytest.approx(2 - 0.1 * 3 / (mean_square + 0.5)**0.5)
 
@@ -361,7 +362,7 @@ def test_biases_and_norms_are_not_decayed_when_asked():
         opt = main_supcon.parse_option(['--weight_decay', '0.3', *flag])
         opt.device = 'cpu'
         model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
-        groups = util.set_optimizer(opt, model).param_groups
+        groups = training.set_optimizer(opt, model).param_groups
         assert [group['weight_decay'] for group in groups] == decays
         assert sum(len(group['params']) for group in groups) == 4
         assert not flag or [p.dim() for p in groups[0]['params']] == [2]
@@ -373,8 +374,8 @@ def test_lars_adapts_weights_and_leaves_biases_alone(weight_decay):
     opt.device = 'cpu'
     layer = torch.nn.Linear(3, 2)
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
-    optimizer = util.set_optimizer(opt, layer)
-    util.update(((layer(torch.ones(4, 3)) - 5) ** 2).mean(), optimizer)
+    optimizer = training.set_optimizer(opt, layer)
+    training.update(((layer(torch.ones(4, 3)) - 5) ** 2).mean(), optimizer, training.set_scaler(opt))
     grad = layer.weight.grad
     trust = 0.001 * weight.norm() / (grad.norm() + weight_decay * weight.norm())        # You et al., Eq. 6
     torch.testing.assert_close(layer.weight.detach(), weight - 0.1 * trust * (grad + weight_decay * weight))
@@ -417,7 +418,7 @@ def test_cross_entropy_learns_from_mixed_pictures(call, spy):
 def test_random_numbers_of_a_step():
     """The same again; others in each step, epoch and run; of mixing and of the network."""
     def numbers(seed, epoch, step):
-        return (util.seed_step(main_supcon.parse_option(['--seed', str(seed)]), epoch, step).random(),
+        return (training.seed_step(main_supcon.parse_option(['--seed', str(seed)]), epoch, step).random(),
                 torch.rand(()).item())
     steps = list(itertools.product((3, 4), (1, 2), (0, 1)))
     for i in (0, 1):
@@ -427,7 +428,7 @@ def test_random_numbers_of_a_step():
 
 @pytest.mark.parametrize('program', [main_supcon, main_ce])
 def test_every_step_has_its_own_random_numbers(call, spy, program):
-    calls = spy(util, 'seed_step')
+    calls = spy(runs, 'seed_step')
     ok(call, program, *TINY, '--epochs', 2, '--seed', 5)
     assert [(args[0].seed, *args[1:]) for args, _ in calls] == [(5, e, s) for e in (1, 2) for s in range(3)]
 
@@ -450,22 +451,23 @@ def test_soft_labels_row_by_row(monkeypatch):
     monkeypatch.setattr('datasets.mixing.mix', mix)
     opt = main_supcon.parse_option(['--method', 'GenSCL', '--mix', 'mixup', '--mix-alpha', '0.3', '--KD', '--KD-alpha',
                                     '0.4', '--KD-temp', '2', '--teacher-path', 'x'])
-    opt.num_classes = 3
+    opt.device, seen, learned = 'cpu', [], []
     values = torch.arange(6.)                                               # view after view
-    images, targets = main_supcon.soft_labels(values[:, None, None, None].expand(6, 3, 2, 2), torch.tensor([0, 1, 2]),
-                                              FakeTeacher(), opt, None)
+    network = lambda images, n_views: (seen.append(images), torch.rand(6, 4))[1]        # noqa: E731
+    method = methods.GenSCL(opt, 3, FakeTeacher())
+    method.criterion = lambda features, labels: (learned.append(torch.stack(labels)), torch.ones(()))[1]
+    _, loss, _ = method(network, values[:, None, None, None].expand(6, 3, 2, 2), torch.tensor([0, 1, 2]), None)
     mixed = torch.tensor([0.75 * 0 + 0.25 * 1, 0.75 * 1 + 0.25 * 2, 0.75 * 2 + 0.25 * 0,
                           0.6 * 3 + 0.4 * 5, 0.6 * 4 + 0.4 * 3, 0.6 * 5 + 0.4 * 4])
-    torch.testing.assert_close(images[:, 0, 0, 0], mixed)
-    (weight, labels), (kd_weight, taught) = targets
-    assert (weight, kd_weight) == (1, 0.4)
-    torch.testing.assert_close(labels, torch.tensor([[[.75, .25, 0], [0, .75, .25], [.25, 0, .75]],
-                                                     [[.6, 0, .4], [.4, .6, 0], [0, .4, .6]]]))
+    torch.testing.assert_close(seen[0][:, 0, 0, 0], mixed)
+    assert loss.item() == pytest.approx(1.4)                                # weights 1 and --KD-alpha
+    torch.testing.assert_close(learned[0], torch.tensor([[[.75, .25, 0], [0, .75, .25], [.25, 0, .75]],
+                                                         [[.6, 0, .4], [.4, .6, 0], [0, .4, .6]]]))
     logits = torch.stack([mixed, torch.zeros(6), torch.ones(6)], 1) / 2
-    torch.testing.assert_close(taught, logits.softmax(1).view(2, 3, 3))
-    opt.mix = None
-    images, targets = main_supcon.soft_labels(torch.rand(6, 3, 2, 2), torch.tensor([2, 0, 1]), None, opt, None)
-    torch.testing.assert_close(targets[0][1], torch.eye(3)[[2, 0, 1]].expand(2, 3, 3))
+    torch.testing.assert_close(learned[1], logits.softmax(1).view(2, 3, 3))
+    opt.mix, method.teacher = None, None
+    method(network, torch.rand(6, 3, 2, 2), torch.tensor([2, 0, 1]), None)
+    torch.testing.assert_close(learned[2], torch.eye(3)[[2, 0, 1]].expand(2, 3, 3))
 
 
 def test_cross_entropy_sees_mixed_pictures(call, monkeypatch):
@@ -489,7 +491,8 @@ def test_resumed_is_the_same_run(call, interrupt, teacher, monkeypatch, program,
     ok(call, program, *arguments, '--output_name', 'whole')
     interrupt(program, 2, *arguments, '--output_name', 'halves')
     ok(call, program, *arguments, '--output_name', 'halves', '--resume')
-    whole, halves = (util.load_checkpoint(f'output/{name}/trial=0/last.ckpt')['model'] for name in ('whole', 'halves'))
+    whole, halves = (checkpoints.load_checkpoint(f'output/{name}/trial=0/last.ckpt')['model']
+                     for name in ('whole', 'halves'))
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
 
 
@@ -614,7 +617,7 @@ def test_model_of_timm_in_all_three_programs(call, tmp_path):
     assert next(tmp_path.glob('output/SupCE_digits_timm-resnet10t_*/trial=0/last.ckpt'))
     ok(call, main_supcon, *model, '--output_name', 'a')
     ok(call, main_linear, *model[:-2], '--pretrained', 'a', '--output_name', 'b')
-    trained, linear = (util.load_checkpoint(f'output/{name}/trial=0/last.ckpt')['model'] for name in 'ab')
+    trained, linear = (checkpoints.load_checkpoint(f'output/{name}/trial=0/last.ckpt')['model'] for name in 'ab')
     assert all(torch.equal(value, linear[name]) for name, value in trained.items() if name.startswith('encoder.'))
 
 
@@ -622,13 +625,13 @@ def test_model_of_timm_in_all_three_programs(call, tmp_path):
 
 def test_float16_scales_the_loss(call, monkeypatch, tmp_path):
     """What GPUs without bfloat16 do; the scale is saved and resumed."""
-    monkeypatch.setattr(util.training, 'precision', lambda opt, mixed=None: torch.float16 if opt.amp else None)
+    monkeypatch.setattr(training, 'precision', lambda opt, mixed=None: torch.float16 if opt.amp else None)
     ok(call, main_ce, *TINY, '--epochs', 1, '--amp', '--output_name', 'a')
     scaler = torch.load('output/a/trial=0/last.ckpt', weights_only=True)['scaler']
     assert scaler['scale'] > 1
     ok(call, main_ce, *TINY, '--epochs', 2, '--amp', '--output_name', 'a', '--resume')
     again = torch.load('output/a/trial=0/last.ckpt', weights_only=True)
-    assert again['optimizer']['param_groups'][0]['fused'] is False      # see util.training.fused
+    assert again['optimizer']['param_groups'][0]['fused'] is False      # see training.fused
     again = again['scaler']
     assert again['_growth_tracker'] > scaler['_growth_tracker']
 
@@ -639,16 +642,16 @@ def test_precision_of_the_device(monkeypatch, device, supported, expected):
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: supported)
     opt = main_ce.parse_option(['--amp'])
     opt.device = device
-    assert util.training.precision(opt) == expected
+    assert training.precision(opt) == expected
     opt.amp = False
-    assert util.training.precision(opt) is None
+    assert training.precision(opt) is None
 
 
 # Weights & Biases
 
 def test_wandb_that_is_missing(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, 'wandb', None)
-    monkeypatch.setattr(util.options.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr(options.importlib.util, 'find_spec', lambda name: None)
     refused(main_ce.main, *TINY, '--wandb', words=['--wandb', 'pip install wandb'])
 
 
@@ -679,5 +682,5 @@ def test_wandb_is_off_unless_asked(call, tmp_path):
 def test_kd_alpha_of_infinity_is_read_from_the_checkpoint(call, teacher):
     arguments = [*GENSCL, '--KD', '--KD-alpha', 'inf', '--teacher-path', TEACHER, '--output_name', 'a']
     ok(call, main_supcon, *arguments)
-    assert util.load_checkpoint('output/a/trial=0/last.ckpt')['opt']['KD_alpha'] == math.inf
+    assert checkpoints.load_checkpoint('output/a/trial=0/last.ckpt')['opt']['KD_alpha'] == math.inf
     ok(call, main_supcon, *arguments, '--epochs', 2, '--resume')

@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as tv
 import main_ce
 import main_linear
 import main_supcon
-import util
+import methods
 from datasets import classification_view, evaluation_view, load_pictures, make_loader, pretraining_view, views
 from datasets.loader import WorkerLoader
 from datasets.pictures import Pictures, folder
@@ -26,6 +26,7 @@ from datasets.views import View
 from losses import SupConLoss
 from networks.moco import NOBODY, MomentumContrast
 from networks.resnet_big import SupConResNet
+from util import checkpoints, export, training
 from util.export import named_as_elsewhere, plain_parts
 
 DATA = ['--dataset', 'digits', '--size', '8', '--max_samples', '96', '--num_workers', '0']
@@ -60,6 +61,13 @@ class Small(nn.Module):
         return (features, self.fc(hidden)) if self.two else features
 
 
+def in_parts(model, images, accum_steps):
+    """Outputs for two views of each image as the training loop gets them with --accum_steps."""
+    network = object.__new__(training.Network)
+    network.model, network.replica, network.opt = model, model, options('--accum_steps', accum_steps)
+    return network(images, 2)
+
+
 @pytest.mark.parametrize('two', [False, True])
 @pytest.mark.parametrize('bsz, pieces', [(4096, 64), (37, 5)])
 def test_pieces_give_the_loss_and_gradient_of_the_whole_batch(two, bsz, pieces):
@@ -68,14 +76,13 @@ def test_pieces_give_the_loss_and_gradient_of_the_whole_batch(two, bsz, pieces):
 
     def step(accum_steps):
         network = copy.deepcopy(model)
-        optimizer = torch.optim.SGD(network.parameters(), lr=0.)
-        optimizer.scaler = torch.amp.GradScaler('cpu', enabled=False)
-        output, backward = util.forward(network, images, options('--accum_steps', accum_steps), 2)
+        optimizer, scaler = torch.optim.SGD(network.parameters(), lr=0.), torch.amp.GradScaler('cpu', enabled=False)
+        output = in_parts(network, images, accum_steps)
         features, logits = output if two else (output, None)
         loss = SupConLoss(0.1)(features.view(2, bsz, -1).transpose(0, 1), labels)
         if two:
             loss = loss + F.cross_entropy(logits, labels.repeat(2))
-        util.update(loss, optimizer, backward)
+        training.update(loss, optimizer, scaler)
         return loss, [p.grad for p in network.parameters()], network.rows
     whole, gradients, _ = step(1)
     loss, cached, rows = step(pieces)
@@ -90,30 +97,26 @@ def test_dropout_is_the_same_in_both_passes():
     """The gradient is that of the loss which was computed: by finite differences along one direction."""
     model = Small(dropout=0.5).double()
     images = torch.randn(8, 6, dtype=torch.float64)
-    opt, direction = options('--accum_steps', 2), torch.randn_like(model.second.weight)
+    direction = torch.randn_like(model.second.weight)
 
     def loss_at(step):
         network = copy.deepcopy(model)
         with torch.no_grad():
             network.second.weight.add_(direction, alpha=step)
         torch.manual_seed(0)
-        output, backward = util.forward(network, images, opt, 2)
-        return network, (output ** 3).sum(), backward
-    network, loss, backward = loss_at(0.)
+        return network, (in_parts(network, images, 2) ** 3).sum()
+    network, loss = loss_at(0.)
     loss.backward()
-    backward()
     expected = (loss_at(1e-5)[1] - loss_at(-1e-5)[1]) / 2e-5
     torch.testing.assert_close((network.second.weight.grad * direction).sum(), expected, rtol=1e-6, atol=1e-9)
 
 
 def test_pieces_move_the_statistics_of_batch_norms_once():
-    opt = options('--accum_steps', 4)
     model, images = SupConResNet('resnet18', width=0.0625), torch.randn(16, 3, 8, 8)
     model.train()
-    output, backward = util.forward(model, images, opt, 2)
+    output = in_parts(model, images, 4)
     assert (model.encoder.bn1.running_mean == 0).all() and model.encoder.bn1.num_batches_tracked == 0
     output.sum().backward()
-    backward()
     assert model.encoder.bn1.num_batches_tracked == 4 and (model.encoder.bn1.running_mean != 0).all()
 
 
@@ -171,10 +174,9 @@ def test_pretraining_with_momentum_contrast(call, interrupt, monkeypatch, method
     seen = []
     original = SupConLoss.forward
 
-    def forward(self, features, **targets):
-        if len(features[0, 0]) > 1:
-            seen.append((self.temperature, features.shape, targets['keys'].shape, targets['key_labels'].clone()))
-        return original(self, features, **targets)
+    def forward(self, features, *labels, **targets):
+        seen.append((self.temperature, features.shape, targets['keys'].shape, targets['key_labels'].clone()))
+        return original(self, features, *labels, **targets)
     monkeypatch.setattr(SupConLoss, 'forward', forward)
     ok(call, main_supcon, *arguments, '--output_name', 'whole')
     temperature, features, keys, labels = seen[3]                           # the fourth batch: the queue is full
@@ -182,7 +184,8 @@ def test_pretraining_with_momentum_contrast(call, interrupt, monkeypatch, method
     assert torch.equal(labels[32:], torch.cat([seen[2][3][:32], seen[1][3][:32]]))  # the third took the first's place
     interrupt(main_supcon, 2, *arguments, '--output_name', 'halves')
     ok(call, main_supcon, *arguments, '--output_name', 'halves', '--resume')
-    whole, halves = (util.load_checkpoint(f'output/{name}/trial=0/last.ckpt')['model'] for name in ('whole', 'halves'))
+    whole, halves = (checkpoints.load_checkpoint(f'output/{name}/trial=0/last.ckpt')['model']
+                     for name in ('whole', 'halves'))
     assert all(torch.equal(whole[name], halves[name]) for name in whole) and 'moco.queue' in whole
     ok(call, main_linear, *DATA, '--epochs', 1, '--pretrained', 'whole')
 
@@ -203,28 +206,32 @@ def test_keys_are_those_of_the_second_views_of_their_pictures():
         model.weight.add_(4.)
     images, labels = torch.arange(6.)[:, None, None, None].expand(6, 3, 1, 1), torch.arange(6) + 10
     rng = np.random.default_rng(0)
-    targets, keys = main_supcon.momentum_keys(images, labels, model, options('--accum_steps', 3), rng)
+    opt = options('--accum_steps', 3)
+    model.moco.update(model)
+    keys, all_labels = methods.momentum_keys(model.moco, images, labels, opt, rng)
+    contrasts, contrast_labels = model.moco.contrasts(keys, all_labels)
+    model.moco.enqueue(keys, all_labels)
     weight = 0.75 * 1 + 0.25 * 5
     expected = torch.stack([torch.arange(6.) * weight, torch.full((6,), weight)], 1)
-    torch.testing.assert_close(targets['keys'][:6], expected)
-    assert torch.equal(keys, targets['keys'][:6])
-    assert targets['key_labels'][:6].tolist() == labels.tolist() and (targets['key_labels'][6:] == NOBODY).all()
+    torch.testing.assert_close(keys, expected)
+    assert torch.equal(keys, contrasts[:6])
+    assert contrast_labels[:6].tolist() == labels.tolist() and (contrast_labels[6:] == NOBODY).all()
     assert [len(piece) for piece in model.moco.network.seen] == [2, 2, 2]
     assert torch.cat(model.moco.network.seen).tolist() != list(range(6))            # shuffled (with this test's seed)
     assert sorted(torch.cat(model.moco.network.seen).tolist()) == list(range(6))
-    assert torch.equal(model.moco.queue, targets['keys'][:6]) and torch.equal(model.moco.queue_labels, labels)
+    assert torch.equal(model.moco.queue, keys) and torch.equal(model.moco.queue_labels, labels)
     model.moco.enqueue(torch.arange(14.).view(7, 2), torch.arange(7))               # more than the queue takes
     assert sorted(model.moco.queue_labels.tolist()) == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_second_views_are_given_to_the_copy(call, spy):
-    networks, copies = spy(SupConResNet, 'forward'), spy(main_supcon, 'momentum_keys')
+    networks, copies = spy(SupConResNet, 'forward'), spy(methods, 'momentum_keys')
     arguments = [*TINY, '--max_samples', '32', '--epochs', '1', '--moco', '--moco_k', '64', '--head', 'linear']
     ok(call, main_supcon, *arguments)
     loader = main_supcon.set_loader(options(*arguments))[0]
     loader.set_epoch(1)
     images, labels = next(iter(loader))
-    assert torch.equal(copies[0][0][0], images[32:]) and torch.equal(copies[0][0][1], labels)
+    assert torch.equal(copies[0][0][1], images[32:]) and torch.equal(copies[0][0][2], labels)
     queries = [args[1] for args, _ in networks if args[0].moco is not None]         # not those of the copy itself
     assert torch.equal(queries[0], images[:32])
 
@@ -251,7 +258,7 @@ def test_heads():
 def test_head_options(call):
     ok(call, main_supcon, *TINY, '--epochs', 1, '--head', '12,6', '--head_bn', '--normalize_embedding', '--output_name',
        'a')
-    state = util.load_checkpoint('output/a/trial=0/last.ckpt')['model']
+    state = checkpoints.load_checkpoint('output/a/trial=0/last.ckpt')['model']
     assert state['head.0.weight'].shape == (12, 32) and state['head.3.weight'].shape == (6, 12)
 
 
@@ -406,7 +413,7 @@ def test_programs_read_an_imagenet_folder(call, jpegs):
 
 def logits_of(program_name, pictures):
     """The logits that the network of a run's last.ckpt gives."""
-    checkpoint = util.load_checkpoint(f'output/{program_name}/trial=0/last.ckpt')
+    checkpoint = checkpoints.load_checkpoint(f'output/{program_name}/trial=0/last.ckpt')
     from networks.resnet_big import LinearProbe, SupCEResNet, make_encoder
     opt = checkpoint['opt']
     settings = {'size': opt['size'], 'stem': opt['stem'], 'width': opt['width']}
@@ -445,7 +452,7 @@ def test_export_gives_the_same_logits_in_a_fresh_process(call, linear_run, tmp_p
     subprocess.run([sys.executable, '-c', FRESH, 'x.pt2'], check=True, cwd=tmp_path)
     logits, info = torch.load('result.pt')
     torch.testing.assert_close(logits, logits_of(name, pictures), rtol=1e-4, atol=1e-5)
-    opt = util.load_checkpoint(f'output/{name}/trial=0/last.ckpt')['opt']
+    opt = checkpoints.load_checkpoint(f'output/{name}/trial=0/last.ckpt')['opt']
     assert info['classes'] == [str(i) for i in range(10)] and info['size'] == 8
     assert info['mean'] == list(opt['mean']) and info['std'] == list(opt['std']) != info['mean']
     assert not list(tmp_path.glob('*.partial'))
@@ -489,7 +496,7 @@ def test_export_at_the_end_of_a_run(linear_run):
 
 
 def test_export_refuses_before_it_trains(refused, tmp_path, monkeypatch):
-    monkeypatch.setattr(util.export.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr(export.importlib.util, 'find_spec', lambda name: None)
     (tmp_path / 'folder.pth').mkdir()
     for file, words in (('x.pt', 'ends in .pth, .pt2, .onnx'), ('nowhere/x.pth', 'nowhere'),
                         ('x.onnx', 'onnxscript is missing'), ('x' * 300 + '.pth', 'cannot be written'),

@@ -12,11 +12,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main_ce
 import main_linear
 import main_supcon
-import util
 from datasets import load_pictures, make_loader, pretraining_view
 from datasets.augmentations import augmentation_folder
 from datasets.mvip import ObjectPicture
-from util import UserError
+from util import arguments, metrics
+from util.errors import UserError
 
 GEARS = {'Gear': (250, 0, 0), 'Gear Box': (0, 250, 0), 'Axle-2': (0, 0, 250)}      # class: colour of its object
 ORDER = ['Axle-2', 'Gear', 'Gear Box']                                             # by name
@@ -72,7 +72,7 @@ def augs(tmp_path):
 
 
 def mvip_options(tmp_path, **changes):
-    return util.defaults(**{'dataset': 'mvip', 'data_folder': str(tmp_path / 'data/MVIP/sets'), 'device': 'cpu',
+    return arguments.defaults(**{'dataset': 'mvip', 'data_folder': str(tmp_path / 'data/MVIP/sets'), 'device': 'cpu',
                             'aug_root': str(tmp_path / 'da_fusion/output'), 'mvip_super_class': 'CarComponent',
                             'mvip_num_classes': 20, 'num_workers': 0, 'size': 16, 'batch_size': 8, **changes})
 
@@ -257,13 +257,13 @@ def test_the_three_published_commands(call, tree, augs, tmp_path):
 
 
 def test_defaults_of_mvip():
-    ours = [util.parse(program, '', ['--dataset', 'mvip', *extra]) for program, extra in (
+    ours = [arguments.parse(program, '', ['--dataset', 'mvip', *extra]) for program, extra in (
         ('main_supcon', []), ('main_ce', []), ('main_linear', ['--ckpt', 'x']))]
     assert [opt.epochs for opt in ours] == [110, 100, 50]
     assert [opt.weight_decay for opt in ours] == [1e-4, 0, 0]
     assert {(opt.learning_rate, opt.batch_size, opt.save_freq, opt.data_folder) for opt in ours} == {
         (0.001, 16, 10, './data/MVIP/sets')}
-    assert util.parse('main_ce', '', ['--dataset', 'mvip', '--epochs', '3']).epochs == 3
+    assert arguments.parse('main_ce', '', ['--dataset', 'mvip', '--epochs', '3']).epochs == 3
 
 
 @pytest.mark.parametrize('program', [main_linear, main_ce])
@@ -292,7 +292,7 @@ def test_evaluation_of_ood_pictures(call, tmp_path, monkeypatch, program):
 def test_ood_metrics_are_the_plain_loop_s():
     val, ood = 3 * torch.randn(50, 4), 2 * torch.randn(40, 4)
     val[:5] = ood[:5]                                                   # ties
-    values = util.ood_metrics(val, val[:20], ood)
+    values = metrics.ood_metrics(val, val[:20], ood)
     inside, outside = ([max(torch.softmax(row.double(), 0)).item() for row in logits] for logits in (val, ood))
     wins = [(a > b) + 0.5 * (a == b) for a in inside for b in outside]
     assert values['auroc'] == pytest.approx(100 * sum(wins) / len(wins))
@@ -321,7 +321,7 @@ def test_make_augs(monkeypatch, picture_folder, tmp_path):
         Image.fromarray(array).save(file)
     make_augs(monkeypatch, tmp_path, '--dataset', 'path', '--data_folder', str(root), '--per_class', '3',
               '--variants', '2')
-    data = load_pictures(util.defaults(dataset='path', data_folder=str(root), aug_output_name='augs',
+    data = load_pictures(arguments.defaults(dataset='path', data_folder=str(root), aug_output_name='augs',
                                        aug_name_id='augs-id', aug_name_ood='augs-ood', aug_mode='with_id'))
     assert len(data.id) == len(data.ood) == 2 * 3 * 2
     assert {file.name for file in (tmp_path / 'da_fusion/output/augs/augs-id').iterdir()} == {

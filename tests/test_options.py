@@ -8,15 +8,15 @@ import pytest
 import main_ce
 import main_linear
 import main_supcon
-from util import options
+from util import arguments, options
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = {'main_supcon': main_supcon, 'main_ce': main_ce, 'main_linear': main_linear}
 
 
-def parse(program, *arguments):
+def parse(program, *words):
     required = ('--ckpt', 'x') if program == 'main_linear' else ()
-    return options.parse(program, '', [*required, *arguments])
+    return arguments.parse(program, '', [*required, *words])
 
 
 @pytest.mark.parametrize('program, expected', [         # the table of the original programs' defaults
@@ -103,7 +103,7 @@ def test_method_of_cross_entropy_is_said_to_be_unused(call):
 @pytest.mark.parametrize('program', PROGRAMS)
 def test_help_is_grouped_and_says_defaults(capsys, program):
     with pytest.raises(SystemExit) as stop:
-        options.parse(program, 'What it does.', ['--help'])
+        arguments.parse(program, 'What it does.', ['--help'])
     text = capsys.readouterr().out
     assert stop.value.code == 0
     assert all(f'\n{group}:\n' in text for group in ('data', 'network', 'method', 'optimization', 'run')) or (
@@ -156,7 +156,8 @@ def test_linear_needs_a_checkpoint(refused):
 
 
 @pytest.mark.parametrize('typed, suggested', [
-    ('--gpu', None), ('--device', None), ('--local_rank', None), ('--batchsize', '--batch_size'), ('--epoch', '--epochs'),
+    ('--gpu', None), ('--device', None), ('--local_rank', None), ('--epoch', '--epochs'),
+    ('--batchsize', '--batch_size'),
     ('--learning-rat', '--learning_rate'), ('--temperatur', '--temperature')])
 def test_only_options_of_like_names_are_suggested(refused, call, typed, suggested):
     refused(main_supcon.main, typed, '0', words=[f'did you mean {suggested}?' if suggested else 'unrecognized'])

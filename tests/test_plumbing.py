@@ -1,5 +1,6 @@
 """Every option reaches what it names: a value lost on the way would go unnoticed in a run that merely ends well."""
 import ctypes
+import inspect
 import json
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, train_one_epoch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,11 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import main_ce
 import main_linear
 import main_supcon
-import util
+import methods
 from datasets import make_loader, views
 from datasets.pictures import Pictures
 from datasets.views import View
-from util import training
+from losses import SupConLoss
+from util import arguments, checkpoints, runs, training
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [*TINY, '--max_samples', '40', '--epochs', '1', '--output_name', 'a']
@@ -42,26 +44,27 @@ def test_optimizer_options(call, spy, program):
 
 @pytest.mark.parametrize('program', [main_supcon, main_ce])
 def test_the_schedule_reaches_the_optimizer_at_every_step(call, spy, program):
-    calls = spy(util, 'set_learning_rate')
+    calls = spy(runs, 'set_learning_rate')
     run(call, program, '--epochs', 4, '--warm', '--cosine', '--learning_rate', 0.5)
     opt = program.parse_option([*SMALL, '--epochs', '4', '--warm', '--cosine', '--learning_rate', '0.5'])
-    util.set_warmup(opt)
-    expected = [util.learning_rate(opt, epoch, step, 2) for epoch in range(1, 5) for step in range(2)]
+    training.set_warmup(opt)
+    expected = [training.learning_rate(opt, epoch, step, 2) for epoch in range(1, 5) for step in range(2)]
     assert [args[1] for args, _ in calls] == pytest.approx(expected)
     events = EventAccumulator('output/a/trial=0')
     events.Reload()
     assert [event.value for event in events.Scalars('learning_rate')] == pytest.approx(expected[1::2])
 
 
-@pytest.mark.parametrize('method, positives', [('SupCon', 'class'), ('SimCLR', 'picture')])
+@pytest.mark.parametrize('method, positives', [('SupCon', 'class'), ('SimCLR', 'image')])
 def test_temperature_and_method_reach_the_loss(call, spy, method, positives):
-    called, made = spy(main_supcon.SupConLoss, 'forward'), spy(main_supcon, 'SupConLoss')
+    called, made = spy(methods.SupConLoss, 'forward'), spy(methods, 'SupConLoss')
     run(call, main_supcon, '--method', method, '--temp', 0.23, '--base_temperature', 0.3, '--contrast_mode', 'one',
         '--summation_location', 'in', '--denominator_mode', 'one_positive', '--positives_cap', 2)
-    assert made[0][1] == {'temperature': 0.23, 'base_temperature': 0.3, 'contrast_mode': 'one',
-                          'summation_location': 'in', 'denominator_mode': 'one_positive', 'positives_cap': 2}
+    made = inspect.signature(SupConLoss.__init__).bind(None, *made[0][0], **made[0][1]).arguments
+    assert made.items() >= {'temperature': 0.23, 'base_temperature': 0.3, 'contrast_mode': 'one',
+                            'summation_location': 'in', 'denominator_mode': 'one_positive', 'positives_cap': 2}.items()
     assert {kwargs['positives'] for _, kwargs in called} == {positives}
-    features, labels = called[0][0][1], called[0][1]['labels']
+    features, labels = called[0][0][1:]
     assert features.shape[:2] == (32, 2) and len(labels) == 32
 
 
@@ -70,7 +73,7 @@ def test_both_views_of_a_picture_stand_side_by_side(call, spy, monkeypatch):
     from datasets import evaluation_view
     monkeypatch.setattr(main_supcon, 'pretraining_view', evaluation_view)
     monkeypatch.setattr(main_supcon.SupConResNet, 'train', lambda self, mode=True: torch.nn.Module.train(self, False))
-    called = spy(main_supcon.SupConLoss, 'forward')
+    called = spy(methods.SupConLoss, 'forward')
     run(call, main_supcon)
     features = called[0][0][1]
     torch.testing.assert_close(features[:, 0], features[:, 1])
@@ -110,8 +113,8 @@ def test_amp_does_not_depend_on_the_thread():
 def test_compile_compiles_the_encoder(call, spy):
     calls = spy(torch.nn.Module, 'compile')
     opt = main_ce.parse_option(['--compile', '--model', 'resnet18', '--width', '0.0625'])
-    opt.device = 'cpu'
-    model, _ = main_ce.set_model(opt, ['a', 'b'])
+    opt.device, opt.num_classes = 'cpu', 2
+    model = training.Network(main_ce.set_model(opt)[0], opt).model
     assert [args[0] for args, _ in calls] == [model.encoder]
     assert not any('_orig_mod' in name for name in model.state_dict())
 
@@ -124,37 +127,37 @@ def test_compile_on_several_gpus_is_refused(refused, monkeypatch):
 
 def test_network_options(call):
     run(call, main_supcon, '--feat_dim', 24, '--zero_init', '--width', 0.125)
-    state = util.load_checkpoint('output/a/trial=0/last.ckpt')['model']
+    state = checkpoints.load_checkpoint('output/a/trial=0/last.ckpt')['model']
     assert state['head.2.weight'].shape == (24, 64) and state['encoder.conv1.weight'].shape[0] == 8
     opt = main_ce.parse_option(['--model', 'resnet18', '--width', '0.0625', '--zero_init'])
-    opt.device = 'cpu'
-    assert (main_ce.set_model(opt, ['a', 'b'])[0].encoder.layer1[0].bn2.weight == 0).all()
+    opt.device, opt.num_classes = 'cpu', 2
+    assert (main_ce.set_model(opt)[0].encoder.layer1[0].bn2.weight == 0).all()
 
 
 def test_ce_weight_scales_the_gradient_of_the_classifier(call, spy):
     """--ce_weight 0.5 changes the classifier by what cross-entropy asks, halved."""
-    calls = spy(main_supcon.F, 'cross_entropy')
+    calls = spy(methods.F, 'cross_entropy')
     original = torch.Tensor.backward
     seen = []
     torch.Tensor.backward = lambda self, *args: (seen.append(self.item()), original(self, *args))[1]
     try:
-        losses = spy(main_supcon.SupConLoss, 'forward')
+        losses = spy(methods.SupConLoss, 'forward')
         run(call, main_supcon, '--ce_weight', 0.5, '--batch_size', 40)
     finally:
         torch.Tensor.backward = original
     (logits, targets), keywords = calls[0]
-    criterion = main_supcon.SupConLoss(0.07)
-    contrastive = criterion(losses[0][0][1], losses[0][1]['labels']).item()
+    criterion = methods.SupConLoss(0.07)
+    contrastive = criterion(losses[0][0][1], losses[0][0][2]).item()
     assert keywords == {'reduction': 'none'} and len(targets) == 80
     expected = contrastive + 0.5 * torch.nn.functional.cross_entropy(logits, targets).item()
     assert seen[0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_knn_remembers_training_pictures_and_asks_validation_pictures(call, spy):
-    calls = spy(util, 'knn_accuracy')
+    calls = spy(main_supcon, 'knn_accuracy')
     run(call, main_supcon, '--max_samples', 30, '--batch_size', 8)
     memory, memory_labels, features, labels = calls[0][0]
-    data = main_supcon.load_pictures(util.defaults(dataset='digits', max_samples=30))
+    data = main_supcon.load_pictures(arguments.defaults(dataset='digits', max_samples=30))
     assert memory_labels.tolist() == data.train.labels.tolist() and labels.tolist() == data.val.labels.tolist()
     assert not torch.equal(memory, features)
 
@@ -168,7 +171,7 @@ def test_evaluation_is_in_eval_mode(call, monkeypatch, program):
         result = original(model, loader, opt)
         modes.append(any(module.training for module in model.modules()))
         return result
-    monkeypatch.setattr(util, 'forward_all', forward_all)
+    monkeypatch.setattr(training, 'forward_all', forward_all)
     run(call, program)
     assert modes and not any(modes)
 
@@ -244,17 +247,19 @@ def test_training_waits_for_the_device_only_to_print(monkeypatch, program, argum
     """No step but the last of three, which prints, asks for a tensor's value; tests/test_losses.py has the loss."""
     opt = program.parse_option([*TINY, '--batch_size', '8', *arguments])
     opt.device = 'cpu'
-    monkeypatch.setattr(main_supcon, 'contrastive_loss', lambda criterion, features, targets: features.square().sum())
+    monkeypatch.setattr(methods.SupConLoss, 'forward', lambda self, features, *rest, **more: features.square().sum())
+    monkeypatch.setattr(methods.GenSupConLoss, 'forward', lambda self, features, labels: features[0].square().sum())
     # PyTorch's looks at the labels, on CPUs only.
     monkeypatch.setattr(torch.nn.functional, 'one_hot', lambda labels, classes: torch.eye(classes)[labels])
-    waited, step = [], 0
+    waited, step = [], None                             # None: not yet in training
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             name = func.overloadpacket._qualified_op_name.split('::')[1]
             masks = name.startswith('index') and any(torch.is_tensor(index) and index.dtype == torch.bool for index in (
                 args[1] if isinstance(args[1], (list, tuple)) else [args[1]]))
-            if masks or name in ('_local_scalar_dense', 'nonzero', 'equal', 'masked_select', 'item'):
+            asks = masks or name in ('_local_scalar_dense', 'nonzero', 'equal', 'masked_select', 'item')
+            if asks and step is not None:
                 waited.append(step)
             return func(*args, **(kwargs or {}))
 
@@ -262,16 +267,17 @@ def test_training_waits_for_the_device_only_to_print(monkeypatch, program, argum
         __len__ = (3).__int__
         sizes = [8] * 3
 
+        def set_epoch(self, epoch, step):
+            pass
+
         def __iter__(self):
             nonlocal step
             views = 2 if program is main_supcon else 1
             for number in range(3):
                 step = number
                 yield torch.rand(8 * views, 3, 8, 8), torch.zeros(8, dtype=torch.long)
-    model, criterion, *_ = program.set_model(opt, list('0123456789'))
-    optimizer = util.set_optimizer(opt, model)
     with Watch():
-        program.train(Loader(), model, criterion, optimizer, 1, opt, util.Run(opt))
+        train_one_epoch(program, opt, Loader(), 10)
     assert set(waited) == {2}
 
 
@@ -280,23 +286,24 @@ def test_a_long_run_draws_compiled_views(monkeypatch, spy):
     pictures = Pictures(torch.zeros(2**10, 32, 32, 3, dtype=torch.uint8).numpy(), torch.zeros(2**10).long(), ['a'])
     for epochs, train, expected in ((2**12, True, 'compiled'), (2**12, False, views.OPERATIONS),
                                     (2**12 - 1, True, views.OPERATIONS)):
-        opt = util.defaults(device='cpu', loader='batched', epochs=epochs, num_workers=0)
+        opt = arguments.defaults(device='cpu', loader='batched', epochs=epochs, num_workers=0)
         view = View(32, (0.5,) * 3, (0.2,) * 3, crop=(0.2, 1.))
         assert make_loader(pictures, view, opt, 2, train).operations is expected
 
 
 def test_convolutions_have_the_channels_side_by_side(call, spy):
-    prepared = spy(util, 'prepare')
+    prepared = spy(training.Network, '__init__')
     run(call, main_supcon, '--moco', '--moco_k', '32')
-    for network in (prepared[0][0][0], prepared[0][0][0].moco.network):
+    for network in (prepared[0][0][1], prepared[0][0][1].moco.network):
         assert network.encoder.conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'mallopt'), reason='needs the GNU C library')
 def test_freed_memory_is_kept():
     """A large tensor takes the pages of one that was freed; without the setting the kernel gives new ones."""
-    code = ("import resource, torch, util; {}; faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+    code = ("import resource, torch; from util import memory; {}\n"
+            "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
             "for i in range(9):\n    before = faults(); torch.ones(2**24); count = faults() - before\nprint(count)")
     counts = [int(subprocess.run([sys.executable, '-c', code.format(line)], capture_output=True, text=True, check=True,
-                                 cwd=ROOT).stdout) for line in ('util.keep_freed_memory()', '0')]
+                                 cwd=ROOT).stdout) for line in ('memory.keep_freed_memory()', '0')]
     assert counts[0] < 100 < counts[1]

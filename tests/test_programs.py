@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main_ce
 import main_linear
 import main_supcon
-import util
 from networks.resnet_big import SupConResNet
+from util import checkpoints
 
 LINEAR = ['--dataset', 'digits', '--size', '8', '--max_samples', '96', '--num_workers', '0']
 PRETRAINED = 'output/a/trial=0/last.ckpt'
@@ -33,7 +33,7 @@ def scalars(folder, tag):
 
 
 def parameters(file):
-    return util.load_checkpoint(file)['model']
+    return checkpoints.load_checkpoint(file)['model']
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_interrupted_and_resumed_is_the_same_run(call, interrupt, program, extra
     status, _, err = call(program.main, *arguments, '--output_name', 'halves', '--resume')
     assert status == 0, err
 
-    whole, halves = (util.load_checkpoint(f'output/{name}/trial=0/last.ckpt') for name in ('whole', 'halves'))
+    whole, halves = (checkpoints.load_checkpoint(f'output/{name}/trial=0/last.ckpt') for name in ('whole', 'halves'))
     assert whole['epoch'] == halves['epoch'] == 4 and whole['best_acc'] == halves['best_acc']
     assert all(torch.equal(whole['model'][name], halves['model'][name]) for name in whole['model'])
     assert all(torch.equal(a['momentum_buffer'], b['momentum_buffer']) for a, b in zip(
@@ -434,8 +434,8 @@ def test_wrappers_of_several_gpus_do_not_reach_the_checkpoint(tmp_path):
     plain = {name: value.clone() for name, value in model.state_dict().items()}
     model.encoder = torch.nn.DataParallel(model.encoder)
     assert any('module.' in name for name in model.state_dict())
-    assert util.checkpoints.strip_wrappers(model.state_dict()).keys() == plain.keys()
-    util.checkpoints.load_parameters(model, {name: value + 1 for name, value in plain.items()}, 'x')
+    assert checkpoints.strip_wrappers(model.state_dict()).keys() == plain.keys()
+    checkpoints.load_parameters(model, {name: value + 1 for name, value in plain.items()}, 'x')
     assert torch.equal(model.encoder.module.conv1.weight, plain['encoder.conv1.weight'] + 1)
 
 

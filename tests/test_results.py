@@ -21,8 +21,8 @@ from test_scripts import ROOT, copy, shell  # noqa: F401, a fixture
 import main_ce
 import main_linear
 import main_supcon
-import util
 from scripts import evaluate
+from util import arguments
 
 RESULTS = ROOT / 'scripts' / 'results'
 TABLES = sorted(file.stem for file in RESULTS.glob('*.sh') if file.stem != 'rows')
@@ -103,7 +103,7 @@ def test_a_table_runs_once_and_fills_the_row_that_is_deleted(fake, table):
     for command in {command for log in logs for command in commands_in(log)}:
         program, *words = shlex.split(command)
         if program in PROGRAMS:
-            opt = util.parse(program.removesuffix('.py'), '', words)
+            opt = arguments.parse(program.removesuffix('.py'), '', words)
             assert str(opt.seed) == opt.trial and opt.output_name.startswith('results-cpu-') and opt.resume
             assert opt.eval_freq == 0                                   # the accuracy is that of the last epoch
 
@@ -205,17 +205,17 @@ def test_commands_for_a_gpu_are_taken(fake):
         assert done.returncode == 0, done.stderr
         for program, *words in map(shlex.split, ran):
             if program in PROGRAMS:
-                assert util.parse(program.removesuffix('.py'), '', words).output_name.startswith('results-gpu-')
+                assert arguments.parse(program.removesuffix('.py'), '', words).output_name.startswith('results-gpu-')
 
 
 @pytest.mark.parametrize('table', TABLES)
 def test_tables_in_the_repository_are_those_of_its_logs_and_commands(fake, table):
-    """The README shows the tables that the logs give; the logs are of the commands that the scripts would run now."""
-    folder, readme = RESULTS / 'cpu', (ROOT / 'README.md').read_text()
+    """The page shows the tables that the logs give; the logs are of the commands that the scripts would run now."""
+    folder, page = RESULTS / 'cpu', (ROOT / 'docs' / 'results.md').read_text()
     text = (folder / f'{table}.md').read_text()
     assert 'Not run' not in text
     for line in text.splitlines():
-        assert not line.startswith('|') or line in readme, line
+        assert not line.startswith('|') or line in page, line
     shutil.copytree(folder, fake / 'scripts' / 'results' / 'cpu')
     (fake / 'scripts' / 'results' / 'cpu' / f'{table}.md').unlink()
     done, ran = fill(fake, table)
@@ -226,11 +226,10 @@ def test_tables_in_the_repository_are_those_of_its_logs_and_commands(fake, table
         log.name for log in (folder / table).glob('*')}
 
 
-def test_figures_that_the_readme_shows_are_there():
-    shown = re.findall(r'!\[[^]]*\]\(([^)]+)\)', (ROOT / 'README.md').read_text())
-    assert {f'scripts/results/cpu/{name}.png' for name in (
-        'cifar-features', 'corruptions', 'labels', 'stability')} <= set(shown)
-    assert all((ROOT / file).exists() for file in shown)
+def test_figures_of_the_results_are_shown():
+    page = (ROOT / 'docs' / 'results.md').read_text()
+    for name in ('cifar-features', 'corruptions', 'labels', 'stability'):
+        assert f'](../scripts/results/cpu/{name}.png)' in page, name
 
 
 def test_a_row_with_the_real_programs(copy):  # noqa: F811
@@ -305,7 +304,7 @@ def test_damages_are_what_they_say(real_pictures):
 
 def test_samples_per_class(call):
     def load(**changes):
-        return main_ce.load_pictures(util.defaults(dataset='digits', **changes))
+        return main_ce.load_pictures(arguments.defaults(dataset='digits', **changes))
     data, whole = load(samples_per_class=7), load()
     assert data.train.labels.bincount().tolist() == [7] * 10 and len(data.val) == len(whole.val)
     assert torch.equal(data.train.labels, load(samples_per_class=7).train.labels)
@@ -313,11 +312,3 @@ def test_samples_per_class(call):
     assert len(load(samples_per_class=10**6).train) == len(whole.train)
     data = load(samples_per_class=7, max_samples=20)
     assert data.train.labels.bincount().tolist() == [2] * 10 and len(data.val) == 20
-
-
-@pytest.mark.parametrize('name', ['README.md'])
-def test_tests_that_the_documentation_names_are_there(name):
-    named = re.findall(r'`(test_\w+)\.py::(\w+)`', (ROOT / name).read_text())
-    assert len(named) > 15
-    for file, test in named:
-        assert f'def {test}(' in Path(ROOT, 'tests', f'{file}.py').read_text(), (file, test)

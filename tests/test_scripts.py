@@ -5,8 +5,10 @@ import re
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,12 +18,13 @@ from conftest import TINY
 import main_ce
 import main_linear
 import main_supcon
-import util
+from scripts import launch
+from util import arguments, options
+from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ['supcon_cifar10', 'supcon_cifar10_linear', 'simclr_cifar10', 'simclr_cifar10_linear', 'ce_cifar10',
-          'simclr_path'] + [f'genscl_{data}{stage}' for data in ('cifar10', 'cifar100')
-                            for stage in ('_teacher', '', '_linear')]
+          'simclr_path', 'genscl_cifar_teacher', 'genscl_cifar', 'genscl_cifar_linear']
 PAPER = ['supcon_imagenet_resnet50', 'supcon_imagenet_resnet101', 'supcon_imagenet_resnet200',
          'simclr_imagenet_resnet50', 'cross_entropy_imagenet_resnet50', 'supcon_cifar10_resnet50',
          'simclr_cifar10_resnet50', 'cross_entropy_cifar10_resnet50']
@@ -36,13 +39,11 @@ RECIPES = {                                                     # as published, 
     'simclr_path': 'main_supcon.py --batch_size 1024 --learning_rate 0.5 --temp 0.1 --cosine --dataset path '
                    '--data_folder ./path --mean "(0.4914, 0.4822, 0.4465)" --std "(0.2675, 0.2565, 0.2761)" '
                    '--method SimCLR',
-    **{f'genscl_{data}': f'main_supcon.py --method GenSCL --dataset {data} --mix mixup_cutmix --KD --KD-alpha 1 '
-       '--teacher-path' for data in ('cifar10', 'cifar100')},
-    **{f'genscl_{data}_linear': f'main_linear.py --dataset {data} --pretrained '
-       f'{data}_bsz_1024_mixup_cutmix_1.0_KD_1.0_SGD_lr_0.5 --augment-policy no --amp'
-       for data in ('cifar10', 'cifar100')},
-    **{f'genscl_{data}_teacher': f'main_ce.py --dataset {data} --model timm/efficientnetv2_rw_m --mix mixup_cutmix'
-       for data in ('cifar10', 'cifar100')},
+    'genscl_cifar': 'main_supcon.py --method GenSCL --dataset cifar10 --mix mixup_cutmix --KD --KD-alpha 1 '
+                    '--teacher-path',
+    'genscl_cifar_linear': 'main_linear.py --dataset cifar10 --pretrained '
+                           'cifar10_bsz_1024_mixup_cutmix_1.0_KD_1.0_SGD_lr_0.5 --augment-policy no --amp',
+    'genscl_cifar_teacher': 'main_ce.py --dataset cifar10 --model timm/efficientnetv2_rw_m --mix mixup_cutmix',
 }
 
 
@@ -61,20 +62,21 @@ def shell(command, cwd, **environment):
 
 
 def commands_of(script, tmp_path, *arguments):
-    """The command lines that a launch file gives to python, but for those that sort and check options."""
+    """The command lines that a launch script runs, without `python`, which is replaced to record its words."""
     python = tmp_path / 'bin' / 'python'
     python.parent.mkdir(exist_ok=True)
-    python.write_text(f'''#!/bin/sh
-if [ "$1" = util/options.py ]; then exec {sys.executable} "$@"; fi
-if [ "$1" = -c ]; then exit; fi
-printf "%s\\n" "$@" >> {tmp_path}/commands; echo end >> {tmp_path}/commands
-''')
+    python.write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" > {tmp_path}/words\n')
     python.chmod(0o755)
-    (tmp_path / 'commands').unlink(missing_ok=True)
     result = shell(['bash', str(ROOT / 'scripts' / f'{script}.sh'), *arguments], tmp_path,
                    PATH=f'{python.parent}:{os.environ["PATH"]}')
     assert result.returncode == 0, result.stderr
-    return [part.splitlines() for part in (tmp_path / 'commands').read_text().split('end\n')[:-1]]
+    program, name, *words = (tmp_path / 'words').read_text().split('\0')[:-1]
+    assert Path(program).samefile(ROOT / 'scripts' / 'launch.py')
+    end = words.index('--')
+    commands = launch.plan(name, words[:end], words[end + 1:])
+    if len(commands) > 1:
+        launch.check(commands)
+    return commands
 
 
 def command_of(script, tmp_path, *arguments):
@@ -82,13 +84,13 @@ def command_of(script, tmp_path, *arguments):
     return command
 
 
-def test_every_launch_file_is_tested():
+def test_every_launch_script_is_tested():
     scripts = {file.stem for file in (ROOT / 'scripts').glob('*.sh')}
-    assert scripts == {*LAUNCH, *PAPER, HEAD, 'env', 'mvip_experiments', 'quickstart', 'recipe', 'test'}
+    assert scripts == {*LAUNCH, *PAPER, HEAD, 'env', 'mvip_experiments', 'quickstart', 'test'}
 
 
 @pytest.mark.parametrize('script', LAUNCH)
-def test_launch_files_are_the_recipes(script, tmp_path):
+def test_launch_scripts_are_the_recipes(script, tmp_path):
     program, *arguments = command_of(script, tmp_path, '--epochs', '3', '--output_name', 'my run')
     recipe = shlex.split(RECIPES[script])
     assert [program, *arguments][:len(recipe)] == recipe
@@ -103,16 +105,16 @@ def run_name(script, tmp_path, *arguments):
 
 
 @pytest.mark.parametrize('words', [[], ['--trial', '1'], ['--trial=a b', '--dataset', 'cifar100']])
-@pytest.mark.parametrize('script', ['supcon_cifar10', 'simclr_cifar10', 'genscl_cifar10', 'genscl_cifar100'])
-def test_linear_launch_files_find_the_pretraining_run(script, tmp_path, words):
-    """The run that the same words would have trained; GenSCL's is of one dataset, with the teacher of the same trial."""
+@pytest.mark.parametrize('script', ['supcon_cifar10', 'simclr_cifar10', 'genscl_cifar'])
+def test_linear_launch_scripts_find_the_pretraining_run(script, tmp_path, words):
+    """The run that the same words would have trained; GenSCL's with the teacher of the same words."""
     arguments = command_of(f'{script}_linear', tmp_path, *words)
     trial = {0: '0', 2: '1', 3: 'a b'}[len(words)]
     if '--ckpt' in arguments:
         expected = f'output/{run_name(script, tmp_path, *words)}/trial={trial}/last.ckpt'
         assert arguments[arguments.index('--ckpt') + 1] == expected
     else:
-        assert arguments[arguments.index('--pretrained') + 1] == run_name(script, tmp_path)
+        assert arguments[arguments.index('--pretrained') + 1] == run_name(script, tmp_path, *words)
         arguments = command_of(script, tmp_path, *words)
         teacher = main_ce.parse_option(command_of(f'{script}_teacher', tmp_path, *words)[1:])
         assert arguments[arguments.index('--teacher-path') + 1] == f'output/{teacher.output_name}/trial={trial}'
@@ -121,7 +123,7 @@ def test_linear_launch_files_find_the_pretraining_run(script, tmp_path, words):
         assert [word for word in arguments if re.match('--(ckpt|pretrained)', word)] == [f'{option}=mine']
 
 
-def test_launch_files_run(call, picture_folder, tmp_path):
+def test_launch_scripts_run(call, picture_folder, tmp_path):
     """Each to its end, with a small network and little data added to its command; later ones find earlier runs."""
     picture_folder('path', {'a': 6, 'b': 6})
     programs = {'main_supcon.py': main_supcon, 'main_ce.py': main_ce, 'main_linear.py': main_linear}
@@ -130,7 +132,7 @@ def test_launch_files_run(call, picture_folder, tmp_path):
         if script.endswith('_linear'):
             small = [*TINY[:2], *TINY[6:], '--epochs', '1', '--output_name', 'linear', '--overwrite']
         elif not script.endswith('_teacher'):
-            small += ['--output_name', run_name(script, tmp_path, *(() if 'genscl' in script else TINY[:2]))]
+            small += ['--output_name', run_name(script, tmp_path, *TINY[:2])]
         program, *arguments = command_of(script, tmp_path, *small)
         status, _, err = call(programs[program].main, *arguments)
         assert status == 0, (script, err)
@@ -152,8 +154,8 @@ TABLE = {
 
 @pytest.mark.parametrize('script', PAPER)
 def test_recipes_of_the_paper_are_its_table(script, tmp_path):
-    for (program, *arguments), row in zip(commands_of(script, tmp_path, '--mode=train'), TABLE[script], strict=True):
-        opt = util.parse(program.removesuffix('.py'), '', arguments)
+    for (program, *words), row in zip(commands_of(script, tmp_path, '--mode=train'), TABLE[script], strict=True):
+        opt = arguments.parse(program.removesuffix('.py'), '', words)
         optimizer = 'LARS' if opt.LARS else 'nesterov' if opt.nesterov else opt.optim_kind
         assert (opt.batch_size, opt.epochs, opt.base_lr, optimizer, opt.weight_decay) == row
         assert opt.learning_rate == pytest.approx(row[2] * row[0] / 256)
@@ -189,8 +191,8 @@ def test_recipes_of_the_paper_run(call, tmp_path, script):
         ['main_ce.py'] * 2 if 'cross' in script else ['main_supcon.py', 'main_linear.py', 'main_linear.py'])
     assert ('--evaluate' in commands[-1]) and commands_of(script, tmp_path, '--mode', 'eval', *small) == commands[-1:]
     assert commands_of(script, tmp_path, '--mode', 'train', *small) == commands[:-1]
-    for program, *arguments in commands:
-        status, out, err = call(PROGRAMS[program].main, *arguments)
+    for program, *words in commands:
+        status, out, err = call(PROGRAMS[program].main, *words)
         assert status == 0, err
     assert 'Acc@1' in out and (tmp_path / 'output/mine/trial=7/last.ckpt').exists()
     if 'cross' not in script:
@@ -211,7 +213,7 @@ def test_a_recipe_through_its_own_command_line(copy):
     result = shell(['bash', 'scripts/simclr_cifar10_resnet50.sh', '--mode=train_then_eval', *small], copy)
     assert result.returncode == 0, result.stderr
     assert re.search(r'Acc@1 \d+\.\d+ Acc@5', result.stdout.splitlines()[-1])
-    for words, expected in ((['--mode=test'], 'train_then_eval'), (['--mode'], '--mode: no value'),
+    for words, expected in ((['--mode=test'], 'train_then_eval'), (['--mode'], '--mode: expected one'),
                             (['--use_labels', 'no'], 'True or False')):
         result = shell(['bash', 'scripts/simclr_cifar10_resnet50.sh', *words], copy)
         assert result.returncode == 2 and expected in result.stderr and result.stderr.count('\n') == 1
@@ -224,15 +226,83 @@ def test_without_labels_supcon_is_simclr(tmp_path):
                                   (['--use_labels', 'False'], 'supcon', 'SimCLR'),
                                   (['--use-labels=True'], 'simclr', 'SupCon')):
         commands = commands_of(f'{script}_cifar10_resnet50', tmp_path, *words, '--mode=train')
-        assert util.parse('main_supcon', '', commands[0][1:]).method == method
+        assert arguments.parse('main_supcon', '', commands[0][1:]).method == method
+
+
+@pytest.mark.parametrize('script, words, environment, expected', [
+    ('supcon_cifar10_resnet50', ['--ckpt=x'], {}, '--ckpt: the encoder is the one'),
+    ('supcon_cifar10_resnet50', ['--pretrained-ckpt', 'x'], {}, '--pretrained_ckpt: the encoder is the one'),
+    ('supcon_cifar10_resnet50', ['--evaluate'], {}, '--evaluate: the encoder is the one'),
+    ('supcon_cifar10_resnet50', ['--resume', 'last.ckpt'], {}, 'expected --resume alone'),
+    ('supcon_cifar10_resnet50', [], {'PRETRAIN': '--trial 3'}, 'PRETRAIN: --trial is for all stages'),
+    ('supcon_cifar10_resnet50', [], {'LINEAR': '--output-name=x'}, 'LINEAR: --output_name is for all stages'),
+    ('supcon_cifar10_resnet50', [], {'LINEAR': '--ckpt x'}, '--ckpt: the encoder is the one'),
+    ('supcon_cifar10_resnet50', [], {'LINEAR': "--epochs '3"}, 'LINEAR: No closing quotation'),
+    ('supcon_cifar10_resnet50', [], {'LINEAR': '--temp 0.1'}, 'main_linear.py: unrecognized arguments: --temp'),
+    ('supcon_cifar10_resnet50', ['--tem', '1'], {}, 'did you mean --temp?'),
+    ('supcon_cifar10_resnet50', ['--output_name', '../x'], {}, "found '../x'"),
+    ('supcon_cifar10_resnet50', ['--trial', '$(touch hacked)'], {}, "found '$(touch hacked)'"),
+    ('cross_entropy_cifar10_resnet50', ['--temp', '1'], {}, 'unrecognized arguments: --temp 1'),
+    ('supcon_cifar10', ['--mode', 'eval'], {}, 'main_supcon.py has no --evaluate'),
+    ('mvip_experiments', ['--aug-mode', 'with_id'], {}, '--aug_mode: each experiment'),
+    ('mvip_experiments', [], {'PRETRAIN': '--aug_mode=with_id'}, '--aug_mode: each experiment'),
+    ('mvip_experiments', ['--mode=eval'], {}, 'accuracies.py has no --evaluate'),
+])
+def test_launch_scripts_reject_what_parts_their_stages(tmp_path, monkeypatch, script, words, environment, expected):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=re.escape(expected)):
+        commands_of(script, tmp_path, *words)
+
+
+def test_a_later_stage_resumes_and_has_its_own_options(tmp_path, monkeypatch):
+    monkeypatch.setenv('PRETRAIN', '--epochs 7')
+    monkeypatch.setenv('LINEAR', '--data_folder "my data"')
+    pretraining, linear = commands_of('supcon_cifar10_resnet50', tmp_path, '--mode=train', '--epochs=5', '--resume')
+    assert pretraining[-4:] == ['--epochs=5', '--resume', '--epochs', '7']
+    assert linear[-4:] == ['--epochs=5', '--resume', '--data_folder', 'my data']
+
+
+def test_help_of_a_launch_script_is_its_comment(tmp_path):
+    done = shell(['bash', str(ROOT / 'scripts/supcon_imagenet_resnet50.sh'), '--epochs', '3', '--help'], tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith('SupCon on ImageNet (./data/imagenet), ResNet-50. Published')
+    assert 'python main_linear.py --help' in done.stdout and not done.stderr
+
+
+def test_a_launch_script_ends_with_the_stage_that_fails(tmp_path):
+    """From any folder, whatever CDPATH is; the options of all stages are checked before the first is started."""
+    bash = ['bash', str(ROOT / 'scripts/supcon_cifar10_resnet50.sh')]
+    stage = tmp_path / 'stage'
+    stage.write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/started\n[ "$1" != main_linear.py ] || exit 7\n')
+    stage.chmod(0o755)
+    assert shell([*bash, '--no_such_option'], tmp_path, LAUNCH=str(stage)).returncode == 2
+    assert not (tmp_path / 'started').exists()
+    done = shell([*bash, '--dataset', 'digits'], tmp_path, LAUNCH=str(stage), CDPATH='/')
+    assert done.returncode == 7 and (tmp_path / 'started').read_text().split() == ['main_supcon.py', 'main_linear.py']
+    done = shell([*bash, '--mode=eval'], tmp_path, LAUNCH='no-such-program --n 2')
+    assert done.returncode == 2 and 'no-such-program cannot be started' in done.stderr and done.stderr.count('\n') == 1
+
+
+def test_ctrl_c_waits_for_the_program_and_starts_no_other(tmp_path):
+    stage = tmp_path / 'stage'
+    stage.write_text(f"#!/bin/sh\ntrap 'sleep 0.5; echo saved >> {tmp_path}/log; exit' INT\n"
+                     f'echo "$1" >> {tmp_path}/log\nwhile :; do sleep 0.1; done\n')
+    stage.chmod(0o755)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / 'scripts/launch.py', 'x.sh', 'main_ce.py', '--', '--mode=train', '--epochs=3'],
+        cwd=ROOT, env={**os.environ, 'LAUNCH': str(stage)}, stdout=subprocess.DEVNULL, start_new_session=True)
+    while not (tmp_path / 'log').exists():
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(20) == 130 and (tmp_path / 'log').read_text().split() == ['main_ce.py', 'saved']
 
 
 def test_words_that_a_program_knows():
     words = ['--temp', '0.1', '--epochs', '3', '--cosine', '--no-warm', '--temp=2', '--zero-init', '--data-folder', 'x',
              '--unknown', '5', '--per_class', '--moco']
-    assert util.options.known_words('main_linear', words) == [
+    assert options.filter_args('main_linear', words) == [
         '--epochs', '3', '--cosine', '--no-warm', '--data-folder', 'x', '--unknown', '5', '--per_class']
-    assert util.options.known_words('main_supcon', words) == [word for word in words if word != '--per_class']
+    assert options.filter_args('main_supcon', words) == [word for word in words if word != '--per_class']
 
 
 def test_quickstart_in_miniature(copy):
@@ -259,7 +329,7 @@ def test_the_three_experiments_in_miniature(copy):
     assert result.returncode == 0, result.stderr
     head, *rows = result.stdout.splitlines()[-4:]
     assert head.split() == ['experiment', 'top-1', 'conf.id', 'conf.ood', 'difference', 'AUROC', 'FPR95']
-    for row, title in zip(rows, ('1 real pictures', '2 + id pictures, both stages', '3 + ood pictures in pretraining')):
+    for row, title in zip(rows, ('1 real images', '2 + id images, both stages', '3 + ood images in pretraining')):
         assert re.fullmatch(rf'{re.escape(title)} +\d+\.\d\d( +-?\d+\.\d+){{5}}', row), row
     modes = [json.loads((copy / 'output' / f'mvip-{name}' / 'trial=0' / 'options.json').read_text())['aug_mode']
              for name in ('1-real-pre', '1-real-lin', '2-id-pre', '2-id-lin', '3-id-ood-pre', '3-id-ood-lin')]

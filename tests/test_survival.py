@@ -22,8 +22,8 @@ from tqdm import tqdm
 import main_ce
 import main_linear
 import main_supcon
-import util
 from datasets import loader
+from util import checkpoints, errors, runs, training
 from util.checkpoints import kept_checkpoints
 
 FOLDER = Path('output/a/trial=0')
@@ -44,7 +44,7 @@ def forked(main, *arguments, before=lambda: None):
     try:
         close_log()
         before()
-        util.run(lambda: main([str(argument) for argument in arguments]))
+        errors.run(lambda: main([str(argument) for argument in arguments]))
         code = 0
     except SystemExit as stop:
         code = stop.code
@@ -72,7 +72,7 @@ def same(one, other):
 
 
 def states(name='a'):
-    checkpoint = util.load_checkpoint(f'output/{name}/trial=0/last.ckpt')
+    checkpoint = checkpoints.load_checkpoint(f'output/{name}/trial=0/last.ckpt')
     return {key: checkpoint[key] for key in ('model', 'optimizer', 'scaler', 'epoch', 'step', 'best_acc')}
 
 
@@ -92,7 +92,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(monkeypatch, tmp_pa
             continue
         kills += 1
         for file in FOLDER.glob('*.ckpt'):
-            util.load_checkpoint(file)
+            checkpoints.load_checkpoint(file)
     assert ended(forked(program.main, *arguments, '--output_name', 'a', '--resume')) == 0
     assert same(states(), states('whole'))
     assert [file.name for file in kept_checkpoints(FOLDER)] == ['ckpt_epoch_60.ckpt', 'ckpt_epoch_58.ckpt']
@@ -111,7 +111,7 @@ def interruptible():
 def stop_at(monkeypatch):
     """stop_at(step, number): send this process a signal during a step, counted from 1 over all epochs."""
     def stop_at(step, number):
-        update, count = util.update, 0
+        update, count = training.update, 0
 
         def counting(*args):
             nonlocal count
@@ -119,7 +119,7 @@ def stop_at(monkeypatch):
             if count == step:
                 os.kill(os.getpid(), number)
             return update(*args)
-        monkeypatch.setattr(util, 'update', counting)
+        monkeypatch.setattr(training, 'update', counting)
     return stop_at
 
 
@@ -168,13 +168,13 @@ def test_linear_evaluation_goes_on_inside_an_epoch(call, stop_at):
 
 
 def test_a_second_signal_ends_at_once(call, monkeypatch):
-    update = util.update
+    update = training.update
 
     def twice(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         return update(*args)
-    monkeypatch.setattr(util, 'update', twice)
+    monkeypatch.setattr(training, 'update', twice)
     assert call(main_ce.main, *RUN, '--epochs', 3)[0] == 130
     assert not (FOLDER / 'last.ckpt').exists()
 
@@ -226,15 +226,15 @@ def test_every_random_number_of_a_step_is_the_same_after_resuming(call, stop_at,
     drawn = {}
 
     def record(name):
-        update = util.update
+        update = training.update
 
         def recording(*args):
             drawn.setdefault(name, []).append((random.random(), np.random.rand(), torch.rand(1).item()))
             return update(*args)
-        monkeypatch.setattr(util, 'update', recording)
-    before = util.update
+        monkeypatch.setattr(training, 'update', recording)
+    before = training.update
     for name, arguments in (('whole', []), ('first', []), ('second', ['--resume'])):
-        monkeypatch.setattr(util, 'update', before)
+        monkeypatch.setattr(training, 'update', before)
         if name == 'first':
             stop_at(4, signal.SIGTERM)
         record(name)
@@ -251,7 +251,7 @@ def test_only_the_newest_checkpoints_are_kept(call):
 def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_stays(monkeypatch, tmp_path):
     """Files can grow no more from the second epoch on."""
     monkeypatch.chdir(tmp_path)
-    epochs = util.Run.save
+    epochs = runs.Run.finish_epoch
 
     def save(run, epoch, *rest):
         if epoch == 2:
@@ -259,7 +259,7 @@ def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_stays(monkeypatc
         return epochs(run, epoch, *rest)
 
     def limit():
-        util.Run.save = save
+        runs.Run.finish_epoch = save
     assert ended(forked(main_ce.main, *RUN, '--epochs', 3, before=limit)) == 2
     line, = Path('err').read_text().splitlines()
     assert str(FOLDER) in line and 'cannot be written' in line and 'File too large' in line
@@ -328,7 +328,7 @@ def test_a_run_goes_on_with_the_loader_it_began_with(call, stop_at, monkeypatch)
     monkeypatch.setattr(loader, 'available_memory', lambda: 1000)
     assert call(main_ce.main, *arguments, '--output_name', 'a', '--resume')[0] == 0
     assert same(states(), states('whole'))
-    assert util.load_checkpoint(FOLDER / 'last.ckpt')['opt']['loader_chosen'] == 'batched'
+    assert checkpoints.load_checkpoint(FOLDER / 'last.ckpt')['opt']['loader_chosen'] == 'batched'
 
 
 def test_forced_options_begin_the_epoch_again(call, refused, stop_at):
@@ -389,8 +389,8 @@ def test_two_processes_do_not_write_one_run(monkeypatch, refused, tmp_path):
 
 
 def stop_soon():
-    update = util.update
-    util.update = lambda *args: os.kill(os.getpid(), signal.SIGTERM) or update(*args)
+    update = training.update
+    training.update = lambda *args: os.kill(os.getpid(), signal.SIGTERM) or update(*args)
 
 
 def test_a_damaged_state_is_no_whole_checkpoint(call, refused):
@@ -416,7 +416,7 @@ def test_a_thousand_steps_take_no_more_memory(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def watch():
-        update, count = util.update, 0
+        update, count = training.update, 0
 
         def watching(*args):
             nonlocal count
@@ -426,7 +426,7 @@ def test_a_thousand_steps_take_no_more_memory(monkeypatch, tmp_path):
                 with open('memory', 'a') as file:
                     file.write(re.search(r'VmRSS:\s+(\d+)', status)[1] + '\n')
             return update(*args)
-        util.update = watching
+        training.update = watching
     arguments = [*TINY, '--batch_size', 4, '--max_samples', 160, '--epochs', 50, '--eval_freq', 5, '--print_freq', 40]
     assert ended(forked(main_supcon.main, *arguments, '--output_name', 'a', before=watch)) == 0
     before, after = map(int, Path('memory').read_text().split())
@@ -447,16 +447,16 @@ def test_the_same_seed_gives_the_same_bits(call, program, extra):
 
 def test_a_kept_checkpoint_is_there_before_the_last_one(call, monkeypatch):
     """A program that dies between the two writes the kept one again when it resumes."""
-    write, written = util.runs.write_checkpoint, []
+    write, written = runs.write_checkpoint, []
 
     def dies(state, file):
         if written:
             raise KeyboardInterrupt
         written.append(file.name)
         write(state, file)
-    monkeypatch.setattr(util.runs, 'write_checkpoint', dies)
+    monkeypatch.setattr(runs, 'write_checkpoint', dies)
     assert call(main_ce.main, *RUN, '--epochs', 2, '--save_freq', 1)[0] == 130
-    monkeypatch.setattr(util.runs, 'write_checkpoint', write)
+    monkeypatch.setattr(runs, 'write_checkpoint', write)
     assert call(main_ce.main, *RUN, '--epochs', 2, '--save_freq', 1, '--resume', '--overwrite')[0] == 2
     assert call(main_ce.main, *RUN, '--epochs', 2, '--save_freq', 1, '--overwrite')[0] == 0
     assert written == ['ckpt_epoch_1.ckpt']
@@ -483,13 +483,13 @@ def test_a_run_is_held_without_its_log(monkeypatch, refused, tmp_path, rotate):
     lambda: (FOLDER / '.lock').unlink(), lambda: shutil.rmtree('output'),
     lambda: (FOLDER.parent.rename('output/moved'), FOLDER.mkdir(parents=True), (FOLDER / '.lock').write_text(''))])
 def test_a_run_whose_folder_is_taken_writes_no_more(call, monkeypatch, take):
-    save = util.Run.save
+    save = runs.Run.finish_epoch
 
     def taken(run, epoch, *rest):
         if epoch == 2:
             take()
         return save(run, epoch, *rest)
-    monkeypatch.setattr(util.Run, 'save', taken)
+    monkeypatch.setattr(runs.Run, 'finish_epoch', taken)
     status, _, err = call(main_ce.main, *RUN, '--epochs', 3, '--save_freq', 1)
     assert status == 2 and err.count('\n') == 1 and 'removed or replaced during the run' in err
     assert not (FOLDER / 'ckpt_epoch_2.ckpt').exists()

@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-import util
-from util import UserError
+from util import metrics, training
+from util.errors import UserError
 from util.metrics import AverageMeter, knn_accuracy
 from util.training import learning_rate
 
@@ -33,7 +33,7 @@ def test_cosine_schedule_ends_at_eta_min():
 @pytest.mark.parametrize('cosine', [False, True])
 def test_warm_up_rises_linearly_per_step_to_the_schedule(cosine):
     opt = options(warm=True, warm_epochs=10, warmup_from=0.02, cosine=cosine, lr_decay_epochs=[70])
-    util.set_warmup(opt)
+    training.set_warmup(opt)
     assert opt.warm_epochs == 10
     steps = [learning_rate(opt, epoch, step, 20) for epoch in range(1, 11) for step in range(20)]
     target = learning_rate(options(cosine=cosine, lr_decay_epochs=[70]), 10)
@@ -44,11 +44,11 @@ def test_warm_up_rises_linearly_per_step_to_the_schedule(cosine):
 
 def test_warm_up_of_short_runs_and_low_rates():
     opt = options(warm=True, warm_epochs=10, epochs=6, learning_rate=0.001, lr_decay_epochs=[])
-    util.set_warmup(opt)
+    training.set_warmup(opt)
     assert opt.warm_epochs == 3
     assert learning_rate(opt, 1) == pytest.approx(1e-4) and learning_rate(opt, 4) == 0.001
     opt = options(warm=True, warm_epochs=10, epochs=1)
-    util.set_warmup(opt)
+    training.set_warmup(opt)
     assert learning_rate(opt, 1, 0, 5) == 0.5
 
 
@@ -74,7 +74,7 @@ def test_loss_that_is_not_finite_stops():
     meter.update(torch.tensor(math.nan), 3)
     meter.update(torch.tensor(1.), 3)
     with pytest.raises(UserError, match='epoch 4, step 7'):
-        util.check_finite(meter, 4, 7)
+        metrics.check_finite(meter, 4, 7)
 
 
 def knn_loop(memory, memory_labels, features, labels, k, temperature):
@@ -98,4 +98,4 @@ def test_knn_accuracy_is_the_plain_loop_s(k):
 
 def test_accuracy():
     output = torch.tensor([[1., 2.], [3., 0.], [0., 1.]])
-    assert util.accuracy(output, torch.tensor([1, 0, 0])).item() == pytest.approx(200 / 3)
+    assert metrics.accuracy(output, torch.tensor([1, 0, 0])).item() == pytest.approx(200 / 3)

@@ -6,13 +6,8 @@ from datasets import DATASETS
 from networks.resnet_big import network_name
 from util import options
 from util.errors import UserError
-from util.options import as_text
+from util.options import DATA, EVALUATION, NETWORK, as_text
 
-# Options that decide on which images a network is trained or evaluated, and which network it is.
-NETWORK = ('model', 'stem', 'width')
-DATA = ('dataset', 'data_folder', 'mvip_super_class', 'mvip_num_classes')
-EVALUATION = (*DATA, 'size', 'mean', 'std', 'max_samples', 'samples_per_class', 'seed', 'aug_mode', 'aug_root',
-              'aug_output_name', 'aug_name_id', 'aug_name_ood', 'aug_ex_id', 'aug_ex_ood', *NETWORK)
 # Options that tell runs apart although the published names of runs do not hold them.
 NAMED = ('model', 'width', 'stem', 'size', 'head', 'moco', 'ce_weight', 'mix', 'augment_policy', 'samples_per_class',
          'aug_mode', 'cache_features')

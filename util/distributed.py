@@ -6,14 +6,12 @@ Each process calls backward on the same number, the loss of the whole batch. Wha
 sum of what the processes pass to them, so that the gradients of the parameters have to be averaged afterwards, which is
 what DistributedDataParallel does: the average is the gradient of that loss.
 """
-import gc
 import os
-import sys
 
 import torch
 from torch import distributed as dist
 
-from util.options import UserError
+from util.errors import UserError
 
 
 def start_processes(cuda):
@@ -25,28 +23,6 @@ def start_processes(cuda):
     except (ValueError, RuntimeError) as error:
         raise UserError(f'WORLD_SIZE is {_number("WORLD_SIZE", 1)}, but the processes do not meet ({error}): expected '
                         'torchrun to start them') from error
-
-
-def end_processes():
-    """Part from the other processes, at the end of the program."""
-    if _started():
-        gc.collect()                    # a network and its DistributedDataParallel, which would abort at exit (gloo)
-        dist.destroy_process_group()
-
-
-def leave_processes(status, traceback=False):
-    """End this process at once, if it is one of several: what waits for the others would wait in vain."""
-    if _started():
-        if traceback:
-            sys.excepthook(*sys.exc_info())
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def lost(error):
-    """Whether an error only says that another process has ended."""
-    return _started() and (isinstance(error, dist.DistError) or 'gloo' in str(error))
 
 
 def _number(name, default):

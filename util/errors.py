@@ -1,4 +1,5 @@
 """Errors that a program prints in one line, and what runs a program."""
+import gc
 import os
 import signal
 import sys
@@ -16,7 +17,6 @@ def run(main):
     sys.stdout = sys.stdout or open(os.devnull, 'w')            # noqa: SIM115, None where it is closed
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='backslashreplace')       # class names may be any bytes
-    from util.distributed import end_processes, leave_processes
     message, status, together = None, 2, False                  # together: all processes end here
     try:
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:   # see options.answer_early
@@ -49,14 +49,42 @@ def run(main):
 
 def _explained(error):
     """What to print instead of a traceback; None where that is needed."""
-    from util.distributed import lost
     text = str(error)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and (
             'out of memory' in text or 'allocate memory' in text)):
         return 'out of memory: try a smaller --batch_size, --size or --model, or --amp' + f' ({text})' * bool(text)
-    if isinstance(error, RuntimeError) and lost(error):
+    if isinstance(error, RuntimeError) and is_peer_failure(error):
         return f'another process has ended: its own lines tell why ({error})'
     return None
+
+
+def _process_group():
+    """torch.distributed where the processes of torchrun have met, else None."""
+    dist = sys.modules.get('torch.distributed')                 # not imported, not started
+    return dist if dist and dist.is_available() and dist.is_initialized() else None
+
+
+def end_processes():
+    """Leave the other processes of torchrun, at the end of the program."""
+    if dist := _process_group():
+        gc.collect()                    # a network and its DistributedDataParallel, which would abort at exit (gloo)
+        dist.destroy_process_group()
+
+
+def leave_processes(status, traceback=False):
+    """End this process at once, if it is one of several: what waits for the others would wait in vain."""
+    if _process_group():
+        if traceback:
+            sys.excepthook(*sys.exc_info())
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def is_peer_failure(error):
+    """Whether an error only means that another process has ended."""
+    dist = _process_group()
+    return dist is not None and (isinstance(error, dist.DistError) or 'gloo' in str(error))
 
 
 def silence(stream):

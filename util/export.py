@@ -12,8 +12,8 @@ from torch import nn
 
 from networks.resnet_big import LinearClassifier, ResNet
 from util.checkpoints import strip_wrappers
-from util.options import UserError
-from util.runs import log
+from util.errors import UserError
+from util.log import log
 
 SUFFIXES = ('.pth', '.pt2', '.onnx')
 

@@ -1,6 +1,7 @@
 """Files of a run: written whole or not at all, never through links, in a folder that one process holds."""
 import contextlib
 import os
+import zipfile
 
 from util.distributed import rank
 from util.errors import UserError
@@ -71,3 +72,15 @@ def replace_file(file, content):
     partial.unlink(missing_ok=True)
     partial.write_bytes(content)
     os.replace(partial, file)
+
+
+def stored_bytes(file):
+    """Size of what a zip file holds, as it lies there; None where it is none or something in it would inflate."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return None
+    size = sum(member.file_size for member in members)
+    stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+    return size if stored and size <= os.path.getsize(file) else None

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from util.distributed import mean, share, total
-from util.options import UserError
+from util.errors import UserError
 
 
 class AverageMeter:
@@ -48,6 +48,16 @@ def accuracy(output, target):
     predicted = output.argmax(1)
     right = predicted == target if target.dim() == 1 else target.gather(1, predicted[:, None])
     return 100 * mean(right.flatten().float())
+
+
+@torch.no_grad()
+def feature_spread(features):
+    """Mean squared distance of features [bsz, n_views, dim] of unit length from their mean: a scalar tensor.
+
+    0 where all features are the same, 1 where they point in all directions; with several processes of this one's.
+    """
+    features = features.detach().flatten(0, 1).float()
+    return (features - features.mean(0)).square().sum(1).mean()
 
 
 def ood_metrics(val_logits, id_logits, ood_logits):

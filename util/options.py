@@ -236,7 +236,8 @@ OPTIONS = {
                            'pictures: replaces --lr by LR * batch size / 256; default: --lr')),
         ('--accum_steps', dict(type=COUNT, default=1, metavar='N', help='pieces that a batch goes through the network '
                                'in; the loss is that of the whole batch')),
-        ('--lr_decay_epochs', dict(type=epochs_list, metavar='E,E,...', help='after these epochs the rate decays (without --cosine)')),
+        ('--lr_decay_epochs', dict(type=epochs_list, metavar='E,E,...',
+                                   help='after these epochs the rate decays (without --cosine)')),
         ('--lr_decay_rate', dict(type=number(float, 0, 1), default=0.1, metavar='RATE',
                                  help='factor of each decay')),
         ('--cosine --lr_cosine', dict(action=Switch, help='cosine schedule, from LR down to LR * RATE**3')),
@@ -325,6 +326,13 @@ REQUIRES = {
     **dict.fromkeys(('LARS', 'nesterov'), ('optim_kind', ('SGD',))),
 }
 
+# Options that decide on which images a network is trained or evaluated, and which network it is.
+NETWORK = ('model', 'stem', 'width')
+DATA = ('dataset', 'data_folder', 'mvip_super_class', 'mvip_num_classes')
+EVALUATION = (*DATA, 'size', 'mean', 'std', 'max_samples', 'samples_per_class', 'seed', 'aug_mode', 'aug_root',
+              'aug_output_name', 'aug_name_id', 'aug_name_ood', 'aug_ex_id', 'aug_ex_ood', *NETWORK)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that refuses in one line."""
 
@@ -401,7 +409,7 @@ def parse(program, description, argv, datasets, method=None, recorded=()):
     a command line; those given. Raises UserError for a mistake.
     """
     parser = make_parser(program, description)
-    given = vars(parser.parse_args([_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]))
+    given = vars(parser.parse_args([underscores(word) for word in (sys.argv[1:] if argv is None else argv)]))
     recorded = vars(parser.parse_args(list(recorded)))
     earlier = {**program_defaults(program), **recorded}
     chosen = {**earlier, **given}                       # before dataset and method have brought their defaults
@@ -424,21 +432,20 @@ def parse(program, description, argv, datasets, method=None, recorded=()):
     return opt
 
 
-def filter_args(program, argv):
-    """The words of a command line without the options, and their values, that only other programs have.
+def filter_args(program, argv, programs=PROGRAMS):
+    """The words of a command line without the options, and their values, that only others of `programs` have.
 
-    For launch files, whose options go to several programs. What no program has stays, to be refused.
+    For launch scripts, whose options go to several programs. What none of them has stays, to be rejected.
     """
-    rows = [((*row, PROGRAMS)[2], f'--{name}', 'action' in row[1] and row[1]['action'] != Switch)
-            for group in OPTIONS.values() for row in group for name in row[0].replace('--', '').split()]
-    mine = {flag for programs, flag, _ in rows if program in programs}
-    others = {flag: is_flag for programs, flag, is_flag in rows if flag not in mine}
+    mine = {flag for _, flags, _ in options_of(program) for flag in flags}
+    others = {flag: settings for other in programs for _, flags, settings in options_of(other)
+              for flag in flags if flag not in mine}
     words, rest = [], iter(argv)
     for word in rest:
-        flag, equals, _ = _underscores(word).partition('=')
+        flag, equals, _ = underscores(word).partition('=')
         if flag not in others:
             words.append(word)
-        elif not others[flag] and not equals:
+        elif 'action' not in others[flag] and not equals:       # its value is the next word
             next(rest, None)
     return words
 
@@ -451,7 +458,7 @@ def _check_download(opt):
                         'train on these, or --dataset cifar10 to download it there')
 
 
-def _underscores(word):
+def underscores(word):
     """--data-folder=my-data -> --data_folder=my-data"""
     name, equals, value = word.partition('=')
     return '--' + name[2:].replace('-', '_') + equals + value if re.match(r'--\w', word) else word
@@ -539,7 +546,3 @@ def _check_augmentations(opt):
     for name in needed:
         if name not in given:
             raise UserError(f'--aug_mode {opt.aug_mode}: --{name} is missing, expected a folder in --aug_output_name')
-
-
-if __name__ == '__main__':              # python util/options.py main_linear --temp 0.1 --epochs 3 -> --epochs 3
-    sys.stdout.write(''.join(word + '\0' for word in filter_args(sys.argv[1], sys.argv[2:])))

@@ -79,7 +79,7 @@ class Run:
         self.folder = run_folder(opt.output_name, opt.trial)
         self.last = self.folder / 'last.ckpt'
         self.checkpoint, self.lock, self.curves = None, FolderLock(self.folder), None
-        self.step, self.best_acc, self.saved_meters = 0, 0., {}
+        self.step, self.best_acc, self.saved_meters, self.signals = 0, 0., {}, StopSignals()
         self.last_seen = self._last_written()
         try:
             used = self.folder.exists() and any(file.name != '.lock' for file in self.folder.iterdir())
@@ -187,7 +187,7 @@ class Run:
 
     def start(self, classes):
         """Make the folder and what is in it: -> this run, as a context that signals end after the next step."""
-        self.classes, self.signals = classes, StopSignals()
+        self.classes = classes
         if self.checkpoint and self.checkpoint.get('classes', classes) != classes:
             raise UserError(f'--resume: {self.source} knows other classes than the pictures have')
         if rank() == 0:
@@ -233,7 +233,7 @@ class Run:
         """
         opt, steps = self.opt, len(loader)
         loader.set_epoch(epoch, self.step)
-        if epoch == 1 and not self.step:
+        if epoch == 1 and not self.step and self.curves:
             self._log_views(loader)
         self.meters, self.sizes, self.started = {}, loader.sizes, time.time()
         self.images_before = sum(loader.sizes[:self.step])
@@ -280,7 +280,7 @@ class Run:
         self._stop(stop, epoch, f'step {step} of ')
 
     def finish_epoch(self, epoch, values):
-        """Send a dict of numbers to TensorBoard, and write last.ckpt, and ckpt_epoch_<N>.ckpt every --save_freq epochs."""
+        """Send a dict of numbers to TensorBoard; write last.ckpt, and ckpt_epoch_<N>.ckpt every --save_freq epochs."""
         self.log_values({'learning_rate': self.optimizer.param_groups[0]['lr'], **values}, epoch)
         # The kept one first: a run that is killed between the two writes it again when it resumes.
         kept = [f'ckpt_epoch_{epoch}.ckpt'] if epoch % self.opt.save_freq == 0 else []
@@ -290,7 +290,8 @@ class Run:
 
     def _stop(self, signal_number, epoch, step=''):
         if signal_number:
-            log(f'{signal.Signals(signal_number).name}: stopped after {step}epoch {epoch}, --resume continues from there')
+            name = signal.Signals(signal_number).name
+            log(f'{name}: stopped after {step}epoch {epoch}, --resume continues from there')
             raise SystemExit(128 + signal_number)
 
     def _write(self, names, epoch, step, meters):
@@ -319,5 +320,5 @@ class Run:
     def _log_views(self, loader):
         """Show some images of the first batch; features cannot be shown."""
         images, labels = next(iter(loader))
-        if images.dim() == 4 and self.curves:
+        if images.dim() == 4:
             self.curves.log_image('views', grid_of_views(images, len(labels), self.opt), 0)

@@ -4,10 +4,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from networks.resnet_big import LinearProbe, SupCEResNet, make_encoder, mixed_precision
+from networks.precision import mixed_precision
+from networks.resnet_big import LinearProbe, SupCEResNet, make_encoder
 from util.checkpoints import check_parameters, check_recorded, load_parameters, read_checkpoint
-from util.options import UserError
-from util.runs import log
+from util.errors import UserError
+from util.log import log
 from util.training import precision, spread
 
 
@@ -20,7 +21,7 @@ class Teacher(nn.Module):
 
     def __init__(self, classifier, mean, std, student_mean, student_std):
         super().__init__()
-        self.classifier, self.precision = classifier.requires_grad_(False), None
+        self.classifier, self.precision, self.num_classes = classifier.requires_grad_(False), None, 0
         mean, std, student_mean, student_std = (torch.tensor(values, dtype=torch.float32)[:, None, None]
                                                 for values in (mean, std, student_mean, student_std))
         self.register_buffer('scale', student_std / std)
@@ -32,6 +33,8 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
+        if len(images) == 0:                            # of a process without images; not every model takes it
+            return images.new_zeros(0, self.num_classes)
         with mixed_precision(images, self.precision):
             return self.classifier(images * self.scale + self.offset)
 
@@ -99,7 +102,7 @@ def load_classifier(checkpoint, opt, classes):
     load_parameters(classifier, state, file)
     teacher = Teacher(classifier, recorded.get('mean') or opt.mean, recorded.get('std') or opt.std, opt.mean, opt.std)
     _try(teacher, opt, len(classes), f'{file}: the teacher {kind}')
-    teacher.kind = kind
+    teacher.kind, teacher.num_classes = kind, len(classes)
     return teacher.to(opt.device, memory_format=torch.channels_last)
 
 

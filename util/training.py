@@ -1,6 +1,5 @@
 """What the training loops share: devices and processes, networks on them, optimizers, schedules, steps."""
 import contextlib
-import ctypes
 import inspect
 import math
 import os
@@ -13,13 +12,13 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from networks.sync_bn import average_statistics, synchronized
 from util.distributed import gather, local_rank, rank, sizes_of, start_processes, world_size
-from util.options import UserError
-from util.runs import log, progress
+from util.errors import UserError
+from util.log import log, progress
+from util.memory import keep_freed_memory
 
 # What tells DistributedDataParallel not to send all buffers in each step; it has another name in newer PyTorch.
 BUFFERS = next(name for name in ('forward_sync_buffers', 'broadcast_buffers')
                if name in inspect.signature(DistributedDataParallel).parameters)
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4               # of malloc.h
 
 
 def set_device(opt):
@@ -54,25 +53,6 @@ def set_device(opt):
 def several_devices(opt):
     """Whether this process uses several GPUs, with DataParallel: not one that torchrun started, even alone."""
     return opt.device == 'cuda' and torch.cuda.device_count() > 1 and 'LOCAL_RANK' not in os.environ
-
-
-def keep_freed_memory():
-    """Let this process keep the memory that it frees, for its next allocations.
-
-    The GNU C library gives large blocks back at once, and the kernel clears every page of the next one: a third of the
-    time of a training step on a CPU, and most of that of drawing views (benchmarks/README.md). Where there is another C
-    library nothing happens.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def release_freed_memory():
-    """Give back what `keep_freed_memory` kept, where much was freed that is not needed again."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Network:

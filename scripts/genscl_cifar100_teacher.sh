@@ -1,7 +1,0 @@
-#!/usr/bin/env bash
-# The teacher of genscl_cifar100.sh: timm's efficientnetv2_rw_m with a 3x3 stem, mixup or cutmix, Adam. No accuracy of it was
-# published; epochs, batch size and learning rate are ours. To use a teacher that is there already, see genscl_cifar100.sh.
-CDPATH='' cd -- "$(dirname "$0")/.." || exit
-python main_ce.py --dataset cifar100 --model timm/efficientnetv2_rw_m --mix mixup_cutmix --optim_kind Adam \
-    --learning_rate 0.001 --weight_decay 0 --batch_size 128 --epochs 200 --cosine --amp \
-    --output_name efficientnetv2_rw_m_mixup_cutmix_cifar100_Adam "$@"
