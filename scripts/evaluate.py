@@ -92,8 +92,8 @@ def main():
     opt.teacher_kind = None                             # the checkpoint tells itself which network it is
     util.set_device(opt)
     data = load_pictures(opt)
-    classifier = util.load_classifier({**checkpoint, 'file': args.ckpt, 'classes': checkpoint.get('classes')}, opt,
-                                      data.train.classes)
+    known = {'file': args.ckpt, 'model': checkpoint['model'], 'classes': checkpoint.get('classes'), 'opt': vars(opt)}
+    classifier = util.load_classifier(known, opt, data.train.classes)
     view, val = evaluation_view(opt), data.val.sample(args.max_pictures, 0)
 
     def top1(pictures):

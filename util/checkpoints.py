@@ -80,8 +80,8 @@ def check_parameters(model, state, source):
     if wrong:
         found, wanted = (f'{list(tensors[wrong[0]].shape)}' if wrong[0] in tensors else 'none'
                          for tensors in (state, expected))
-        raise UserError(f'{source} holds another network: {len(wrong)} parameters differ, {wrong[0]} is {found} there, '
-                        f'expected {wanted}')
+        raise UserError(f'{source} holds another network: {len(wrong)} parameters differ, {wrong[0]:.99} is {found} '
+                        f'there, expected {wanted}')
     for name, value in expected.items():
         if state[name].dtype != value.dtype and not {state[name].dtype, value.dtype} <= FLOATS:
             raise UserError(f'{source}: {name} is {state[name].dtype}, expected {value.dtype}')
@@ -253,7 +253,7 @@ def zipped_pickles(file):
     PyTorch takes the list of members from where the end of the file says, Python from directly before that.
     """
     if stored_bytes(file) is None:
-        raise ValueError('parts of it are compressed')                  # PyTorch's own are not
+        raise ValueError('it is cut off, or parts of it are compressed')        # PyTorch's own are not
     with zipfile.ZipFile(file) as archive:
         size = archive.fp.seek(0, os.SEEK_END)
         archive.fp.seek(-min(98, size), os.SEEK_END)
@@ -291,11 +291,11 @@ def plain_values(value, tensors=False):
 
     ValueError for all else, and for what is endless: lists that share lists are small in a file alone.
     """
-    left = 5_000_000                                    # letters and values
+    left = 1_000_000
 
     def copy(value):
         nonlocal left
-        left -= 1 + (len(value) if isinstance(value, str) else 0)
+        left -= 1
         if left < 0:
             raise ValueError('found values without end')
         value = vars(value) if isinstance(value, argparse.Namespace) else value
@@ -384,9 +384,11 @@ def check_recorded(checkpoint, file):
         for name in RECORDED.keys() & opt.keys():
             if isinstance(opt[name], (dict, list, tuple)) and len(opt[name]) != 3:
                 raise ValueError(f'--{name}: found {reprlib.repr(opt[name])}')
-        return {**opt, **{name: parse(str(opt[name])) for name, parse in RECORDED.items() if opt.get(name) is not None}}
+        opt.update({name: parse(str(opt[name])) for name, parse in RECORDED.items() if opt.get(name) is not None})
+        unknown = {name for name in ('model', 'stem', 'width') if opt.get(name) is None}        # as if not there
+        return {name: value for name, value in opt.items() if name not in unknown}
     except (argparse.ArgumentTypeError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f'{file}: its recorded options are damaged ({error})') from error
+        raise UserError(f'{file}: its recorded options are damaged ({error!s:.300})') from error
 
 
 def load_encoder(checkpoint, opt, source):

@@ -591,14 +591,6 @@ def defaults(**changes):
     return opt
 
 
-# What evaluation takes from a checkpoint: which images, which network. Where another dataset is given: not the folders.
-EVALUATION = ('dataset', 'data_folder', 'size', 'mean', 'std', 'max_samples', 'samples_per_class', 'seed',
-              'mvip_super_class', 'mvip_num_classes', 'aug_mode', 'aug_root', 'aug_output_name', 'aug_name_id',
-              'aug_name_ood', 'aug_ex_id', 'aug_ex_ood', 'model', 'stem', 'width')
-FOLDERS = ('data_folder', 'aug_mode', 'aug_output_name', 'aug_name_id', 'aug_name_ood')
-DOWNLOADED = {'cifar10': 'cifar-10-batches-py', 'cifar100': 'cifar-100-python'}     # their folders in it
-
-
 def evaluation_options(checkpoint, file, **given):
     """The options that evaluate a checkpoint's network on the images of its run, but for `given` ones: for scripts.
 
@@ -606,28 +598,16 @@ def evaluation_options(checkpoint, file, **given):
     Raises UserError where one of them is wrong.
     """
     recorded = {'model': 'resnet50', 'stem': 'cifar', 'width': 1., **checkpoint['opt']}
-    same = given.get('dataset') in (None, recorded.get('dataset'))
-    recorded = {name: recorded[name] for name in EVALUATION if name in recorded and (same or name not in FOLDERS)}
-    try:
-        values = {**recorded, **given, 'batch_size': 256, 'num_workers': 0}
-        opt = parse('main_ce', '', [f'--{name}={_plain(value)}' for name, value in values.items() if value is not None])
-        if same and checkpoint['opt'].get('split_seed') is not None:
-            opt.split_seed = COUNT_OR_ZERO(_plain(checkpoint['opt']['split_seed']))
-    except (UserError, argparse.ArgumentTypeError, ValueError) as error:
-        raise UserError(f'{file}: its recorded options: {error}') from error
-    if opt.dataset in DOWNLOADED and 'data_folder' not in given and not os.path.isdir(
-            os.path.join(opt.data_folder, DOWNLOADED[opt.dataset])):
-        opt.data_folder = data_folder(opt.dataset)          # a file must not choose where a download goes
+    images = {'cifar10': 'cifar-10-batches-py', 'cifar100': 'cifar-100-python'}.get(recorded.get('dataset'))
+    if images and not os.path.isdir(os.path.join(recorded.get('data_folder') or '', images)):
+        recorded['data_folder'] = None                      # a file must not choose where a download goes
+    words = as_words({**given, 'batch_size': 256, 'num_workers': 0}, [*given, 'batch_size', 'num_workers'])
+    opt = parse_recorded('main_ce', '', words, file, recorded, (*EVALUATION, 'samples_per_class'))
+    if opt.dataset == recorded.get('dataset'):
+        opt.split_seed = recorded.get('split_seed')
+    for name in ('size', 'mean', 'std'):                    # the network's, on other images too
+        setattr(opt, name, recorded.get(name))
     return opt
-
-
-def _plain(value):
-    """A recorded value as a text; ValueError for what no option can be, or what could be of any length."""
-    parts = value[:4] if isinstance(value, (list, tuple)) else [value]
-    text = f'{value}' if all(isinstance(part, (str, int, float)) for part in parts) and len(parts) < 4 else '\0'
-    if '\0' in text or len(os.fsencode(text)) > 4096:
-        raise ValueError(f'found a {type(value).__name__} that is no value of an option')
-    return text
 
 
 def _check_download(opt):
