@@ -30,7 +30,8 @@ def step_of(form, args):
     from util import arguments, memory, training
 
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    opt = arguments.defaults(device=device, amp=form in ('amp', 'compile'), compile=form == 'compile', learning_rate=0.1)
+    opt = arguments.defaults(device=device, amp=form in ('amp', 'compile'), compile=form == 'compile',
+                             learning_rate=0.1)
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
     images = torch.randn(2 * args.batch_size, 3, args.size, args.size, device=device)

@@ -72,8 +72,10 @@ def cached(file, make, check):
 
 
 def _read(file):
-    """The arrays of a file, a dict; ValueError where a header tells another size than is there: NumPy would take as much
-    memory as it tells."""
+    """The arrays of a file, a dict.
+
+    ValueError where a header tells another size than is there: NumPy would take as much memory as it tells.
+    """
     if size_in_cache(file) is None:
         raise ValueError
     with zipfile.ZipFile(file) as archive:

@@ -179,7 +179,7 @@ class WorkerLoader(Loader):
     def __iter__(self):
         for step, batch in enumerate(self._loaded(), self.batches.first_step):
             if isinstance(batch, UserError):
-                raise batch
+                raise UserError(str(batch))     # not itself: its traceback would hold this frame, and that the workers
             images, labels = (part.to(self.device, non_blocking=True) for part in batch or self.empty)
             if self.rest and len(images):
                 sizes = torch.full((self.n_views * self.sizes[step],), self.rest.size)
@@ -200,15 +200,16 @@ class WorkerLoader(Loader):
         except (EOFError, MemoryError, OSError, RuntimeError) as error:
             if not workers or isinstance(error, RuntimeError) and not re.search(WORKERS_FAIL, str(error)):
                 raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]      # one of a worker has a traceback
+            # The error of a worker comes with a traceback, of which the last line tells what happened.
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise UserError(f'--num_workers {workers}: worker processes failed ({reason}), expected fewer of them, or '
                             'more memory, a larger /dev/shm (--shm-size of docker) or a higher limit of open files '
                             '(ulimit -n)') from error
 
 
 # What a RuntimeError says, of PyTorch or Python, that is not the program's.
-WORKERS_FAIL = (r'DataLoader worker \(pid|MemoryError|allocate memory|shared memory|open files|ancdata|start new thread|'
-                'Pin memory thread exited')
+WORKERS_FAIL = (r'DataLoader worker \(pid|MemoryError|allocate memory|shared memory|open files|ancdata|'
+                'start new thread|Pin memory thread exited')
 
 
 def _start_worker(_):

@@ -21,6 +21,7 @@ EXTENSIONS = (*tv.folder.IMG_EXTENSIONS, '.gif')
 # The formats that are opened, whatever a file is called: Pillow knows more, and hands EPS to the program Ghostscript.
 FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'PPM', 'TIFF', 'WEBP')
 LARGEST_FILE = 2**31                    # bytes: more than any image of the number of pixels that Pillow allows
+PADDING_MATTERS = 2**30                 # bytes of padded images from which on it is asked how much of them is padding
 
 
 @dataclass
@@ -218,7 +219,7 @@ def available_memory():
 
 def mostly_padding(padded, filled):
     """Whether images of unlike sizes, padded to one, take far more memory than their pixels, and much of it."""
-    return padded > max(2**30, 8 * filled)
+    return padded > max(PADDING_MATTERS, 8 * filled)
 
 
 def scaled(size, short_side):
@@ -229,12 +230,12 @@ def scaled(size, short_side):
 
 def open_regular(file, largest):
     """A binary stream of a regular file, links followed; ValueError for a pipe or device, of which reading may never
-    end, and for a file of more than `largest` bytes."""
+    end, and for a file of no bytes (also those of the kernel in /proc) or more than `largest`."""
     status = os.stat(file)
     if not stat.S_ISREG(status.st_mode):
         raise ValueError('not a regular file')
-    if status.st_size > largest:
-        raise ValueError(f'{status.st_size} bytes, expected at most {largest}')
+    if not 0 < status.st_size <= largest:
+        raise ValueError(f'{status.st_size} bytes, expected 1 to {largest}')
     return open(file, 'rb')
 
 

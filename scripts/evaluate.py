@@ -20,10 +20,10 @@ from torchvision.transforms.v2 import functional as tvf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from datasets import evaluation_view, load_pictures, make_loader  # noqa: E402
+from datasets import DATASETS, evaluation_view, load_pictures, make_loader  # noqa: E402
 from datasets.pictures import Pictures  # noqa: E402
 from util import arguments, checkpoints, errors, metrics, teachers, training  # noqa: E402
-from util.options import Parser, dataset, number  # noqa: E402
+from util.options import Parser, number, one_of  # noqa: E402
 
 STRENGTHS = {
     'noise': (0.04, 0.06, 0.08, 0.09, 0.10),        # standard deviation, of channels in 0..1
@@ -37,7 +37,7 @@ def parse_option():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--ckpt', required=True, metavar='FILE', help='checkpoint of main_ce.py or main_linear.py')
     parser.add_argument('--corruptions', action='store_true', help='damaged pictures too')
-    parser.add_argument('--dataset', type=dataset, metavar='NAME', help="default: the checkpoint's")
+    parser.add_argument('--dataset', type=one_of(*DATASETS), metavar='NAME', help="default: the checkpoint's")
     parser.add_argument('--data_folder', metavar='FOLDER', help="default: the checkpoint's")
     parser.add_argument('--max_pictures', type=number(int, 1), metavar='N', help='validation pictures, spread over the '
                         'classes; default: all')
@@ -92,8 +92,8 @@ def main():
     opt.teacher_kind = None                             # the checkpoint tells itself which network it is
     training.set_device(opt)
     data = load_pictures(opt)
-    classifier = teachers.load_classifier({**checkpoint, 'file': args.ckpt, 'classes': checkpoint.get('classes')}, opt,
-                                      data.train.classes)
+    known = {'file': args.ckpt, 'model': checkpoint['model'], 'classes': checkpoint.get('classes'), 'opt': vars(opt)}
+    classifier = teachers.load_classifier(known, opt, data.train.classes)
     view, val = evaluation_view(opt), data.val.sample(args.max_pictures, 0)
 
     def top1(pictures):

@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import os
 import uuid
+import warnings
 from pathlib import Path
 
 from matplotlib.backend_bases import FigureCanvasBase
@@ -14,7 +15,7 @@ def figure_file(text):
     """A type: a file that Matplotlib can write, by the suffix of its name; .png where it has none."""
     known = FigureCanvasBase.get_supported_filetypes()
     file = Path(text) if Path(text).suffix else Path(f'{text}.png')
-    if not os.path.basename(text).strip('.') or os.path.isdir(text) or file.is_dir():
+    if not os.path.basename(text).strip('.') or os.path.isdir(text) or os.path.isdir(file):
         raise argparse.ArgumentTypeError(f'found {text!r}, expected a file, not a folder')
     if file.suffix[1:].lower() not in known:
         raise argparse.ArgumentTypeError(f'found {text!r}, expected a name that ends in .{", .".join(sorted(known))}')
@@ -34,7 +35,9 @@ def save(fig, file, dpi):
     partial = file.with_name(f'{uuid.uuid4().hex}.partial')
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        fig.savefig(partial, dpi=dpi, format=file.suffix[1:])
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')             # a letter that the font lacks is a box
+            fig.savefig(partial, dpi=dpi, format=file.suffix[1:])
         os.replace(partial, file)
     except (OSError, ValueError, RuntimeError) as error:
         with contextlib.suppress(OSError):

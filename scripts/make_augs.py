@@ -108,10 +108,11 @@ def main():
     smallest = min(min(train.load(i).size) for part in members for i in part[:args.per_class])
     if smallest < args.patches:
         raise UserError(f'--patches {args.patches}: expected at most {smallest}, the side of the smallest picture')
-    partial = [folder.with_name(f'.{folder.name}.{uuid.uuid4().hex}.partial') for folder in folders]
+    whole = [folder.resolve() for folder in folders]                    # a link stays one
+    partial = [folder.with_name(f'.{folder.name}.{uuid.uuid4().hex}.partial') for folder in whole]
     try:
         with writing(folders[0].parent):
-            for folder, new in zip(folders, partial):
+            for folder, new in zip(whole, partial):
                 for old in folder.parent.glob(f'.{glob.escape(folder.name)}.*.partial'):    # what a killed run left
                     shutil.rmtree(old)
                 new.mkdir(parents=True)
@@ -123,8 +124,8 @@ def main():
                         other = np.asarray(train.load(rng.choice(part)))
                         Image.fromarray(blend(picture, other, rng)).save(partial[0] / file)
                         Image.fromarray(shuffle_patches(picture, args.patches, rng)).save(partial[1] / file)
-            for folder, whole in zip(partial, folders):
-                os.replace(folder, whole)
+            for new, folder in zip(partial, whole):
+                os.replace(new, folder)
     finally:
         for folder in partial:
             shutil.rmtree(folder, ignore_errors=True)

@@ -15,7 +15,7 @@ from sklearn.manifold import TSNE
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from datasets import evaluation_view, load_pictures, make_loader  # noqa: E402
+from datasets import DATASETS, evaluation_view, load_pictures, make_loader  # noqa: E402
 from scripts.figures import figure_file, plain_text, save  # noqa: E402
 
 matplotlib.use('Agg')
@@ -23,7 +23,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 from util import arguments, checkpoints, errors, training  # noqa: E402
 from util.errors import UserError  # noqa: E402
-from util.options import Parser, dataset, number  # noqa: E402
+from util.options import Parser, number, one_of  # noqa: E402
 
 
 def parse_option():
@@ -31,7 +31,7 @@ def parse_option():
     parser.add_argument('--ckpt', nargs='+', required=True, metavar='FILE', help='checkpoints of main_*.py')
     parser.add_argument('--output', type=figure_file, default='features.png', metavar='FILE',
                         help='the picture (default: %(default)s)')
-    parser.add_argument('--dataset', type=dataset, metavar='NAME', help="default: the checkpoint's")
+    parser.add_argument('--dataset', type=one_of(*DATASETS), metavar='NAME', help="default: the checkpoint's")
     parser.add_argument('--data_folder', metavar='FOLDER', help="default: the checkpoint's")
     parser.add_argument('--max_points', type=number(int, 10), default=2000, metavar='N',
                         help='pictures, and as many ood pictures (default: %(default)s)')
@@ -59,15 +59,17 @@ def features_of(ckpt, args):
 
 
 def draw(ax, title, features, labels, classes):
+    """One panel: -> the marks for its legend and what they stand for."""
     points = TSNE(perplexity=min(30, (len(features) - 1) / 3), init='pca', random_state=0).fit_transform(features)
-    colours = plt.get_cmap('tab10' if len(classes) <= 10 else 'gist_ncar')
-    for c, name in enumerate(classes):
+    colours, marks = plt.get_cmap('tab10' if len(classes) <= 10 else 'gist_ncar'), []
+    for c in range(len(classes)):
         colour = colours(c if len(classes) <= 10 else c / len(classes))
-        ax.scatter(*points[labels == c].T, s=6, color=colour, label=plain_text(name))
+        marks.append(ax.scatter(*points[labels == c].T, s=6, color=colour))
         ax.scatter(*points[labels == -c - 1].T, s=10, color=colour, marker='x', linewidth=0.7)
     if (labels < 0).any():
-        ax.scatter([], [], s=10, color='gray', marker='x', label='ood, made from\nthe class of its colour')
+        marks.append(ax.scatter([], [], s=10, color='gray', marker='x'))
     ax.set(title=plain_text(title), xticks=[], yticks=[])
+    return marks, [*map(plain_text, classes), 'ood, made from\nthe class of its colour'][:len(marks)]
 
 
 def main():
@@ -81,8 +83,8 @@ def main():
     fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels) + 1.2, 4), squeeze=False, layout='constrained')
     titles = [panel[0] for panel in panels]
     for ax, (title, features, labels, classes, name) in zip(axes[0], panels):
-        draw(ax, title if titles.count(title) == 1 else name, features, labels, classes)
-    fig.legend(*axes[0, -1].get_legend_handles_labels(), loc='outside right center', markerscale=2, frameon=False,
+        legend = draw(ax, title if titles.count(title) == 1 else name, features, labels, classes)
+    fig.legend(*legend, loc='outside right center', markerscale=2, frameon=False,
                ncols=-(-len(panels[-1][3]) // 20), fontsize='small')
     save(fig, args.output, dpi=150)
 

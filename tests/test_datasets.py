@@ -146,9 +146,8 @@ def test_unreadable_picture_is_named(picture_folder, broken, loader):
     file.write_bytes({'empty': b'', 'text': b'no picture', 'truncated': buffer.getvalue()[:600]}[broken])
     opt = path_options(root, loader=loader, mean=(0., 0., 0.), std=(1., 1., 1.), size=16, num_workers=1)
     train, _ = load(opt)
-    with pytest.raises(UserError, match='004.png: not a readable picture') as error:
+    with pytest.raises(UserError, match=r'^.*004.png: not a readable picture.*\Z'):     # one line, without a traceback
         list(make_loader(train, pretraining_view(opt), opt, n_views=2))
-    assert 'Traceback' not in str(error.value)
 
 
 @pytest.mark.parametrize('mode, value, expected', [
@@ -186,7 +185,7 @@ def test_memory_is_estimated_from_all_pictures(tmp_path):
     for i in range(700):
         Image.new('RGB', (8, 8)).save(tmp_path / 'a' / f'{i:04}.png')
     Image.new('RGB', (3000, 8)).save(tmp_path / 'a' / '0123.png')
-    assert pictures.folder(tmp_path).decoded_bytes(8) == 3 * 8 * 3000 * 700
+    assert pictures.folder(tmp_path).decoded_bytes(8)[0] == 3 * 8 * 3000 * 700
 
 
 def test_pictures_of_unlike_sizes_do_not_touch_the_padding(tmp_path):
@@ -211,7 +210,7 @@ def test_large_pictures_are_scaled_once(tmp_path):
     train = pictures.folder(tmp_path)
     data, heights, widths = train.decode(72)
     assert heights.tolist() == [72, 96, 50] and widths.tolist() == [96, 72, 40]       # the last is not enlarged
-    assert data.shape == (3, 3, 96, 96) and data.nbytes == train.decoded_bytes(72)
+    assert data.shape == (3, 3, 96, 96) and data.nbytes == train.decoded_bytes(72)[0]
     for file in train.source:
         (tmp_path / file).unlink()
     assert train.decode(72)[0] is data                          # files are not opened again

@@ -276,7 +276,8 @@ def test_the_published_teacher_has_a_small_stem():
     (['--KD', '--teacher_path', 'timm'], ['timm/ckpt_best.pth', 'efficientnetv2_rw_m']),
     (['--KD', '--teacher_path', 'timm', '--teacher_kind', 'resnet10t'], ['knows 7 classes', 'have 10']),
     (['--KD', '--teacher_path', 'renamed'], ['other classes', '1, 0, 2']),
-    (['--KD', '--teacher_path', 'x', '--teacher_kind', 'efficientnetv2_rw'], ['--teacher_kind', "'efficientnetv2_rw'", 'did you mean']),
+    (['--KD', '--teacher_path', 'x', '--teacher_kind', 'efficientnetv2_rw'],
+     ['--teacher_kind', "'efficientnetv2_rw'", 'did you mean']),
     (['--model', 'timm/nothing_like_it'], ['--model', 'nothing_like_it', 'timm']),
     (['--model', 'timm/resnet10t'], ['--width 0.0625']),
     (['--mix', 'mixup', '--mix-alpha', '0'], ['--mix_alpha', "'0'", 'above 0']),
@@ -524,7 +525,7 @@ def test_teacher_is_what_its_checkpoint_says(call, spy):
     ({'opt': {'model': 'resnet18', 'stem': 'foo'}}, 'foo'),
     ({'opt': {'model': 'resnet18', 'method': ['x']}}, 'last.ckpt'),
     ({'fc.weight': torch.ones(())}, 'knows 0 classes'), ({'fc.weight': torch.ones(10, 2)}, 'another network'),
-    ({'fc.weight': torch.ones(10, 32, dtype=torch.complex64)}, 'not a checkpoint')])
+    ({'fc.weight': torch.ones(10, 32, dtype=torch.complex64)}, 'not a readable checkpoint')])
 def test_damaged_teachers(refused, teacher, changes, words):
     checkpoint = torch.load(f'{TEACHER}/last.ckpt', weights_only=True)
     for name, value in changes.items():

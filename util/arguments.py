@@ -63,6 +63,8 @@ def evaluation_options(checkpoint, file, **given):
     opt = parse_recorded('main_ce', '', argv, file, recorded, EVALUATION)
     if opt.dataset == recorded.get('dataset'):
         opt.split_seed = recorded.get('split_seed')
+    for name in ('size', 'mean', 'std'):                    # the network's, on other images too
+        setattr(opt, name, recorded.get(name))
     return opt
 
 

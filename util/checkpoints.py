@@ -64,8 +64,8 @@ def check_parameters(model, state, source):
     if wrong:
         found, wanted = (f'{list(tensors[wrong[0]].shape)}' if wrong[0] in tensors else 'none'
                          for tensors in (state, expected))
-        raise UserError(f'{source} holds another network: {len(wrong)} parameters differ, {wrong[0]} is {found} there, '
-                        f'expected {wanted}')
+        raise UserError(f'{source} holds another network: {len(wrong)} parameters differ, {wrong[0]:.99} is {found} '
+                        f'there, expected {wanted}')
     for name, value in expected.items():
         if state[name].dtype != value.dtype and not {state[name].dtype, value.dtype} <= FLOATS:
             raise UserError(f'{source}: {name} is {state[name].dtype}, expected {value.dtype}')
@@ -207,9 +207,11 @@ def check_recorded(checkpoint, file):
         for name in RECORDED.keys() & opt.keys():
             if isinstance(opt[name], (dict, list, tuple)) and len(opt[name]) != 3:
                 raise ValueError(f'--{name}: found {reprlib.repr(opt[name])}')
-        return {**opt, **{name: parse(str(opt[name])) for name, parse in RECORDED.items() if opt.get(name) is not None}}
+        opt.update({name: parse(str(opt[name])) for name, parse in RECORDED.items() if opt.get(name) is not None})
+        unknown = {name for name in ('model', 'stem', 'width') if opt.get(name) is None}        # as if not there
+        return {name: value for name, value in opt.items() if name not in unknown}
     except (UserError, argparse.ArgumentTypeError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f'{file}: its recorded options are damaged ({error})') from error
+        raise UserError(f'{file}: its recorded options are damaged ({error!s:.300})') from error
 
 
 def load_encoder(checkpoint, opt, source):

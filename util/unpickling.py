@@ -110,7 +110,7 @@ def zipped_pickles(file):
     PyTorch takes the list of members from where the end of the file says, Python from directly before that.
     """
     if stored_bytes(file) is None:
-        raise ValueError('parts of it are compressed')                  # PyTorch's own are not
+        raise ValueError('it is cut off, or parts of it are compressed')        # PyTorch's own are not
     with zipfile.ZipFile(file) as archive:
         size = archive.fp.seek(0, os.SEEK_END)
         archive.fp.seek(-min(98, size), os.SEEK_END)
@@ -148,11 +148,11 @@ def plain_values(value, tensors=False):
 
     ValueError for all else, and for what is endless: lists that share lists are small in a file alone.
     """
-    left = 5_000_000                                    # letters and values
+    left = 1_000_000
 
     def copy(value):
         nonlocal left
-        left -= 1 + (len(value) if isinstance(value, str) else 0)
+        left -= 1
         if left < 0:
             raise ValueError('found values without end')
         value = vars(value) if isinstance(value, argparse.Namespace) else value

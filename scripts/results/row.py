@@ -125,5 +125,5 @@ def main():
 if __name__ == '__main__':
     try:
         main()
-    except (Failure, OSError, ValueError) as failure:                   # ValueError: quotes in a command that do not end
+    except (Failure, OSError, ValueError) as failure:       # ValueError: a command's quotes do not end
         sys.exit(f'row.py: error: {failure}')
