@@ -17,10 +17,10 @@ allowed contrasts A(i) (never z_i itself):
 - Several processes (torch.distributed): each has a slice of the batch. Its views are anchors, the views of all
   processes are contrasts, and each gets the loss of the whole batch.
 
-`reference_loss` is the formula with N x N matrices. The losses need none: for the second term sums over classes are
-enough, mean_{j in P(i)} s_ij = z_i . (class sum - z_i) / (count - 1) / temperature, and with unit vectors
-u_i = y_i / |y_i| the weighted sum is z_i . M u_i / temperature, M = sum_j z_j u_j^T [dim, C]. The first is computed
-over blocks of the matrix, and each block is computed again in the backward pass.
+`reference_loss` is the formula with N x N matrices. The losses need none. For the second term class sums are enough:
+mean_{j in P(i)} s_ij = z_i . (class sum - z_i) / (count - 1) / temperature, and with unit vectors u_i = y_i / |y_i| the
+weighted sum is z_i . M u_i / temperature, M = sum_j z_j u_j^T [dim, C]. The first term is computed in blocks of the
+matrix, and each block is computed again in the backward pass.
 """
 import math
 from typing import NamedTuple
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-# ------------------------------------------------- The losses -------------------------------------------------
+# ----------------------------------------------------- The losses -----------------------------------------------------
 
 
 class _ContrastiveLoss(nn.Module):
@@ -198,8 +198,8 @@ class GenSupConLoss(_ContrastiveLoss):
         """
         shapes = [list(tensor.shape) for tensor in (*features, *labels)]
         n = shapes[0][0]
-        n_classes = shapes[-1][-1]
-        if {len(shape) for shape in shapes} != {2} or shapes != [shapes[0]] * 2 + [[n, n_classes]] * 2:
+        of_labels = [n, shapes[-1][-1]]
+        if any(len(shape) != 2 for shape in shapes) or shapes != [shapes[0], shapes[0], of_labels, of_labels]:
             raise ValueError(f'features are {shapes[:len(features)]} and labels {shapes[len(features):]}, expected two '
                              'of the same [N, dim] and two of the same [N, C]')
         features = [_at_least_float32(part) for part in features]
@@ -257,7 +257,7 @@ def contrastive_accuracy(features: Tensor, labels: Tensor | None = None, positiv
     return 100 * _global_mean(hits.float(), anchors.labels >= 0)
 
 
-# ------------------------------------------ The reference implementation ------------------------------------------
+# ---------------------------------------------- Reference implementation ----------------------------------------------
 
 
 def reference_loss(anchors: Tensor, contrasts: Tensor, weights: Tensor, allowed: Tensor, temperature: float = 0.07,
@@ -292,16 +292,16 @@ def reference_loss(anchors: Tensor, contrasts: Tensor, weights: Tensor, allowed:
             valid = valid & negatives.any(1)
     log_prob = similarity - torch.where(valid[:, None], log_denominator, 0)             # log(exp(s_ij) / D_ij)
     sum_of_weights = sum_of_weights.clamp(min=torch.finfo(similarity.dtype).tiny)
-    if summation_location == 'out':
+    if summation_location == 'out':                                                     # mean of the log
         losses = -(weights * log_prob).sum(1) / sum_of_weights
-    else:
+    else:                                                                               # log of the mean
         log_sum = _masked_logsumexp(log_prob + weights.clamp(min=1e-30).log(), weights > 0)[:, 0]
         losses = sum_of_weights.log() - log_sum
     return torch.where(valid, losses, 0)
 
 
 def _masked_logsumexp(logits, mask):
-    """log sum of exp(logits) where mask, for each row: [n, m] -> [n, 1]; -inf, without gradient, for an empty row."""
+    """log of the sum of exp(logits) where mask is True: [n, m] -> [n, 1]; -inf, without gradient, for an empty row."""
     some = mask.any(1, keepdim=True)
     result = logits.masked_fill(~mask & some, -torch.inf).logsumexp(1, keepdim=True)
     return torch.where(some, result, -torch.inf)
@@ -328,7 +328,7 @@ def _weights_and_allowed(anchors, contrasts, positives, self_index, source_class
     return weights, allowed
 
 
-# ------------------------------------- Views: the anchors and the contrasts -------------------------------------
+# ---------------------------------------- Views: the anchors and the contrasts ----------------------------------------
 
 
 class _Views(NamedTuple):
@@ -400,12 +400,13 @@ def _source_class(labels):
     return torch.where(labels >= 0, -1, -labels - 1)
 
 
-# ------------------------------- Kernels: what one row needs to know of all columns -------------------------------
+# ---------------------------------------- Mean over the positives: class sums -----------------------------------------
+
 
 def _mean_positive(anchors, contrasts, positives, self_index):
-    """The mean of z_i . z_j over P(i), and whether P(i) holds anything: [n] each.
+    """The mean of z_i . z_j over j in P(i), and whether there is any: [n] each.
 
-    All with the same id have the same positives but for themselves: one sum for each id is enough.
+    Views with the same id have the same positives, but for themselves: one sum for each id is enough.
     """
     ids = contrasts.ids(positives)
     if self_index is None:
@@ -419,7 +420,7 @@ def _mean_positive(anchors, contrasts, positives, self_index):
     sums = contrasts.z.new_zeros(len(ids), contrasts.z.shape[1])
     sums = sums.index_add(0, contrast_ids, contrasts.z * in_distribution[:, None])
     counts = counts[anchor_ids]
-    # index_select, since the backward pass of sums[ids] adds in an order that changes from run to run on a CPU.
+    # index_select, since the backward pass of sums[anchor_ids] adds in an order that changes from run to run on a CPU.
     sums = sums.index_select(0, anchor_ids)
     if self_index is not None:
         counts = counts - 1
@@ -434,25 +435,21 @@ def _numbered(ids):
     return torch.empty_like(numbers).scatter_(0, order, numbers)
 
 
-# ---- log-sum-exp over all contrasts ----
+# ------------------------------------------------ Blocked log-sum-exp -------------------------------------------------
 
-# Similarities held at a time by the blocked log-sum-exp. 2**21 floats are 8 MB, which stay in the cache of a CPU; a
-# batch of 1,024 images takes two blocks.
+# Similarities held at a time. 2**21 floats are 8 MB, which stay in the cache of a CPU; a batch of 1,024 images takes two blocks.
 BLOCK = 2**21
-# Side of the square blocks of a symmetric matrix on a CPU; 512 to 1,024 are fastest (benchmarks/README.md).
-TILE = 1024
 
 
 def _log_sum_exp(anchors, contrasts, temperature, self_index, labels=None, source_class=None):
-    """log sum_{j in A(i)} exp(s_ij) for each anchor, [n]: by half of the matrix where it is symmetric, on a CPU.
+    """log sum_{j in A(i)} exp(s_ij) for each anchor: [n]. Where s is symmetric, half of it is enough.
 
-    Half of the matrix is for similarities that no exponential underflows with, and a GPU would have to be waited for to
-    know that.
+    That is for CPUs: whether the features are too long for it (exp(-2 bound) underflows) a GPU would have to be asked.
     """
-    symmetric = self_index is not None and len(anchors) == len(contrasts) > 0          # the same, in the same order
+    symmetric = self_index is not None and len(anchors) == len(contrasts) > 0           # the same views, in one order
     if symmetric and source_class is None and anchors.device.type == 'cpu':
         bound = (anchors.detach().square().sum(1).amax() / temperature).item()          # of all |s_ij|
-        if 2 * bound < -math.log(torch.finfo(anchors.dtype).tiny) - 10:                 # exp(-2 bound) is normal
+        if 2 * bound < -math.log(torch.finfo(anchors.dtype).tiny) - 10:
             return _SymmetricLogSumExp.apply(anchors, temperature, bound)
     return _LogSumExp.apply(anchors, contrasts, temperature, self_index, labels, source_class)
 
@@ -517,7 +514,11 @@ def _nearest(anchors, contrasts, self_index, labels=None, source_class=None):
     return torch.cat(nearest) if nearest else self_index
 
 
-# ---- log-sum-exp of a symmetric matrix ----
+# ----------------------------------------------- Symmetric log-sum-exp ------------------------------------------------
+
+# Side of the square blocks, in views; 512 to 1,024 are fastest (benchmarks/README.md).
+TILE = 1024
+
 
 class _SymmetricLogSumExp(torch.autograd.Function):
     """log sum_{j != i} exp(z_i . z_j / temperature) for each row of z [n, dim]: [n].
@@ -570,12 +571,13 @@ class _SymmetricLogSumExp(torch.autograd.Function):
                 yield rows, columns, block.sub_(bound).exp_()
 
 
-# ---- Collectives: what several processes have in common (torch.distributed); one process sends nothing ----
+# ---------------------------------------------------- Collectives -----------------------------------------------------
 #
-# Each process calls backward on the same number, the loss of the whole batch. What _gather passes back is the sum of
-# what the processes pass to it, so that the gradients of the parameters have to be averaged afterwards, as
-# DistributedDataParallel does: the average is the gradient of that loss. torch.distributed.nn.functional.all_gather does
-# so too, but is deprecated, and what replaces it is private.
+# With one process nothing is sent. Each of several calls backward on the same number, the loss of the whole batch, and
+# gets from _gather the sum of what all processes pass back. So the gradients of the parameters have to be averaged
+# afterwards, as DistributedDataParallel does: the average is the gradient of that loss.
+# torch.distributed.nn.functional.all_gather would do the same, but is deprecated; what replaces it is private.
+
 
 def _n_processes():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

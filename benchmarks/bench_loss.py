@@ -1,4 +1,4 @@
-"""Time and peak memory of the losses against their textbook dense forms, forward and backward.
+"""Time and peak memory of the losses against their dense reference implementation, forward and backward.
 
     python benchmarks/bench_loss.py [--views 16384] [--dim 128] [--classes 10] [--repeat 3]             SupConLoss
     python benchmarks/bench_loss.py --soft --classes 100                                                GenSupConLoss
@@ -21,35 +21,31 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-
 FORMS = ('linear', 'dense', 'products')
 
 
-def dense(features, labels, temperature=0.07):
-    """The formula as the textbook writes it: features [bsz, n_views, dim], N x N matrices throughout.
-
-    labels [bsz] are classes, or [bsz, n_views, classes] distributions.
-    """
+def dense(features, labels):
+    """reference_loss of features [bsz, n_views, dim] with classes [bsz] or distributions [bsz, n_views, classes]."""
     import torch
+
+    from losses import reference_loss
     z = torch.cat(features.unbind(1))
-    not_self = 1 - torch.eye(len(z), device=z.device)
+    not_self = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
     if labels.dim() == 1:
         labels = labels.repeat(features.shape[1])
-        mask = (labels[:, None] == labels).float() * not_self
+        weights = (labels[:, None] == labels) & not_self
     else:
         u = torch.nn.functional.normalize(torch.cat(labels.unbind(1)), dim=1)
-        mask = u @ u.T * not_self
-    logits = z @ z.T / temperature
-    logits = logits - logits.max(1, keepdim=True).values.detach()
-    log_prob = logits - (logits.exp() * not_self).sum(1, keepdim=True).log()
-    return -((mask * log_prob).sum(1) / mask.sum(1)).mean()
+        weights = u @ u.T * not_self
+    return reference_loss(z, z, weights, not_self).mean()
 
 
 def products(features):
     """Seconds of the three products, into memory that is there."""
     import torch
     z = torch.cat(features.detach().unbind(1))
-    matrix, result = torch.ones(len(z), len(z), device=z.device), torch.ones_like(z)
+    matrix = torch.ones(len(z), len(z), device=z.device)
+    result = torch.ones_like(z)
     synchronize()
     start = time.perf_counter()
     torch.mm(z, z.T, out=matrix)
@@ -81,16 +77,18 @@ def measure(form, views, dim, classes, soft):
         features = torch.nn.functional.normalize(torch.randn(views // 2, 2, dim, generator=generator), dim=2)
         features.requires_grad_()
         labels = torch.randint(classes, (views // 2,), generator=generator)
-        if soft:                            # each view mixed with another picture
+        if soft:                            # each view mixed with another image
             labels = torch.nn.functional.one_hot(torch.randint(classes, (2, views // 2, 2), generator=generator),
                                                  classes).float()
             labels = 0.7 * labels[0] + 0.3 * labels[1]
-        features, labels = features.detach().to(device).requires_grad_(), labels.to(device)
+        features = features.detach().to(device).requires_grad_()
+        labels = labels.to(device)
         if form == 'products':
             return products(features), math.nan, math.nan
         synchronize()
         reset_peak_memory()
-        start_memory, start = peak_memory(), time.perf_counter()
+        start_memory = peak_memory()
+        start = time.perf_counter()
         loss = criterion(features, labels)
         loss.backward()
         synchronize()

@@ -121,7 +121,7 @@ def flags_of(words):
 def words_of_one(program, stages):
     """The options that the environment has for a program alone."""
     name = ENVIRONMENT.get(program)
-    if len(stages) == 1 or name not in os.environ:
+    if len(stages) == 1 or not os.environ.get(name or ''):
         return []
     words = [options.underscores(word) for word in split(os.environ[name], name)]
     for flag in sorted({'--trial', '--output_name', '--desc'} & flags_of(words)):

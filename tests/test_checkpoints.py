@@ -171,7 +171,7 @@ def test_a_number_of_numpy_1_or_2_is_a_float(tmp_path, rename):
     float64(content='x' * 9), np.float32(3), np.int64(1), np.ones(3), np.array([None], dtype=object),
     Reduced(multiarray.scalar, 'f8', Reduced(codecs.encode, 'x' * 8, 'latin1')),
     Reduced(codecs.encode, 'x' * 8, 'hex'), Reduced(codecs.encode, 'x' * 8, 'utf-32'), Reduced(codecs.encode, 'x'),
-    Reduced(codecs.encode, Reduced(codecs.encode, 'x', 'latin1'), 'latin1')], ids=str)
+    Reduced(codecs.encode, Reduced(codecs.encode, 'x', 'latin1'), 'latin1')])
 def test_no_other_number_of_numpy(whole, value):
     rejected(encoder, {**whole, 'best_acc': value}, 'not a readable checkpoint')
 
@@ -313,7 +313,7 @@ def test_values_of_any_kind(whole, kind):
     {'best_acc': 101}, {'best_acc': -1}, {'meters': {'train_loss': (NAN, 1)}}, {'meters': {'train_loss': (1., 0.5)}},
     {'meters': {'train_loss': (1., -1)}}, {'scaler': {'scale': 1.}}, {'scaler': {'scale': 'x'}},
     {'scaler': {'scale': NAN, 'growth_factor': 2., 'backoff_factor': .5, 'growth_interval': 2000, '_growth_tracker': 0}},
-    {'opt': {5: 6}}, {'opt': 'x'}, {'model': {}}, {'model': {'fc.weight': {}}}, {'classes': [1]}, {'classes': 'x'}], ids=str)
+    {'opt': {5: 6}}, {'opt': 'x'}, {'model': {}}, {'model': {'fc.weight': {}}}, {'classes': [1]}, {'classes': 'x'}])
 def test_numbers_that_no_run_has(whole, change):
     rejected(resume, {**whole, **change})
 
@@ -473,7 +473,7 @@ def test_a_part_of_an_optimizer_is_none(kind):
 
 @pytest.mark.parametrize('change', [
     {'params': [0, 0, 0, 0]}, {'params': [3, 2, 1, 0]}, {'params': None}, {'lr': 'x'}, {'lr': NAN}, {'lr': -1.},
-    {'lr': None}, {'lr': torch.ones(3)}], ids=str)
+    {'lr': None}, {'lr': torch.ones(3)}])
 def test_groups_of_an_optimizer(change):
     state = copy.deepcopy(optimizer_of().state_dict())
     state['param_groups'][0].update(change)

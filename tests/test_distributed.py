@@ -194,13 +194,18 @@ def test_classifiers_learn_the_same_in_processes(in_processes, program, extra, n
             torch.testing.assert_close(part[2][name], value, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize('criterion', [SupConLoss(), SupConLoss(denominator_mode='only_negatives'),
-                                       SupConLoss(contrast_mode='one'), GenSupConLoss(contrast_mode='one')])
+@pytest.mark.parametrize('criterion', [
+    SupConLoss(), SupConLoss(denominator_mode='only_negatives'), SupConLoss(contrast_mode='one'),
+    SupConLoss(hard_negatives=True), SupConLoss(summation_location='in', positives_cap=2, hard_negatives=True),
+    GenSupConLoss(), GenSupConLoss(contrast_mode='one')])
 def test_the_loss_alone_in_any_training_loop(in_processes, criterion):
-    """With PyTorch's own DistributedDataParallel around a network; one process has no picture."""
+    """With PyTorch's own DistributedDataParallel around a network; one process has no image."""
     rng = torch.Generator().manual_seed(0)
     x, labels = torch.randn(7, 2, 5, generator=rng, dtype=torch.float64), torch.tensor([0, 1, 0, 2, 1, 0, 1])
     soft, sizes = F.one_hot(labels).double() + 0.1, [4, 0, 3]
+    hard_negatives = getattr(criterion, 'hard_negatives', False)
+    if hard_negatives:
+        labels[1:3] = torch.tensor([-1, -2])
 
     def step():
         several = dist.is_initialized()
@@ -214,14 +219,24 @@ def test_the_loss_alone_in_any_training_loop(in_processes, criterion):
         else:
             loss = criterion(z, labels[rows])
         loss.backward()
-        return loss.item(), next(network.parameters()).grad, contrastive_accuracy(z, labels[rows]).item()
+        accuracy = contrastive_accuracy(z, labels[rows], hard_negatives=hard_negatives)
+        return loss.item(), next(network.parameters()).grad, accuracy.item()
     whole, = in_processes(1, step)
     for loss, gradient, accuracy in in_processes(3, step):
         assert loss == pytest.approx(whole[0], rel=1e-12) and accuracy == pytest.approx(whole[2])
         torch.testing.assert_close(gradient, whole[1], rtol=1e-10, atol=1e-12)
 
 
-def test_a_mask_has_a_column_for_each_picture_of_all_processes(in_processes):
+def test_negative_labels_of_one_process_stop_all(in_processes):
+    """None is left waiting for the others."""
+    def raises():
+        with pytest.raises(ValueError, match='hard_negatives=True'):
+            SupConLoss()(torch.ones(2, 2, 3), torch.tensor([0, -1 if distributed.rank() == 1 else 1]))
+        return True
+    assert in_processes(3, raises) == [True] * 3
+
+
+def test_a_mask_has_a_column_for_each_image_of_all_processes(in_processes):
     rng = torch.Generator().manual_seed(0)
     z = F.normalize(torch.randn(5, 2, 3, generator=rng, dtype=torch.float64), dim=2)
     mask = torch.rand(5, 5, generator=rng, dtype=torch.float64)

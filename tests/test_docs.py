@@ -87,7 +87,8 @@ def test_options_that_are_named_are_there(page):
              for flag in action.option_strings}
     scripts = ' '.join(file.read_text() for folder in ('scripts', 'scripts/results', 'benchmarks')
                        for file in (ROOT / folder).iterdir() if file.suffix in ('.py', '.sh'))
-    known |= set(re.findall(r'--\w+', scripts)) | {'--nnodes', '--rdzv_backend', '--rdzv_endpoint'}     # of torchrun
+    known |= set(re.findall(r'--\w+', scripts))
+    known |= {'--nnodes', '--rdzv_backend', '--rdzv_endpoint', '--shm_size'}            # of torchrun and Docker
     for option in re.findall(r'(?<![\w-])--[a-zA-Z][\w-]*', page.read_text()):
         assert f"--{option[2:].replace('-', '_')}" in known, option
 

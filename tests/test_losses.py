@@ -1,74 +1,82 @@
 import copy
 import math
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 import losses
-from losses import GenSupConLoss, SupConLoss, contrastive_accuracy
+from losses import GenSupConLoss, SupConLoss, contrastive_accuracy, reference_loss
 
 
-def textbook(features, labels=None, mask=None, positives='class', temperature=0.07, mode='all', base_temperature=0.07,
-             location='out', denominator='all', cap=-1, keys=None, key_labels=None):
-    """The formulas of SupConLoss as plain double loops: anchors, contrasts, positives."""
+def reference(features, labels=None, mask=None, positives='class', temperature=0.07, mode='all', base_temperature=0.07,
+              location='out', denominator='all', cap=-1, keys=None, key_labels=None):
+    """SupConLoss by reference_loss, its positives and its allowed contrasts found pair by pair."""
     bsz, n_views = features.shape[:2]
-    z = features.flatten(2)
     y = list(range(bsz)) if labels is None else labels.tolist()
-    views = [(p, v) for v in range(n_views) for p in range(bsz)]
-    contrasts = [(p, v, z[p, v], y[p]) for p, v in views]
+    views = [(i, v) for v in range(n_views) for i in range(bsz)]
+    z = features.flatten(2).transpose(0, 1).flatten(0, 1)
+    contrasts = [(j, u, y[j]) for j, u in views]
     if keys is not None:
-        y_keys = list(range(len(keys))) if key_labels is None else key_labels.tolist()
-        contrasts = [(j, 'key', keys[j], y_keys[j]) for j in range(len(keys))]
-    total, anchors = 0., 0
-    for i, v in views if mode == 'all' else views[:bsz]:
-        if y[i] < 0:                                            # a near-ood picture is no anchor
-            continue
-        anchors += 1
-        positive, negative, others = [], [], []                 # (similarity, weight), similarity; pictures so far
-        for j, u, contrast, label in contrasts:
+        contrasts = [(j, 'key', j if key_labels is None else key_labels[j].item()) for j in range(len(keys))]
+    # Near-ood images are no anchors.
+    anchors = [row for row, (i, v) in enumerate(views) if y[i] >= 0 and (mode == 'all' or v == 0)]
+    weights = torch.zeros(len(anchors), len(contrasts), dtype=torch.float64)
+    allowed = torch.zeros(len(anchors), len(contrasts), dtype=torch.bool)
+    for row, anchor in enumerate(anchors):
+        i, v = views[anchor]
+        others = []                                             # other images with positives so far
+        for column, (j, u, label) in enumerate(contrasts):
             if (i, v) == (j, u):
                 continue
-            s = z[i, v] @ contrast / temperature
             same = (i == j or (y[i] == label and positives == 'class')) and label >= 0
-            w = float(same if mask is None else mask[i, j])
-            if w > 0:
-                if i != j and j not in others:
-                    others.append(j)
-                if cap < 0 or i == j or others.index(j) < cap // n_views:
-                    positive.append((s, w))
-            elif label >= 0 or -label - 1 == y[i]:              # near-ood: seen by anchors of its own class only
-                negative.append(s)
-        if not positive or (denominator == 'only_negatives' and not negative):
-            continue
-
-        def log_prob(s, positive=positive, negative=negative):
-            terms = {'all': [p for p, _ in positive] + negative, 'one_positive': [s, *negative],
-                     'only_negatives': negative}[denominator]
-            return s - torch.stack(terms).logsumexp(0)
-        weights = sum(w for _, w in positive)
-        if location == 'out':
-            total = total - sum(w * log_prob(s) for s, w in positive) / weights
-        else:
-            total = total - (sum(w * log_prob(s).exp() for s, w in positive) / weights).log()
-    return (total if torch.is_tensor(total) else 0 * z.sum()) / max(anchors, 1) * temperature / base_temperature
+            weight = float(same if mask is None else mask[i, j])
+            if weight > 0 and i != j and j not in others:
+                others.append(j)
+            if weight == 0:                                     # near-ood: seen by anchors of its own class only
+                allowed[row, column] = label >= 0 or -label - 1 == y[i]
+            elif cap < 0 or i == j or others.index(j) < cap // (n_views if keys is None else 1):
+                weights[row, column] = weight
+                allowed[row, column] = True
+    values = reference_loss(z[anchors], z if keys is None else keys, weights, allowed, temperature, location,
+                            denominator)
+    return values.sum() / max(len(anchors), 1) * temperature / base_temperature
 
 
-def textbook_soft(features, labels, temperature=0.07, mode='all', base_temperature=0.07):
-    """GenSupConLoss as plain double loops."""
+def reference_soft(features, labels, temperature=0.07, mode='all', base_temperature=0.07):
+    """GenSupConLoss by reference_loss."""
+    z, others = features
+    y, y_others = (part.double() for part in labels)
     if mode == 'all':
-        z, y = torch.cat(features), torch.cat(labels).double()
-        anchors = [(z[i], y[i], [j for j in range(len(z)) if j != i]) for i in range(len(z))]
-    else:
-        z, y = features[1], labels[1].double()
-        anchors = [(features[0][i], labels[0][i].double(), range(len(z))) for i in range(len(z))]
-    total = 0 * z.sum()
-    for anchor, label, others in anchors:
-        s = torch.stack([anchor @ z[j] for j in others]) / temperature
-        w = torch.stack([label @ y[j] / (label.norm() * y[j].norm()).clamp(min=1e-12) for j in others])
-        if w.sum() > 0:
-            total = total + s.logsumexp(0) - (w * s).sum() / w.sum()
-    return total / len(anchors) * temperature / base_temperature
+        z = others = torch.cat([z, others])
+        y = y_others = torch.cat([y, y_others])
+    allowed = torch.ones(len(z), len(z), dtype=torch.bool)
+    if mode == 'all':
+        allowed.fill_diagonal_(False)
+    weights = F.cosine_similarity(y[:, None], y_others, dim=2) * allowed
+    return reference_loss(z, others, weights, allowed, temperature).mean() * temperature / base_temperature
+
+
+@pytest.mark.parametrize('location', ['out', 'in'])
+@pytest.mark.parametrize('denominator', ['all', 'one_positive', 'only_negatives'])
+def test_reference_matches_the_formulas_in_exponentials(location, denominator):
+    """Khosla et al., Eq. 2 and 3, with the sums of exponentials as they are written."""
+    anchors = random_features(5, 1)[:, 0]
+    contrasts = random_features(9, 1)[:, 0]
+    allowed = torch.rand(5, 9) < 0.9
+    weights = torch.rand(5, 9, dtype=torch.float64) * (torch.rand(5, 9) < 0.5) * allowed
+    exp = (anchors @ contrasts.T / 0.5).exp()
+    negatives = exp * (allowed & (weights == 0))
+    sums = {'all': (exp * allowed).sum(1, keepdim=True), 'one_positive': exp + negatives.sum(1, keepdim=True),
+            'only_negatives': negatives.sum(1, keepdim=True)}
+    prob = exp / sums[denominator]
+    weights /= weights.sum(1, keepdim=True)
+    expected = -(weights * prob.log()).sum(1) if location == 'out' else -(weights * prob).sum(1).log()
+    found = reference_loss(anchors, contrasts, weights, allowed, 0.5, location, denominator)
+    torch.testing.assert_close(found, expected)
 
 
 def random_features(bsz=7, n_views=2, shape=(5,), dtype=torch.float64):
@@ -77,14 +85,14 @@ def random_features(bsz=7, n_views=2, shape=(5,), dtype=torch.float64):
 
 
 def check(features, mode, location='out', denominator='all', cap=-1, **targets):
-    reference = copy.deepcopy(features)
-    loss = SupConLoss(0.1, mode, 0.07, location, denominator, cap)(features, **targets)
-    expected = textbook(reference, temperature=0.1, mode=mode, location=location, denominator=denominator, cap=cap,
-                        **targets)
+    copied = copy.deepcopy(features)
+    loss = SupConLoss(0.1, mode, 0.07, location, denominator, cap, hard_negatives=True)(features, **targets)
+    expected = reference(copied, temperature=0.1, mode=mode, location=location, denominator=denominator, cap=cap,
+                         **targets)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-12)
     loss.backward()
     expected.backward()
-    torch.testing.assert_close(features.grad, reference.grad, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(features.grad, copied.grad, rtol=1e-6, atol=1e-12)
 
 
 TARGETS = {
@@ -93,7 +101,7 @@ TARGETS = {
     'mask': lambda: {'mask': (torch.rand(7, 7) < 0.4).double()},               # asymmetric, not all its diagonal
     'weights': lambda: {'mask': torch.rand(7, 7).double() * (torch.arange(7) != 3)[:, None]},
     'ood': lambda: {'labels': torch.tensor([0, -1, 0, 1, -2, 1, -3])},         # made from classes 0, 1 and 2
-    'simclr_ood': lambda: {'labels': torch.tensor([0, -1, 0, 1, -2, 1, -3]), 'positives': 'picture'},
+    'simclr_ood': lambda: {'labels': torch.tensor([0, -1, 0, 1, -2, 1, -3]), 'positives': 'image'},
 }
 
 
@@ -101,7 +109,7 @@ TARGETS = {
 @pytest.mark.parametrize('n_views', [1, 2, 3])
 @pytest.mark.parametrize('targets', TARGETS)
 @pytest.mark.parametrize('block', [losses.BLOCK, 40])                          # one block, and several uneven ones
-def test_value_and_gradient_are_the_textbook_s(monkeypatch, mode, n_views, targets, block):
+def test_value_and_gradient_match_reference(monkeypatch, mode, n_views, targets, block):
     monkeypatch.setattr(losses, 'BLOCK', block)
     monkeypatch.setattr(losses, 'TILE', min(block // 10, losses.TILE))
     check(random_features(7, n_views), mode, **TARGETS[targets]())
@@ -114,7 +122,7 @@ ABLATIONS = [(location, denominator, cap) for location in ('out', 'in')
 @pytest.mark.parametrize('mode', ['all', 'one'])
 @pytest.mark.parametrize('n_views', [1, 2, 3])
 @pytest.mark.parametrize('targets', TARGETS)
-def test_ablations_are_the_textbook_s(mode, n_views, targets):
+def test_ablations_match_reference(mode, n_views, targets):
     for ablation in ABLATIONS:
         check(random_features(7, n_views), mode, *ablation, **TARGETS[targets]())
 
@@ -132,12 +140,12 @@ def test_ablations_differ():
 @pytest.mark.parametrize('ablation', ABLATIONS)
 def test_gradcheck_of_ablations(targets, ablation):
     keywords = TARGETS[targets]()
-    assert torch.autograd.gradcheck(lambda f: SupConLoss(0.5, 'all', 0.07, *ablation)(f, **keywords),
-                                    (random_features(),))
+    criterion = SupConLoss(0.5, 'all', 0.07, *ablation, hard_negatives=True)
+    assert torch.autograd.gradcheck(lambda f: criterion(f, **keywords), (random_features(),))
 
 
 def test_an_anchor_without_negatives():
-    """All pictures of one class: there is nothing to sum over in 'only_negatives', which adds 0."""
+    """All images of one class: there is nothing to sum over in 'only_negatives', which adds 0."""
     features, labels = random_features(4, 2), torch.zeros(4)
     for location in ('in', 'out'):
         loss = SupConLoss(summation_location=location, denominator_mode='only_negatives')(features, labels)
@@ -149,7 +157,7 @@ def test_an_anchor_without_negatives():
 KEYS = {
     'supcon': lambda: {'labels': torch.tensor([0, 1, 0, 2]), 'key_labels': torch.tensor([0, 1, 0, 2, 0, 1, 7, 7])},
     'simclr': lambda: {},
-    'simclr_labels': lambda: {'labels': torch.tensor([0, 1, 0, 2]), 'positives': 'picture',
+    'simclr_labels': lambda: {'labels': torch.tensor([0, 1, 0, 2]), 'positives': 'image',
                               'key_labels': torch.tensor([0, 1, 0, 2, 0, 1, 7, 7])},
     'ood': lambda: {'labels': torch.tensor([0, -1, 0, 1]), 'key_labels': torch.tensor([0, -1, 0, 1, -1, -2, -4, 0])},
 }
@@ -165,7 +173,7 @@ def test_keys_are_the_contrasts(monkeypatch, targets, n_views, block):
     for ablation in [('out', 'all', -1), *ABLATIONS]:
         check(random_features(4, n_views), 'all', *ablation, keys=keys, **KEYS[targets]())
     keywords = KEYS[targets]()
-    assert torch.autograd.gradcheck(lambda f, k: SupConLoss(0.5)(f, keys=k, **keywords),
+    assert torch.autograd.gradcheck(lambda f, k: SupConLoss(0.5, hard_negatives=True)(f, keys=k, **keywords),
                                     (random_features(4, n_views), keys.clone().requires_grad_()))
 
 
@@ -175,7 +183,8 @@ def test_gradcheck(monkeypatch, mode, targets):
     monkeypatch.setattr(losses, 'BLOCK', 40)
     monkeypatch.setattr(losses, 'TILE', 4)
     keywords = TARGETS[targets]()
-    assert torch.autograd.gradcheck(lambda f: SupConLoss(0.5, mode)(f, **keywords), (random_features(),))
+    criterion = SupConLoss(0.5, mode, hard_negatives=True)
+    assert torch.autograd.gradcheck(lambda f: criterion(f, **keywords), (random_features(),))
 
 
 SOFT = {
@@ -185,28 +194,29 @@ SOFT = {
         torch.randint(9, (2, 7)), 9).double(),
     'one_hot': lambda: F.one_hot(torch.tensor([0, 1, 0, 2, 1, 0, 4]), 5).repeat(2, 1, 1),
     'alone': lambda: torch.stack([torch.eye(15)[:7], torch.eye(15)[7:14]]),     # nobody has a positive
-    'none': lambda: torch.rand(2, 7, 5) * (torch.arange(7) != 3)[:, None],      # a picture without label
+    'none': lambda: torch.rand(2, 7, 5) * (torch.arange(7) != 3)[:, None],      # an image without label
 }
 
 
 @pytest.mark.parametrize('mode', ['all', 'one'])
 @pytest.mark.parametrize('targets', SOFT)
 @pytest.mark.parametrize('block', [losses.BLOCK, 40])
-def test_soft_labels_are_the_textbook_s(monkeypatch, mode, targets, block):
+def test_soft_labels_match_reference(monkeypatch, mode, targets, block):
     monkeypatch.setattr(losses, 'BLOCK', block)
     monkeypatch.setattr(losses, 'TILE', min(block // 10, losses.TILE))
-    labels, features = SOFT[targets](), random_features()
-    reference = copy.deepcopy(features)
+    labels = SOFT[targets]()
+    features = random_features()
+    copied = copy.deepcopy(features)
     loss = GenSupConLoss(0.1, mode, 0.07)(features.unbind(1), labels.unbind(0))
-    expected = textbook_soft(reference.unbind(1), labels.unbind(0), 0.1, mode)
+    expected = reference_soft(copied.unbind(1), labels.unbind(0), 0.1, mode)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-12)
     loss.backward()
     expected.backward()
-    torch.testing.assert_close(features.grad, reference.grad, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(features.grad, copied.grad, rtol=1e-6, atol=1e-12)
     assert torch.autograd.gradcheck(lambda f: GenSupConLoss(0.5, mode)(f.unbind(1), labels.unbind(0)), (features,))
 
 
-def test_one_hot_labels_are_supcon():
+def test_one_hot_labels_match_supcon():
     features, labels = random_features(64, 2, (16,), torch.float32), torch.randint(9, (64,))
     expected = SupConLoss(0.1)(features, labels)
     loss = GenSupConLoss(0.1)(features.unbind(1), [F.one_hot(labels, 9)] * 2)
@@ -220,7 +230,7 @@ def test_nearly_one_hot_labels_in_float32():
     labels = torch.stack([torch.eye(14)[:7], torch.eye(14)[7:]]) + 1e-6
     features = random_features(dtype=torch.float32)
     loss = GenSupConLoss(0.1)(features.unbind(1), labels.unbind(0))
-    torch.testing.assert_close(loss.double(), textbook_soft(features.double().unbind(1), labels.unbind(0), 0.1),
+    torch.testing.assert_close(loss.double(), reference_soft(features.double().unbind(1), labels.unbind(0), 0.1),
                                rtol=1e-4, atol=0)
 
 
@@ -245,8 +255,8 @@ def test_more_dimensions_are_flattened():
     check(random_features(4, 2, (3, 2, 2)), 'all', labels=torch.tensor([0, 1, 0, 1]))
 
 
-def test_other_view_of_the_same_picture_is_a_positive():
-    # Two pictures of different classes: the only positive of each view is the other view of its picture.
+def test_other_view_of_the_same_image_is_a_positive():
+    # Two images of different classes: the only positive of each view is the other view of its image.
     features = random_features(2, 2)
     torch.testing.assert_close(SupConLoss()(features, torch.tensor([3, 8])), SupConLoss()(features))
     assert SupConLoss()(features, torch.tensor([3, 8])) > 0
@@ -254,20 +264,44 @@ def test_other_view_of_the_same_picture_is_a_positive():
 
 def test_class_zero_has_hard_negatives():
     features = random_features(3, 2)
-    own, foreign, none = (SupConLoss()(features, torch.tensor([0, 1, third])) for third in (-1, -3, 2))
-    assert own > foreign                                        # class 0 sees the picture made from it
+    criterion = SupConLoss(hard_negatives=True)
+    own, foreign, none = (criterion(features, torch.tensor([0, 1, third])) for third in (-1, -3, 2))
+    assert own > foreign                                        # class 0 sees the image made from it
     torch.testing.assert_close(foreign, SupConLoss()(features[:2], torch.tensor([0, 1])))   # nobody sees it
     assert not torch.isclose(own, none)
 
 
 def test_without_hard_negatives_it_is_supcon_and_simclr():
     features, labels = random_features(), torch.tensor([0, 1, 0, 2, 1, 0, 9])
-    torch.testing.assert_close(SupConLoss()(features, labels, positives='picture'), SupConLoss()(features))
+    criterion = SupConLoss(hard_negatives=True)
+    torch.testing.assert_close(SupConLoss()(features, labels, positives='image'), SupConLoss()(features))
     # Hard negatives of classes that have no anchors change nothing.
     more = torch.cat([features, random_features(2, 2)])
-    for positives in ('class', 'picture'):
-        torch.testing.assert_close(SupConLoss()(more, torch.cat([labels, torch.tensor([-8, -4])]), positives=positives),
+    for positives in ('class', 'image'):
+        torch.testing.assert_close(criterion(more, torch.cat([labels, torch.tensor([-8, -4])]), positives=positives),
                                    SupConLoss()(features, labels, positives=positives))
+
+
+@pytest.mark.parametrize('targets', [{}, {'positives': 'image'},
+                                     {'keys': torch.eye(5)[:4], 'key_labels': torch.tensor([0, 1, 2, 0])}])
+@pytest.mark.parametrize('location', ['out', 'in'])
+def test_negative_labels_need_hard_negatives(targets, location):
+    """Most people mean "ignore" by -1."""
+    features, labels = random_features(4, 2, dtype=torch.float32), torch.tensor([0, 1, -1, 0])
+    with pytest.raises(ValueError, match=r'labels are negative, .* hard_negatives=True .* found -1'):
+        SupConLoss(summation_location=location)(features, labels, **targets)
+    if 'keys' not in targets:
+        with pytest.raises(ValueError, match='hard_negatives=True'):
+            contrastive_accuracy(features, labels, **targets)
+
+
+def test_negative_keys_need_no_hard_negatives():
+    """As the empty places of a queue: nobody sees them."""
+    features, labels = random_features(4, 1), torch.tensor([0, 1, 2, 0])
+    keys = F.normalize(torch.randn(6, 5, dtype=torch.float64), dim=1)
+    for criterion in (SupConLoss(), SupConLoss(summation_location='in')):
+        loss = criterion(features, labels, keys=keys, key_labels=torch.cat([labels, torch.tensor([-2**40, -2**40])]))
+        torch.testing.assert_close(loss, criterion(features, labels, keys=keys[:4], key_labels=labels))
 
 
 def test_collapsed_features_give_the_value_that_users_report():
@@ -282,7 +316,7 @@ def test_collapsed_features_give_the_value_that_users_report():
 def test_no_positives_adds_zero(labels, dense):
     features = random_features(len(labels), 1)
     targets = {'mask': torch.zeros(len(labels), len(labels))} if dense else {'labels': torch.tensor(labels)}
-    loss = SupConLoss()(features, **targets)
+    loss = SupConLoss(hard_negatives=True)(features, **targets)
     loss.backward()
     assert loss == 0 and (features.grad == 0).all()
 
@@ -315,7 +349,7 @@ def test_labels_of_any_kind(labels):
     ((4, 2, 8), {'labels': torch.zeros(2, 2)}, ['[2, 2]', '[4, 2, 8]']),
     ((4, 2, 8), {'mask': torch.zeros(4, 3)}, ['[4, 3]', '[4, 4]', '[4, 2, 8]']),
     ((4, 2, 8), {'mask': torch.eye(4), 'labels': torch.zeros(4)}, ['labels', 'mask']),
-    ((4, 2, 8), {'positives': 'views'}, ["'views'", "'class'", "'picture'"]),
+    ((4, 2, 8), {'positives': 'views'}, ["'views'", "'class'", "'image'"]),
     ((4, 2, 8), {'keys': torch.zeros(3, 8)}, ['[3, 8]', '[4 or more, 8]']),
     ((4, 2, 8), {'keys': torch.zeros(5, 7)}, ['[5, 7]', '[4, 2, 8]']),
     ((4, 2, 8), {'keys': torch.zeros(5, 8), 'labels': torch.zeros(4)}, ['key_labels']),
@@ -328,9 +362,49 @@ def test_wrong_shapes_are_named(features, targets, words):
     assert all(word in str(error.value) for word in words)
 
 
+STANDALONE = """
+import sys
+import torch
+sys.path.insert(0, '.')                                         # -I: nothing else but the packages of Python
+before = set(sys.modules)
+from losses import SupConLoss
+new = set(sys.modules) - before
+assert {name for name in new if not name.startswith('torch.')} == {'losses'}, new
+layer, x, labels = torch.load('in.pt', weights_only=False)
+optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+loss = SupConLoss()(torch.nn.functional.normalize(layer(x), dim=2), labels)
+loss.backward()
+optimizer.step()
+torch.save((loss.detach(), layer.weight.grad, layer.weight.detach()), 'out.pt')
+"""
+
+
+def test_the_file_alone_trains(tmp_path):
+    """Copied to an empty folder, out of reach of this repository, where users of SupContrast would put it."""
+    shutil.copy(losses.__file__, tmp_path)
+    layer, x, labels = torch.nn.Linear(6, 4).double(), torch.randn(8, 2, 6, dtype=torch.float64), torch.arange(8) % 3
+    torch.save((layer, x, labels), tmp_path / 'in.pt')
+    subprocess.run([sys.executable, '-I', '-c', STANDALONE], cwd=tmp_path, check=True)
+    loss, gradient, weight = torch.load(tmp_path / 'out.pt')
+    expected = reference(F.normalize(layer(x), dim=2), labels)
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(gradient, layer.weight.grad)
+    torch.testing.assert_close(weight, layer.weight.detach() - 0.1 * gradient)
+
+
+def test_supcontrast_s_signatures():
+    features, labels = random_features(), torch.tensor([0, 1, 0, 2, 1, 0, 9])
+    criterion = SupConLoss(0.1, 'one', 0.05)
+    assert (criterion.temperature, criterion.contrast_mode, criterion.base_temperature) == (0.1, 'one', 0.05)
+    mask = (labels[:, None] == labels).double()
+    torch.testing.assert_close(criterion(features, None, mask), criterion(features, labels))
+    assert SupConLoss(temperature=0.07, contrast_mode='all', base_temperature=0.07)(features, labels, mask=None) > 0
+
+
 @pytest.mark.parametrize('loss', [SupConLoss, GenSupConLoss])
 @pytest.mark.parametrize('keywords', [{'contrast_mode': 'two'}, {'temperature': 0}, {'base_temperature': -1}])
-def test_wrong_settings_are_refused(loss, keywords):
+def test_wrong_settings_are_rejected(loss, keywords):
     with pytest.raises(ValueError):
         loss(**keywords)
 
@@ -341,31 +415,38 @@ def test_every_temperature_and_length_in_float32(monkeypatch, spy, temperature, 
     """Half of the matrix is used only where none of its exponentials can vanish."""
     monkeypatch.setattr(losses, 'TILE', 5)
     symmetric = spy(losses._SymmetricLogSumExp, 'apply')
-    reference = (scale * random_features()).detach().requires_grad_()
-    features = reference.detach().float().requires_grad_()
+    exact = (scale * random_features()).detach().requires_grad_()
+    features = exact.detach().float().requires_grad_()
     labels = torch.tensor([0, 1, 0, 2, 1, 0, 9])
     loss = SupConLoss(temperature)(features, labels)
-    expected = textbook(reference, labels=labels, temperature=temperature)
+    expected = reference(exact, labels=labels, temperature=temperature)
     torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-4)
     loss.backward()
     expected.backward()
-    torch.testing.assert_close(features.grad, reference.grad.float(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(features.grad, exact.grad.float(), rtol=1e-3, atol=1e-4)
     assert bool(symmetric) == (scale**2 / temperature < 38.6)
 
 
-def test_gpus_are_not_waited_for():
+def test_gpus_are_not_waited_for(spy):
     """Tensors without values, as if on a GPU: who asks for one gets an error."""
     from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+    assertions = spy(torch, '_assert_async')
     with FakeTensorMode():
         features = torch.empty(8, 2, 16, device='cuda', requires_grad=True)
         labels = torch.empty(8, dtype=torch.long, device='cuda')
         with pytest.raises(DataDependentOutputException):
             (labels >= 0).all().item()
-        for targets in ({'labels': labels}, {}, {'labels': labels, 'positives': 'picture'},
-                        {'keys': features[:, 0].detach()}, {'mask': labels == labels[:, None]}):
-            assert SupConLoss()(features, **targets).device.type == 'cuda'
+        for criterion in (SupConLoss(), SupConLoss(hard_negatives=True), SupConLoss(positives_cap=2)):
+            for targets in ({'labels': labels}, {}, {'labels': labels, 'positives': 'image'},
+                            {'keys': features[:, 0].detach()}, {'mask': labels == labels[:, None]},
+                            {'labels': labels, 'keys': features[:, 0].detach(), 'key_labels': labels}):
+                assertions.clear()
+                assert criterion(features, **targets).device.type == 'cuda'
+                # Negative labels stop the GPU, where they are not hard negatives.
+                assert len(assertions) == ('labels' in targets and not criterion.hard_negatives)
         GenSupConLoss()(features.unbind(1), [torch.empty(8, 3, device='cuda')] * 2)
-        losses.contrastive_accuracy(features, labels)
+        contrastive_accuracy(features, labels)
+        contrastive_accuracy(features, labels, hard_negatives=True)
 
 
 def test_a_single_view_has_no_contrasts():
@@ -419,15 +500,16 @@ def test_contrastive_accuracy():
     assert contrastive_accuracy(features[:2].flip(1)) == 100
     assert contrastive_accuracy(F.normalize(torch.tensor([[[1., 0.], [0., 1.]], [[.9, .1], [.1, .9]]]), dim=2)) == 0
     assert contrastive_accuracy(features[[0, 0]], torch.tensor([1, 1])) == 100
-    assert contrastive_accuracy(features[:2], torch.tensor([0, -1])) == 100     # only the two views of picture 0 count
-    assert contrastive_accuracy(features[:2], torch.tensor([0, 0]), 'picture') == 100
+    # Only the two views of image 0 count.
+    assert contrastive_accuracy(features[:2], torch.tensor([0, -1]), hard_negatives=True) == 100
+    assert contrastive_accuracy(features[:2], torch.tensor([0, 0]), 'image') == 100
     crossed = torch.stack([torch.stack([near, far]), torch.stack([near, far])])
     assert contrastive_accuracy(crossed, torch.tensor([0, 0])) == 100
-    assert contrastive_accuracy(crossed, torch.tensor([0, 0]), 'picture') == 0
+    assert contrastive_accuracy(crossed, torch.tensor([0, 0]), 'image') == 0
 
 
 def test_contrastive_accuracy_of_soft_labels():
-    """The weight of the most similar view; for one-hot labels the share of positives."""
+    """The weight of the most similar view; for one-hot labels the fraction of positives."""
     features, labels = random_features(30, 2), torch.randint(4, (30,))
     one_hot = F.one_hot(labels, 4).float()[:, None].repeat(1, 2, 1)
     torch.testing.assert_close(contrastive_accuracy(features, one_hot), contrastive_accuracy(features, labels))
@@ -441,6 +523,6 @@ def test_contrastive_accuracy_of_soft_labels():
 @pytest.mark.parametrize('keywords, words', [
     ({'summation_location': 'inside'}, "'inside'"), ({'denominator_mode': 'none'}, 'only_negatives'),
     ({'positives_cap': -2}, '-2'), ({'positives_cap': 3}, 'multiple of 2')])
-def test_wrong_ablations_are_refused(keywords, words):
+def test_wrong_ablations_are_rejected(keywords, words):
     with pytest.raises(ValueError, match=words):
         SupConLoss(**keywords)(random_features(), torch.zeros(7))

@@ -218,7 +218,7 @@ def test_a_recipe_through_its_own_command_line(copy):
         result = shell(['bash', 'scripts/simclr_cifar10_resnet50.sh', *words], copy)
         assert result.returncode == 2 and expected in result.stderr and result.stderr.count('\n') == 1
     result = shell(['bash', 'scripts/simclr_cifar10_resnet50.sh', '--no_such_option', '3'], copy)
-    assert result.returncode == 2 and '--no_such_option' in result.stderr
+    assert result.returncode == 2 and '--no_such_option' in result.stderr and not result.stdout   # nothing was started
 
 
 def test_without_labels_supcon_is_simclr(tmp_path):
@@ -270,13 +270,11 @@ def test_help_of_a_launch_script_is_its_comment(tmp_path):
 
 
 def test_a_launch_script_ends_with_the_stage_that_fails(tmp_path):
-    """From any folder, whatever CDPATH is; the options of all stages are checked before the first is started."""
+    """From any folder, whatever CDPATH is."""
     bash = ['bash', str(ROOT / 'scripts/supcon_cifar10_resnet50.sh')]
     stage = tmp_path / 'stage'
     stage.write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/started\n[ "$1" != main_linear.py ] || exit 7\n')
     stage.chmod(0o755)
-    assert shell([*bash, '--no_such_option'], tmp_path, LAUNCH=str(stage)).returncode == 2
-    assert not (tmp_path / 'started').exists()
     done = shell([*bash, '--dataset', 'digits'], tmp_path, LAUNCH=str(stage), CDPATH='/')
     assert done.returncode == 7 and (tmp_path / 'started').read_text().split() == ['main_supcon.py', 'main_linear.py']
     done = shell([*bash, '--mode=eval'], tmp_path, LAUNCH='no-such-program --n 2')
@@ -309,7 +307,10 @@ def test_quickstart_in_miniature(copy):
     """From its command line to its last three lines, the picture included, in an environment that is there already."""
     venv = copy / '.venv'
     (venv / 'bin').mkdir(parents=True)
-    (venv / 'bin' / 'activate').write_text('')
+    (venv / 'bin' / 'activate').write_text(f'export PATH="{venv}/bin:$PATH"\n')
+    (venv / 'bin' / 'python').symlink_to(os.path.realpath(sys.executable))
+    (venv / 'lib').symlink_to(Path(sys.prefix, 'lib'))                  # the packages of this environment
+    (venv / 'pyvenv.cfg').write_text(f'home = {os.path.dirname(os.path.realpath(sys.executable))}\n')
     shutil.copy(copy / 'requirements.txt', venv / 'requirements.txt')
     result = shell(['bash', 'scripts/quickstart.sh', '--epochs', '1', '--max_samples', '60'], copy)
     assert result.returncode == 0, result.stderr
