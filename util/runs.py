@@ -255,13 +255,13 @@ class Run:
             totals = [total for total, _ in self.meters_so_far.values()]
             if not 0 <= self.best_acc <= 100 or not all(map(math.isfinite, totals)):
                 raise ValueError(f'best_acc {self.best_acc}, meters {totals}')
-            if not isinstance(saved.get('wandb'), (str, type(None))):
-                raise TypeError('wandb is no text')
+            if not isinstance(saved.get('wandb'), (str, type(None))) or not self.checkpoint['opt']:
+                raise TypeError('wandb is no text, or the options are missing')
             load_parameters(model, self.checkpoint['model'], f'--resume: {self.source}')
             scaler = saved.get('scaler') or {}
             load_scaler(optimizer.scaler, scaler)
             # The first steps of float16 may all have been skipped; not every parameter of timm's has gradients.
-            begun = (epoch or self.step) and (saved['optimizer']['state'] or not scaler)
+            begun = bool((epoch or self.step) and (saved['optimizer']['state'] or not scaler))
             optional = {parameter for name, parameter in model.named_parameters() if 'backbone.' in name}
             load_optimizer(optimizer, saved['optimizer'], begun, optional)
         except UserError:
