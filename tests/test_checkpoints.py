@@ -31,17 +31,18 @@ from util.runs import Run
 
 LAST = Path('output/a/trial=0/last.ckpt')
 DIGITS = [str(i) for i in range(10)]
+RUN = [*TINY, '--mean', '0.3,0.3,0.3', '--std', '0.4,0.4,0.4', '--output_name', 'a']
 NAN = float('nan')
 
 
 class Reduced:
-    """What a pickle calls this function for."""
+    """What a pickle calls this function for, and then gives a state, and items to."""
 
-    def __init__(self, function, *args, state=None):
-        self.function, self.args, self.state = function, args, state
+    def __init__(self, function, *args, state=None, items=None):
+        self.parts = function, args, state, None, items and iter(items.items())
 
     def __reduce__(self):
-        return (self.function, self.args) + ((self.state,) if self.state else ())
+        return self.parts
 
 
 def stored(state, **settings):
@@ -82,7 +83,7 @@ def runs(tmp_path_factory):
     folder, before = tmp_path_factory.mktemp('run'), os.getcwd()
     os.chdir(folder)
     try:
-        main_ce.main([*TINY, '--epochs', '1', '--output_name', 'a'])
+        main_ce.main([*RUN, '--epochs', '1'])
     finally:
         os.chdir(before)
     return folder
@@ -97,7 +98,7 @@ def whole(runs, tmp_path, monkeypatch):
 
 
 def resume(*options):
-    opt = main_ce.parse_option([*TINY, '--epochs', '2', '--output_name', 'a', '--resume', *options])
+    opt = main_ce.parse_option([*RUN, '--epochs', '2', '--resume', *options])
     run = Run(opt)
     training.set_device(opt)
     opt.num_classes = 10
@@ -108,7 +109,7 @@ def resume(*options):
 
 
 def evaluated():
-    opt = main_ce.parse_option([*TINY, '--epochs', '2', '--output_name', 'a', '--evaluate'])
+    opt = main_ce.parse_option([*RUN, '--epochs', '2', '--evaluate'])
     run = Run(opt)
     training.set_device(opt)
     opt.num_classes = 10
@@ -123,7 +124,7 @@ def encoder():
 
 
 def teacher(*options):
-    opt = main_supcon.parse_option([*TINY, '--method', 'GenSCL', '--KD', '--teacher_path', str(LAST.parent), *options])
+    opt = main_supcon.parse_option([*RUN, '--method', 'GenSCL', '--KD', '--teacher_path', str(LAST.parent), *options])
     opt.device = 'cpu'
     return teachers.load_teacher(teachers.read_teacher(opt), opt, DIGITS)
 
@@ -137,12 +138,12 @@ READERS = [resume, evaluated, encoder, teacher, script]
 
 
 def rejected(read, content, *words):
-    """Assert that a checkpoint, a dict or the bytes of a file, is one line of at most 600 letters that holds `words`."""
+    """Assert that a checkpoint, a dict or the bytes of a file, is an error of less than 700 letters with `words`."""
     LAST.write_bytes(content if isinstance(content, bytes) else stored(content))
     with pytest.raises(UserError) as error:
         read()
     line = str(error.value)
-    assert len(line) < 600, line
+    assert len(line) < 700, line
     for word in (str(LAST), *words):
         assert word in line, line
 
@@ -202,11 +203,12 @@ def test_nested_encodings_do_not_fill_the_memory(whole):
 
 
 @pytest.mark.parametrize('operations', [
-    b'})' + b'\x85' * 10**6 + b'K\x01s', b'})' + b'q\x01h\x01\x86' * 60 + b'K\x01s',
+    b'})' + b'\x85' * 200_000 + b'K\x01s', b'})' + b'q\x01h\x01\x86' * 60 + b'K\x01s',
     b'}()' + b'q\x01h\x01\x86' * 60 + b'K\x01u', b')' + b'q\x01h\x01\x86' * 60 + b')R', b'K\x05)\x81',
-    b'ccollections\nOrderedDict\n)R])' + b'\x85' * 10**6 + b'K\x01\x86ab',
-    b'cargparse\nNamespace\n)\x81])' + b'\x85' * 10**6 + b'K\x01\x86ab',
-    b'(' + STORAGE % (b')' + b'\x85' * 10**6), b'}(' + b'\x8a\x09' + b'\xff' * 8 + b'\x1fK\x01u', b'K\x05Q', b')Q', b'h\x05',
+    b'ccollections\nOrderedDict\n)R])' + b'\x85' * 200_000 + b'K\x01\x86ab',
+    b'cargparse\nNamespace\n)\x81])' + b'\x85' * 200_000 + b'K\x01\x86ab',
+    b'(' + STORAGE % (b')' + b'\x85' * 200_000),
+    b'}(' + b'\x8a\x09' + b'\xff' * 8 + b'\x1fK\x01u', b'K\x05Q', b')Q', b'h\x05',
     b'cos\nsystem\n', b'c__builtin__\nbytearray\n(J\xff\xff\xff\x7ftR', b'c' + b'a' * 10**5 + b'\n\x1b[31m\n', b''],
     ids=range(16))
 def test_pickles_made_by_hand(whole, operations):
@@ -216,15 +218,15 @@ def test_pickles_made_by_hand(whole, operations):
 
 def test_methods_that_a_file_replaces_are_not_called(whole):
     for name in ('items', 'keys', 'values', 'get'):
-        state, network = collections.OrderedDict(whole), collections.OrderedDict(whole['model'])
-        setattr(state, name, 5)
-        setattr(network, name, collections.OrderedDict)
-        options = collections.OrderedDict(whole['opt'])
-        setattr(options, name, 5)
-        LAST.write_bytes(stored({**state, 'model': network, 'opt': options}))
-        evaluated()
-        LAST.write_bytes(stored(state))
-        evaluated()
+        def replaced(items, by, name=name):
+            return Reduced(collections.OrderedDict, state={name: by}, items=items)
+        for by in (5, collections.OrderedDict):
+            LAST.write_bytes(stored(replaced({**whole, **{
+                key: replaced(whole[key], by) for key in ('model', 'opt', 'optimizer')}}, by)))
+            evaluated()
+            LAST.write_bytes(stored(replaced({**whole, **{
+                key: replaced(whole[key], by) for key in ('model', 'opt', 'optimizer')}}, by)))
+            resume()
 
 
 # Files of PyTorch before 1.6
@@ -254,8 +256,9 @@ def test_old_files_do_not_show_memory(tmp_path):
     blocks = [torch.full((1000,), 7.) for _ in range(100)]
     del blocks
     file.write_bytes(old_file(b'M\xe8\x03', []))
-    assert not checkpoints.load_checkpoint(file)['model']['a'].any()
-    for numel in (b'K\x0a', b'J\x00\x00\x00\x40', b'\x8a\x06\x00\x00\x00\x00\x00\x01', b'J\xff\xff\xff\xff', b']', b'N'):
+    assert checkpoints.load_checkpoint(file)['model']['a'].isnan().all()
+    large = b'J\x00\x00\x00\x40', b'\x8a\x06\x00\x00\x00\x00\x00\x01'
+    for numel in (b'K\x0a', *large, b'J\xff\xff\xff\xff', b']', b'N'):
         file.write_bytes(old_file(numel, []))
         with pytest.raises(UserError, match='not a readable checkpoint'):
             checkpoints.load_checkpoint(file)
@@ -278,10 +281,9 @@ def test_zip_files_that_are_not_as_pytorch_writes_them(whole):
 
 
 def test_a_zip_file_has_one_list_of_its_parts(whole):
-    """Python reads the list before its end, where all is stored, PyTorch that which its end names, where all inflates."""
-    names = [name for name, _ in members(stored(whole))]
-    inflating = zipped([(name, dict(members(stored(whole)))[name]) for name in names], zipfile.ZIP_DEFLATED)
-    harmless = zipped([(name, b'') for name in names])
+    """Python reads the list before its end, where all is stored, PyTorch the one its end names, where all inflates."""
+    parts = members(stored(whole))
+    inflating, harmless = zipped(parts, zipfile.ZIP_DEFLATED), zipped([(name, b'') for name, _ in parts])
     size, start = struct.unpack('<2L', inflating[-10:-2])
     assert size == struct.unpack('<L', harmless[-10:-6])[0]
     rejected(evaluated, inflating[:-22] + harmless[:-22] + inflating[-22:], 'not a readable checkpoint')
@@ -291,39 +293,42 @@ def test_a_zip_file_has_one_list_of_its_parts(whole):
 
 STRANGE = {'endless': endless(), 'endless tuple': endless(tuple), 'tensor': torch.ones(3), 'text': 'x' * 10**5,
            'huge': 2**200, 'nan': NAN, 'list': [1], 'names': {5: {}}, 'control': '\x1b[2J\n', 'none': None}
-STRANGE['in itself'] = STRANGE['in itself'] = []
+STRANGE['in itself'] = []
 STRANGE['in itself'].append(STRANGE['in itself'])
 
 
 @pytest.mark.parametrize('kind', STRANGE)
 def test_values_of_any_kind(whole, kind):
     value = STRANGE[kind]
-    for name in ('epoch', 'step', 'best_acc', 'meters', 'optimizer', 'scaler', 'wandb', 'model', 'classes', 'opt'):
-        if kind == 'none' and name in ('scaler', 'wandb', 'classes', 'opt') or name == 'wandb' and isinstance(value, str):
-            continue
-        read = encoder if name in ('classes', 'opt', 'model') else resume
-        rejected(read, {**whole, name: value})
-    for name in ('mean', 'seed', 'width', 'warm_epochs'):
-        if isinstance(value, torch.Tensor) or kind == 'in itself' or kind.startswith('endless'):
-            rejected(encoder, {**whole, 'opt': {**whole['opt'], name: value}}, 'options are damaged')
+    may_be = {'wandb': ('none', 'text', 'control'), **dict.fromkeys(('scaler', 'classes', 'opt'), ('none',))}
+    keys = 'epoch', 'step', 'best_acc', 'meters', 'optimizer', 'scaler', 'wandb', 'model', 'classes', 'opt'
+    for name in keys[::5] if 'endless' in kind else keys:               # to be sure that it has no end takes a moment
+        if kind not in may_be.get(name, ()):
+            rejected(encoder if name in ('model', 'classes', 'opt') else resume, {**whole, name: value})
+    if kind in ('endless', 'tensor', 'in itself'):
+        rejected(encoder, {**whole, 'opt': {**whole['opt'], 'warm_epochs': value}}, 'options are damaged')
+
+
+SCALER = {'scale': 8., 'growth_factor': 2., 'backoff_factor': 0.5, 'growth_interval': 2000, '_growth_tracker': 0}
 
 
 @pytest.mark.parametrize('change', [
     {'epoch': 1.}, {'epoch': True}, {'epoch': '1'}, {'epoch': -1}, {'epoch': 2**40}, {'step': 1.}, {'step': 2**40},
     {'best_acc': 101}, {'best_acc': -1}, {'meters': {'train_loss': (NAN, 1)}}, {'meters': {'train_loss': (1., 0.5)}},
-    {'meters': {'train_loss': (1., -1)}}, {'scaler': {'scale': 1.}}, {'scaler': {'scale': 'x'}},
-    {'scaler': {'scale': NAN, 'growth_factor': 2., 'backoff_factor': .5, 'growth_interval': 2000, '_growth_tracker': 0}},
-    {'opt': {5: 6}}, {'opt': 'x'}, {'model': {}}, {'model': {'fc.weight': {}}}, {'classes': [1]}, {'classes': 'x'}])
+    {'meters': {'train_loss': (1., -1)}}, {'scaler': {'scale': 1.}}, {'scaler': {**SCALER, 'scale': 'x'}},
+    {'scaler': {**SCALER, 'scale': NAN}}, {'scaler': {**SCALER, 'growth_interval': 0.5}}, {'opt': {5: 6}},
+    {'opt': 'x'}, {'model': {}}, {'model': {'fc.weight': {}}}, {'classes': [1]}, {'classes': 'x'}])
 def test_numbers_that_no_run_has(whole, change):
     rejected(resume, {**whole, **change})
 
 
 def test_the_scaler_of_float16_loads(whole):
     scaler = torch.amp.GradScaler('cpu')
-    LAST.write_bytes(stored({**whole, 'scaler': scaler.state_dict()}))
+    checkpoints.load_scaler(scaler, SCALER)
+    assert scaler.state_dict() == SCALER
+    checkpoints.load_scaler(torch.amp.GradScaler('cpu', enabled=False), SCALER)
+    LAST.write_bytes(stored({**whole, 'scaler': SCALER}))
     resume()
-    checkpoints.load_scaler(scaler, {**scaler.state_dict(), 'scale': 8.})
-    assert scaler.get_scale() == 8
 
 
 def test_a_step_after_the_end_of_the_epoch(call, whole):
@@ -333,7 +338,7 @@ def test_a_step_after_the_end_of_the_epoch(call, whole):
     with pytest.raises(UserError, match='step'):
         loader.set_epoch(2, 4)
     LAST.write_bytes(stored({**whole, 'step': 99}))
-    status, _, err = call(main_ce.main, *TINY, '--epochs', 2, '--output_name', 'a', '--resume')
+    status, _, err = call(main_ce.main, *RUN, '--epochs', 2, '--resume')
     assert status == 2 and err.count('\n') == 1 and '99' in err and '3 steps' in err
 
 
@@ -372,14 +377,14 @@ def test_parameters_of_another_type_are_named(whole, dtype):
 
 
 def test_a_tiny_file_that_names_a_gigantic_network_takes_no_memory(whole):
-    """10 GB for resnet18 of width 16, 18 GB for the largest of timm."""
+    """11 GB for resnet18 of width 16, 4 GB for the one of timm."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
     now = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
-    for options in ({'width': 16.}, {'model': 'timm/eva02_enormous_patch14_clip_224', 'width': 1.}):
+    for options in ({'width': 16.}, {'model': 'timm/vit_giant_patch14_clip_224', 'width': 1., 'size': 224}):
         state = {**whole, 'opt': {**whole['opt'], **options}}
         resource.setrlimit(resource.RLIMIT_AS, (now + 2 * 2**30, limits[1]))
         try:
-            for read in (encoder, teacher):
+            for read in (encoder, lambda: teacher('--size', '224')):
                 rejected(read, state, 'another network')
         finally:
             resource.setrlimit(resource.RLIMIT_AS, limits)

@@ -62,7 +62,7 @@ def check_parameters(model, state, source):
     wrong = sorted(expected.keys() ^ state.keys()) or [
         name for name in expected if expected[name].shape != state[name].shape]
     if wrong:
-        found, wanted = (f'{list(tensors[wrong[0]].shape)}' if wrong[0] in tensors else 'none'
+        found, wanted = (f'{list(tensors[wrong[0]].shape)!s:.99}' if wrong[0] in tensors else 'none'
                          for tensors in (state, expected))
         raise UserError(f'{source} holds another network: {len(wrong)} parameters differ, {wrong[0]:.99} is {found} '
                         f'there, expected {wanted}')

@@ -185,7 +185,7 @@ OPTIONS = {
     ],
     'method': [
         ('--method', dict(choices=('SupCon', 'SimCLR', 'GenSCL'), default='SupCon', help='contrastive loss; GenSCL '
-                          'changes the defaults of other options too, see the README'), SUPCON),
+                          'changes the defaults of other options too, see docs/genscl.md'), SUPCON),
         ('--temp --temperature', dict(type=number(float, 1e-4, 1e4), default=0.07, metavar='T', help='temperature'),
          SUPCON),
         ('--base_temperature', dict(type=number(float, 1e-4, 1e4), default=0.07, metavar='T', help='the loss is '

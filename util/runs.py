@@ -47,7 +47,7 @@ def plain(values):
 
 def shortened(value):
     """A recorded option's value as a text that cannot be endless."""
-    return value if isinstance(value, str) else reprlib.repr(value)
+    return value[:200] if isinstance(value, str) else reprlib.repr(value)
 
 
 def run_folder(name, trial):
@@ -156,13 +156,13 @@ class Run:
             totals = [total for total, _ in self.saved_meters.values()]
             if not 0 <= self.best_acc <= 100 or not all(map(math.isfinite, totals)):
                 raise ValueError(f'best_acc {self.best_acc}, meters {totals}')
-            if not isinstance(saved.get('wandb'), (str, type(None))):
-                raise TypeError('wandb is no text')
+            if not isinstance(saved.get('wandb'), (str, type(None))) or not self.checkpoint['opt']:
+                raise TypeError('wandb is no text, or the options are missing')
             load_parameters(self.model, self.checkpoint['model'], f'--resume: {self.source}')
             scaler = saved.get('scaler') or {}
             load_scaler(self.scaler, scaler)
             # The first steps of float16 may all have been skipped; not every parameter of timm's has gradients.
-            begun = (epoch or self.step) and (saved['optimizer']['state'] or not scaler)
+            begun = bool((epoch or self.step) and (saved['optimizer']['state'] or not scaler))
             optional = {parameter for name, parameter in self.model.named_parameters() if 'backbone.' in name}
             load_optimizer(self.optimizer, saved['optimizer'], begun, optional)
         except UserError:

@@ -136,8 +136,8 @@ def read_pickled(file):
         size -= storage.nbytes()
         if size < 0:
             raise ValueError('its tensors are larger than the file')
-        # In files from before PyTorch 1.6 it still has to be filled, and the file may leave that out.
-        return storage if zipped else torch.from_numpy(np.zeros(storage.nbytes(), np.uint8)).untyped_storage()
+        # In files from before PyTorch 1.6 it still has to be filled: what the file leaves out shall be NaN.
+        return storage if zipped else torch.from_numpy(np.full(storage.nbytes(), 255, np.uint8)).untyped_storage()
     with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         return torch.load(file, map_location=place, weights_only=True)
@@ -148,7 +148,7 @@ def plain_values(value, tensors=False):
 
     ValueError for all else, and for what is endless: lists that share lists are small in a file alone.
     """
-    left = 1_000_000
+    left = 500_000                                      # more than there are in any
 
     def copy(value):
         nonlocal left
