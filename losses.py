@@ -437,8 +437,8 @@ def _numbered(ids):
 
 # ------------------------------------------------ Blocked log-sum-exp -------------------------------------------------
 
-# Similarities held at a time. 2**21 floats are 8 MB, which stay in the cache of a CPU; a batch of 1,024 images takes two
-# blocks.
+# Similarities held at a time. 2**21 floats are 8 MB, which stay in the cache of a CPU; a batch of 1,024 images takes
+# two blocks.
 BLOCK = 2**21
 
 
