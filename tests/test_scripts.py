@@ -1,4 +1,5 @@
 """The scripts: launch files, quickstart, benchmarks and the plot, each through its own command line."""
+import argparse
 import json
 import os
 import re
@@ -9,14 +10,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from PIL import Image
 
 import main_ce
 import main_linear
 import main_supcon
 import util
+from scripts import figures, make_augs, plot_features
+from util import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ['supcon_cifar10', 'supcon_cifar10_linear', 'simclr_cifar10', 'simclr_cifar10_linear', 'ce_cifar10',
@@ -60,16 +65,20 @@ def shell(command, cwd, **environment):
                           env={**os.environ, 'PATH': path, **environment})
 
 
+def executable(file, script):
+    """A shell script that can be started."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f'#!/bin/sh\n{script}\n')
+    file.chmod(0o755)
+    return file
+
+
 def commands_of(script, tmp_path, *arguments):
     """The command lines that a launch file gives to python, but for those that sort and check options."""
-    python = tmp_path / 'bin' / 'python'
-    python.parent.mkdir(exist_ok=True)
-    python.write_text(f'''#!/bin/sh
+    python = executable(tmp_path / 'bin' / 'python', f'''
 if [ "$1" = util/options.py ]; then exec {sys.executable} "$@"; fi
 if [ "$1" = -c ]; then exit; fi
-printf "%s\\n" "$@" >> {tmp_path}/commands; echo end >> {tmp_path}/commands
-''')
-    python.chmod(0o755)
+printf "%s\\n" "$@" >> "{tmp_path}/commands"; echo end >> "{tmp_path}/commands"''')
     (tmp_path / 'commands').unlink(missing_ok=True)
     result = shell(['bash', str(ROOT / 'scripts' / f'{script}.sh'), *arguments], tmp_path,
                    PATH=f'{python.parent}:{os.environ["PATH"]}')
@@ -105,7 +114,7 @@ def run_name(script, tmp_path, *arguments):
 @pytest.mark.parametrize('words', [[], ['--trial', '1'], ['--trial=a b', '--dataset', 'cifar100']])
 @pytest.mark.parametrize('script', ['supcon_cifar10', 'simclr_cifar10', 'genscl_cifar10', 'genscl_cifar100'])
 def test_linear_launch_files_find_the_pretraining_run(script, tmp_path, words):
-    """The run that the same words would have trained; GenSCL's is of one dataset, with the teacher of the same trial."""
+    """The run that the same words would have trained; GenSCL's is of one dataset, its teacher of the same trial."""
     arguments = command_of(f'{script}_linear', tmp_path, *words)
     trial = {0: '0', 2: '1', 3: 'a b'}[len(words)]
     if '--ckpt' in arguments:
@@ -227,6 +236,67 @@ def test_without_labels_supcon_is_simclr(tmp_path):
         assert util.parse('main_supcon', '', commands[0][1:]).method == method
 
 
+@pytest.mark.parametrize('words, trial, name', [
+    (['--trial', '1'], '1', 'mvip'), (['--trial=a b', '--output-name', 'mine'], 'a b', 'mine'),
+    (['--desc=x', '--trial', '0', '--trial', '2'], '2', 'x')])
+def test_the_stages_of_the_experiments_take_each_other_s_runs(tmp_path, words, trial, name):
+    commands = commands_of('mvip_experiments', tmp_path, *words, '--seed=7', '--temp', '0.2', '--label_smoothing=0.1')
+    first, second = ([util.parse(program.removesuffix('.py'), '', words) for program, *words in commands[start::2]]
+                     for start in (0, 1))
+    assert [opt.aug_mode for opt in first] == ['none', 'with_id', 'with_both'] and len(second) == 3
+    for pretraining, linear in zip(first, second):
+        assert linear.ckpt == f'output/{pretraining.output_name}/trial={trial}/last.ckpt'
+        assert pretraining.trial == linear.trial == trial and pretraining.seed == linear.seed == 7
+        assert pretraining.temp == 0.2 and linear.label_smoothing == 0.1
+    names = {opt.output_name for opt in first + second}
+    assert len(names) == 6 and all(run.startswith(f'{name}-') for run in names)
+
+
+@pytest.mark.parametrize('script, words, expected', [
+    ('supcon_cifar10_resnet50', '--ckpt x', '--ckpt'), ('supcon_cifar10_resnet50', '--pretrained=x', '--pretrained'),
+    ('supcon_cifar10_resnet50', '--evaluate', '--evaluate'), ('supcon_cifar10_resnet50', '--resume x.ckpt', '--resume'),
+    ('supcon_cifar10_resnet50', '--epochs 3 --trial', '--trial: no value'), ('mvip_experiments', '--ckpt x', '--ckpt'),
+    ('mvip_experiments', '--aug-mode=none', '--aug_mode'), ('mvip_experiments', 'LINEAR --trial 3', '--trial'),
+    ('mvip_experiments', 'LINEAR --aug_mode none', '--aug_mode'), ('quickstart', '--resume=x.ckpt', '--resume'),
+    # Found in the last stage only, or known to none:
+    ('supcon_cifar10_resnet50', '--label_smoothing 7', '--label_smoothing'),
+    ('mvip_experiments', 'LINEAR --nonsense', '--nonsense'), ('cross_entropy_cifar10_resnet50', '--temp 3', '--temp'),
+])
+def test_what_would_go_to_the_wrong_stage_is_refused_before_the_first(script, words, expected):
+    variable, words = ('LINEAR', words[7:]) if words.startswith('LINEAR') else ('NONE', words)
+    command = ['bash', f'scripts/{script}.sh', *words.split() * (variable == 'NONE')]
+    result = shell(command, ROOT, LAUNCH='echo started', **{variable: words})
+    assert result.returncode == 2 and expected in result.stderr and result.stderr.count('\n') == 1, result.stderr
+    assert 'started' not in result.stdout
+
+
+def test_launch_files_find_their_repository(copy, tmp_path):
+    """From other folders, under a name with spaces, with a CDPATH that leads elsewhere, without any input."""
+    root = copy.rename(tmp_path / 'a copy')
+    (tmp_path / 'trap' / 'scripts').mkdir(parents=True)
+    python = executable(tmp_path / 'bin' / 'python', f'''
+if [ "$1" = util/options.py ]; then exec {sys.executable} "$@"; fi
+if [ "$1" = -c ]; then exit; fi
+pwd >> {tmp_path}/places; cat''')
+    path = f'{python.parent}:{os.environ["PATH"]}'
+    environment = {**os.environ, 'PATH': path, 'CDPATH': f'{tmp_path}/trap', 'LC_ALL': 'C'}
+    scripts = ['ce_cifar10', 'genscl_cifar10', 'supcon_cifar10_linear', 'simclr_cifar10_resnet50', 'mvip_experiments']
+    for script in scripts:
+        for file, cwd in ((f'scripts/{script}.sh', root), (f'{script}.sh', root / 'scripts'),
+                          (f'{root}/scripts/{script}.sh', tmp_path)):
+            result = subprocess.run(['bash', file], cwd=cwd, env=environment, stdin=subprocess.DEVNULL,
+                                    capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
+    assert set((tmp_path / 'places').read_text().splitlines()) == {str(root)}
+
+
+def test_launch_files_with_stages_explain_themselves():
+    for script in ('mvip_experiments', 'quickstart', 'supcon_imagenet_resnet50'):
+        result = shell(['bash', f'scripts/{script}.sh', '--epochs', '3', '--help'], ROOT, LAUNCH='echo started')
+        assert result.returncode == 0 and 'started' not in result.stdout
+        assert (ROOT / 'scripts' / f'{script}.sh').read_text().splitlines()[1][2:] == result.stdout.splitlines()[0]
+
+
 def test_words_that_a_program_knows():
     words = ['--temp', '0.1', '--epochs', '3', '--cosine', '--no-warm', '--temp=2', '--zero-init', '--data-folder', 'x',
              '--unknown', '5', '--per_class', '--moco']
@@ -236,17 +306,19 @@ def test_words_that_a_program_knows():
 
 
 def test_quickstart_in_miniature(copy):
-    """From its command line to its last three lines, the picture included, in an environment that is there already."""
+    """From its command line to its last three lines, the figure included, in an environment that is there already."""
     venv = copy / '.venv'
-    (venv / 'bin').mkdir(parents=True)
-    (venv / 'bin' / 'activate').write_text('')
+    executable(venv / 'bin' / 'python', f'case "$2" in pip | *base_prefix*) exit;; esac\nexec {sys.executable} "$@"')
+    (venv / 'bin' / 'activate').write_text('PATH="$PWD/.venv/bin:$PATH"')
     shutil.copy(copy / 'requirements.txt', venv / 'requirements.txt')
-    result = shell(['bash', 'scripts/quickstart.sh', '--epochs', '1', '--max_samples', '60'], copy)
+    words = ['--epochs', '1', '--max_samples', '60', '--trial=1', '--desc', 'mine', '--zero_init']
+    result = shell(['bash', 'scripts/quickstart.sh', *words], copy)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()[-3:]
     for line, name in zip(lines, ('SupCon', 'SimCLR', 'cross-entropy')):
         assert re.fullmatch(rf'{name} \d+\.\d\d', line), result.stdout
-    assert (copy / 'output' / 'quickstart.png').stat().st_size > 10_000
+    assert (copy / 'output' / 'mine.png').stat().st_size > 10_000
+    assert {run.name for run in (copy / 'output').glob('*/*')} == {'trial=1'}
     assert 'Installing' not in result.stdout
 
 
@@ -268,25 +340,73 @@ def test_the_three_experiments_in_miniature(copy):
     assert shell(picture, copy).returncode == 0 and (copy / 'features.png').exists()
 
 
-def test_environment_is_made_once_and_errors_are_told(copy):
-    """env.sh with an interpreter that stands in for Python and records what is asked of it."""
-    record, fake = copy / 'record', copy / 'fake-python'
-    fake.write_text(f'''#!/bin/sh
-echo "$@" >> {record}
-case "$1 $2" in "-m venv") mkdir -p .venv/bin; echo "python() {{ {fake} \\"\\$@\\"; }}" > .venv/bin/activate;; esac
-''')
-    fake.chmod(0o755)
-    script = 'set -euo pipefail; source scripts/env.sh requirements.txt tests/requirements.txt'
+INSTALL = 'set -euo pipefail; source scripts/env.sh requirements.txt tests/requirements.txt'
+
+
+@pytest.fixture
+def python(copy):
+    """Stands in for Python in env.sh, and records what is asked of it; the file `die` kills who asks it to install."""
+    return executable(copy / 'fake' / 'python', f'''
+echo "$@" >> {copy}/record
+case "$1 $2 $3" in
+    "-m venv .venv")
+        mkdir -p .venv/bin .venv/lib/python3.11/site-packages/pip
+        [ -h .venv/bin/python ] || ln -s {copy}/fake/python .venv/bin/python
+        echo 'PATH="{copy}/.venv/bin:$PATH"' > .venv/bin/activate ;;
+    "-m pip --version") [ -d .venv/lib/python3.11/site-packages/pip ] ;;
+    "-m pip install") [ ! -e die ] || kill -9 $PPID ;;
+esac''')
+
+
+def test_environment_is_made_once_and_errors_are_told(copy, python):
+    record = copy / 'record'
     for _ in range(2):
-        assert shell(['bash', '-c', script], copy, PYTHON=str(fake)).returncode == 0
+        assert shell(['bash', '-c', INSTALL], copy, PYTHON=str(python)).returncode == 0
     asked = record.read_text()
     assert asked.count('-m venv .venv') == 1 and asked.count('pip install') == 2
     with open(copy / 'requirements.txt', 'a') as file:
         file.write('one-more\n')
-    shell(['bash', '-c', script], copy, PYTHON=str(fake))
+    shell(['bash', '-c', INSTALL], copy, PYTHON=str(python))
     assert record.read_text().count('pip install') == 3         # only what has changed
-    result = shell(['bash', '-c', script], copy, PYTHON='no-such-python')
+    result = shell(['bash', '-c', INSTALL], copy, PYTHON='no-such-python')
     assert result.returncode == 2 and 'Python 3.10' in result.stderr
+    other = executable(copy / 'other', 'case "$2" in *print*) echo 3.13;; esac')
+    result = shell(['bash', '-c', INSTALL], copy, PYTHON=str(other))
+    assert result.returncode == 2 and 'PYTHON is 3.13' in result.stderr
+
+
+BREAK = {                                                       # what is wrong with .venv: how it came so
+    'no pip': 'rm -r .venv/lib/python3.11/site-packages/pip', 'no python': 'rm .venv/bin/python',
+    'python is gone': 'ln -sfn /nowhere/python .venv/bin/python', 'not activated': 'rm .venv/bin/activate',
+    'moved': 'echo \'PATH="/nowhere/.venv/bin:$PATH"\' > .venv/bin/activate',
+    'half made': 'rm -r .venv/bin; mkdir .venv/bin',
+}
+
+
+@pytest.mark.parametrize('state', BREAK)
+def test_an_environment_that_does_not_work_is_completed_where_it_is(copy, python, state):
+    path = {'PATH': f'{python.parent}:{os.environ["PATH"]}', 'PYTHON': ''}
+    executable(copy / 'fake' / 'python3', f'exec {python} "$@"')
+    assert shell(['bash', '-c', INSTALL], copy, **path).returncode == 0
+    assert shell(['bash', '-c', f'touch .venv/mine; {BREAK[state]}'], copy).returncode == 0
+    (copy / 'record').unlink()
+    result = shell(['bash', '-c', INSTALL + '; command -v python'], copy, **path)
+    assert result.returncode == 0 and result.stdout.splitlines()[-1] == f'{copy}/.venv/bin/python', result.stderr
+    assert (copy / '.venv' / 'mine').exists() and (copy / 'record').read_text().count('pip install') == 2
+
+
+def test_an_environment_that_a_killed_call_has_left_is_made_anew(copy, python):
+    (copy / 'die').touch()
+    assert shell(['bash', '-c', INSTALL], copy, PYTHON=str(python)).returncode == -9
+    (copy / '.venv' / 'lib' / 'half-a-package').touch()
+    (copy / 'die').unlink()
+    assert shell(['bash', '-c', INSTALL], copy, PYTHON=str(python)).returncode == 0
+    assert not (copy / '.venv' / 'lib' / 'half-a-package').exists()
+    assert not (copy / '.venv' / 'unfinished').exists() and (copy / '.venv' / 'requirements.txt').exists()
+    shutil.rmtree(copy / '.venv')
+    (copy / '.venv').write_text('a file of mine')
+    result = shell(['bash', '-c', INSTALL], copy, PYTHON=str(python))
+    assert result.returncode == 2 and (copy / '.venv').read_text() == 'a file of mine'
 
 
 def test_plot_refuses_in_one_line(tmp_path):
@@ -340,9 +460,98 @@ def test_benchmarks_write_a_table(tmp_path):
     assert 'PyTorch' in text and ('| not measured: no GPU |' in text or torch.cuda.is_available())
 
 
+@pytest.mark.parametrize('name', ['.', '..', '', 'folder', 'folder/', 'x.xyz', 'x.png/', 'a' * 300 + '.txt'])
+def test_figures_that_cannot_be_written_are_refused_at_once(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for folder in ('folder', 'x.png'):
+        (tmp_path / folder).mkdir()
+    with pytest.raises(argparse.ArgumentTypeError, match='found'):
+        figures.figure_file(name)
+
+
+def test_a_figure_is_the_old_one_or_the_new_one(tmp_path):
+    class Full:
+        def savefig(self, file, **settings):
+            file.write_bytes(b'half')
+            raise OSError(28, 'No space left on device')
+
+    (tmp_path / 'x.png').write_bytes(b'old')
+    with pytest.raises(UserError, match='No space left'):
+        figures.save(Full(), tmp_path / 'x.png', 10)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b'old']
+    figures.save(plot_features.plt.figure(), tmp_path / 'new' / 'x.PNG', 10)
+    assert (tmp_path / 'new' / 'x.PNG').read_bytes()[1:4] == b'PNG'
+
+
+def test_names_of_classes_are_shown_as_they_are(tmp_path):
+    names = ['$a_{$', '_hidden', 'a\nb', '\x1b[31mred', r'\$1$']
+    figure, ax = plot_features.plt.subplots()
+    legend = plot_features.draw(ax, names[0], np.random.default_rng(0).random((30, 5)), np.arange(30) % 6 - 1, names)
+    texts = figure.legend(*legend).get_texts()
+    figure.savefig(tmp_path / 'x.png')
+    assert [text.get_text().replace(r'\$', '$') for text in texts[:5]] == [
+        '$a_{$', '_hidden', r'a\nb', r'\x1b[31mred', r'\$1$'] and len(texts) == 6
+
+
+@pytest.fixture
+def augs(call, monkeypatch, picture_folder, tmp_path):
+    """augs(classes, *arguments): run make_augs.py on a folder with these classes."""
+    def augs(classes, *arguments):
+        if not (tmp_path / 'data').exists():
+            picture_folder('data', dict.fromkeys(classes, 4))
+        words = ['--dataset', 'path', '--data_folder', 'data', '--patches', '2', '--per_class', '2', '--variants', '2',
+                 '--aug_root', 'augs', '--aug_output_name', 'o', *arguments]
+        monkeypatch.setattr(sys, 'argv', ['make_augs.py', *words])
+        return call(lambda argv: make_augs.main())
+    return augs
+
+
+@pytest.mark.parametrize('classes, words, expected', [
+    ('a b,a_b', '', 'the same files'), ('x' * 250 + ',b', '', 'at most 255'), ('é' * 125 + ',b', '', 'at most 255'),
+    ('a,b', '--aug_name_id x --aug_name_ood x', 'two folders'), ('a,b', '--aug_name_id .', 'two folders'),
+    ('a,b', '--aug_name_id x --aug_name_ood ./x/y', 'two folders'), ('a,b', '--data_folder=', 'is missing'),
+    ('a,b', '--aug_root data/a/000.png', '000.png'), ('a,b', '--aug_root data/a --aug_output_name 000.png', '000.png'),
+    ('a,b', '--aug_root data --aug_output_name a --aug_name_id 000.png', 'holds files already'),
+    ('a,b', '--aug_root . --aug_output_name data --aug_name_ood b', 'holds files already'),
+])
+def test_synthetic_images_that_cannot_be_written_are_refused(augs, tmp_path, classes, words, expected):
+    status, _, err = augs(classes.split(','), *words.split())
+    assert status == 2 and expected in err and err.count('\n') == 1, err
+    assert [path.name for path in tmp_path.iterdir()] == ['data'] and len(list(tmp_path.rglob('*.png'))) == 8
+
+
+def test_synthetic_images_appear_when_they_are_whole(augs, tmp_path, monkeypatch):
+    """A full disk leaves nothing, a killed run what the next one removes; names of classes may be odd."""
+    classes, saved, save = ["it's $x", 'a-1', 'é∕', '-rf'], [], Image.Image.save
+
+    def full(image, file, *args, **settings):
+        saved.append(file)
+        if len(saved) == 6:
+            raise OSError(28, 'No space left on device')
+        save(image, file, *args, **settings)
+    assert augs(classes, '--aug_name_id', 'first', '--aug_name_ood', 'second')[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, 'save', full)
+        status, _, err = augs(classes)
+    assert status == 2 and 'No space left' in err and err.count('\n') == 1
+    folder = tmp_path / 'augs' / 'o'
+    assert sorted(path.name for path in folder.iterdir()) == ['first', 'second']
+    (folder / '.augs-id.0.partial').mkdir()
+    (folder / '.augs-id.0.partial' / 'a-1-0-0.png').touch()
+    (folder / 'augs-ood').symlink_to(tmp_path / 'elsewhere')
+    assert augs(classes)[0] == 0
+    assert sorted(path.name for path in folder.iterdir()) == ['augs-id', 'augs-ood', 'first', 'second']
+    for name, same in (('first', 'augs-id'), ('second', 'augs-ood')):
+        images = {file.name: file.read_bytes() for file in (folder / name).iterdir()}
+        assert len(images) == 16 and images == {file.name: file.read_bytes() for file in (folder / same).iterdir()}
+    assert (tmp_path / 'elsewhere' / 'é∕-1-1.png').exists()
+    opt = util.defaults(dataset='path', data_folder='data', aug_root='augs', aug_output_name='o', aug_name_id='augs-id')
+    assert len(main_ce.load_pictures(opt).id) == 16
+
+
 def test_mixing_is_drawn(tmp_path):
     plot = [sys.executable, ROOT / 'scripts' / 'plot_mixing.py', '--dataset', 'digits', '--count', '3']
     result = shell([*plot, '--output', 'x.png'], tmp_path)
     assert result.returncode == 0 and (tmp_path / 'x.png').stat().st_size > 10_000, result.stderr
-    result = shell([*plot, '--output', 'nowhere/x.png'], tmp_path)
-    assert result.returncode == 2 and 'nowhere/x.png' in result.stderr and result.stderr.count('\n') == 1
+    result = shell([*plot, '--output', 'x.png/y.png'], tmp_path)
+    assert result.returncode == 2 and 'x.png/y.png' in result.stderr and result.stderr.count('\n') == 1
