@@ -21,6 +21,7 @@ recent "$python" || stop "'$python' is missing or older than Python 3.10; set PY
 if ! works; then
     [ -n "$(ls -A .venv 2> /dev/null)" ] || { mkdir -p .venv && touch .venv/unfinished; } || stop '.venv cannot be made'
     [ "$python" = .venv/bin/python ] || rm -f .venv/bin/python*
+    # A part of pip counts as installed, and the other packages may be of another Python.
     rm -rf .venv/lib/python3*/site-packages/{pip,setuptools}{,-[0-9]*} .venv/*requirements.txt
     "$python" -m venv .venv && works || stop "'$python -m venv .venv' failed; on Debian and Ubuntu: apt install \
 python3-venv; else delete .venv"

@@ -1,5 +1,8 @@
 """What the tests share: calling programs, real pictures, small folders of pictures."""
+import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -15,7 +18,8 @@ from util import errors, training
 from util.log import log
 from util.runs import Run
 
-ARCHIVE = Path(__file__).resolve().parents[2] / 'shared' / 'data' / 'cifar10_jpeg.tar.xz'
+ROOT = Path(__file__).resolve().parent.parent
+ARCHIVE = ROOT.parent / 'shared' / 'data' / 'cifar10_jpeg.tar.xz'
 TINY = ['--dataset', 'digits', '--model', 'resnet18', '--width', '0.0625', '--size', '8', '--max_samples', '96',
         '--batch_size', '32', '--num_workers', '0']
 
@@ -173,3 +177,17 @@ def _fresh():
     torch.manual_seed(0)
     yield
     close_log()
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the repository whose runs stay in a temporary folder; its environment is this one."""
+    ignore = shutil.ignore_patterns('.git', '.venv', 'output', 'data', '__pycache__', '.*_cache')
+    shutil.copytree(ROOT, tmp_path / 'copy', ignore=ignore)
+    return tmp_path / 'copy'
+
+
+def shell(command, cwd, **environment):
+    path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=500,
+                          env={**os.environ, 'PATH': path, **environment})

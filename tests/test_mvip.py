@@ -207,6 +207,15 @@ def test_number_of_source_pictures(augs):
     assert len(augmentation_folder(augs / 'augs-id', ORDER, 0, '')) == 0
 
 
+def test_spaces_of_a_class_may_be_underscores_or_spaces(tmp_path):
+    for name in ('Oil Pump-2-0.png', 'Oil_Pump-2-1.png', 'Oil-0-0.png'):
+        (tmp_path / name).touch()
+    part = augmentation_folder(tmp_path, ['Oil', 'Oil Pump'], -1, '--aug_name_id')
+    assert part.labels.tolist() == [0, 1, 1]
+    with pytest.raises(UserError, match="'Oil Pump' and 'Oil_Pump' have the same files"):
+        augmentation_folder(tmp_path, ['Oil Pump', 'Oil_Pump'], -1, '--aug_name_id')
+
+
 def test_wrong_augmentation_folders_are_refused(refused, tree, augs, tmp_path):
     def run(*arguments, words):
         refused(main_supcon.main, '--dataset', 'mvip', '--model', 'resnet18', '--size', '16', *arguments, words=words)

@@ -23,6 +23,8 @@ import main_linear
 import main_supcon
 from scripts import evaluate
 from util import arguments
+from util.checkpoints import load_checkpoint
+from util.errors import UserError
 
 RESULTS = ROOT / 'scripts' / 'results'
 TABLES = sorted(file.stem for file in RESULTS.glob('*.sh') if file.stem != 'rows')
@@ -170,13 +172,73 @@ if not Path('saved').exists():
 @pytest.mark.parametrize('arguments, words', [
     ([], "--budget ''"), (['--budget', 'tpu'], 'cpu or gpu'), (['--budget'], '--budget: no value'),
     (['--seed', '1'], '--seed: unknown'), (['--budget', 'cpu', '--data', 'nowhere'], '--data nowhere'),
-    (['--budget', 'cpu', '--into', 'else where'], '--into else where'), (['--budget', 'gpu'], 'no GPU')])
+    (['--budget', 'cpu', '--into', 'else where'], '--into else where'), (['--budget', 'gpu'], 'no GPU'),
+    (['--budget', 'cpu', '--into', "it's"], "--into it's"), (['--budget', 'cpu', '--data', '/'], "--data '/'"),
+    (['--budget', 'cpu', '--with', '--trial 1'], '--with --trial 1'), (['--budget', 'cpu', '--with=x'], 'no value'),
+    (['--budget', 'cpu', '--with', '--width 1', '--with', '--seed=3'], '--with --width 1 --seed=3'),
+    (['--budget', 'cpu', '--only', 'nothing'], '--only nothing')])
 def test_wrong_options_of_tables(fake, arguments, words):
     if words == 'no GPU' and torch.cuda.is_available():
         pytest.skip('there is a GPU')
     done = shell(['bash', 'scripts/results/methods.sh', *arguments], fake)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count('\n') == 1
     assert not (fake / 'ran').exists()
+
+
+def test_the_experiments_table_is_of_their_trial(fake):
+    """Of the runs of this call, and of a run that was resumed the last result."""
+    (fake / 'main_linear.py').write_text(FAKE + """
+if 'trial=1' in str(folder):
+    with open(folder / 'log.txt', 'a') as file:
+        file.write('best accuracy: 77.77\\nconfidence id 1 ood 2 difference 3 AUROC 4 FPR95 5\\n')
+""")
+    for words, expected in (([], '61.80'), (['--trial', '1', '--resume'], '77.77 1 2 3 4 5')):
+        done = shell(['bash', 'scripts/mvip_experiments.sh', '--dataset', 'digits', *words], fake)
+        assert done.returncode == 0, done.stderr
+        rows = [' '.join(line.split()) for line in done.stdout.splitlines()[-3:]]
+        assert all(expected in row for row in rows), rows
+        assert [row.split()[0] for row in rows] == ['1', '2', '3']
+
+
+@pytest.mark.parametrize('left', [[], ['command.partial']])
+def test_a_row_that_was_killed_before_it_began_begins(tmp_path, monkeypatch, left):
+    """Between making the folder of its run and writing the command in it; a folder of something else stays refused."""
+    monkeypatch.chdir(tmp_path)
+    row = runpy.run_path(str(RESULTS / 'row.py'))
+    folder = tmp_path / 'output' / 'a' / 'trial=0'
+    folder.mkdir(parents=True)
+    for name in left:
+        (folder / name).write_text('main_ce')
+    command = 'main_ce.py --output_name a --trial 0 --resume'
+    assert not row['claim'](command) and row['claim'](command)
+    assert [(file.name, file.read_text()) for file in folder.iterdir()] == [('command', command)]
+    with pytest.raises(row['Failure'], match='another command'):
+        row['claim'](command + ' --epochs 3')
+    (folder / 'command').rename(folder / 'log.txt')
+    with pytest.raises(row['Failure'], match='another command'):
+        row['claim'](command)
+
+
+def test_a_row_with_a_wrong_command_is_told_in_one_line(tmp_path):
+    for words, expected in ((['a.log'], 'expected a log'), (['a.log', "main_ce.py 'x"], 'quotation')):
+        done = shell([sys.executable, RESULTS / 'row.py', *words], tmp_path, CUDA_VISIBLE_DEVICES='')
+        assert done.returncode == 1 and expected in done.stderr and done.stderr.count('\n') == 1, done.stderr
+
+
+def test_damaged_images_of_a_run_that_has_diverged(tmp_path):
+    report = runpy.run_path(str(RESULTS / 'report.py'))
+    values = {'clean': 50., **{kind: [5., 4., 3., 2., 1.] for kind in evaluate.STRENGTHS}}
+    rows = {'cifar-ce-damaged': {0: values, 1: {'diverged': True}}, 'cifar-simclr-damaged': {0: {'diverged': True}}}
+    *_, first, second = report['methods'](rows, tmp_path)
+    assert first.startswith('| cross-entropy | 50.00 (1 of 2 runs) | 3.00 (1 of 2 runs) |')
+    assert second == '| SimCLR |' + ' diverged |' * 5 and (tmp_path / 'corruptions.png').exists()
+
+
+def test_a_log_that_is_none_is_named(tmp_path):
+    report = runpy.run_path(str(RESULTS / 'report.py'))
+    (tmp_path / 'a-0.log').write_bytes(b'\xff half')
+    with pytest.raises(SystemExit, match='a-0.log: not the log of a row'):
+        report['read'](tmp_path, ['a-0'])
 
 
 def test_a_loss_that_is_not_finite_is_a_result(fake):
@@ -273,6 +335,53 @@ def test_evaluation_is_that_of_the_run(call, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['evaluate.py', '--ckpt', 'nowhere.ckpt'])
     status, _, err = call(lambda argv: evaluate.main())
     assert status == 2 and err.count('\n') == 1 and 'nowhere.ckpt' in err
+
+
+RECORDED = {'dataset': 'digits', 'model': 'resnet18', 'width': 0.0625, 'size': 8, 'mean': [0.3] * 3, 'std': [0.2] * 3}
+
+
+@pytest.mark.parametrize('name, value', [
+    ('seed', -1), ('seed', 'abc'), ('seed', 2**40), ('max_samples', 'abc'), ('max_samples', 0), ('dataset', 'nope'),
+    ('samples_per_class', 2.5), ('dataset', ''), ('size', 10**9), ('mean', 'x'), ('std', [0, 0, 0]), ('width', 1e9),
+    ('model', 'resnet9'), ('split_seed', -1), ('aug_mode', 'evil'), ('aug_mode', 'with_id'), ('aug_ex_id', 'x'),
+    ('mvip_num_classes', 0), ('seed', {'a': [1]}), ('dataset', 'path')])
+def test_options_of_a_checkpoint_are_checked(tmp_path, name, value):
+    torch.save({'model': {}, 'opt': {**RECORDED, name: value}}, tmp_path / 'x.ckpt')
+    with pytest.raises(UserError, match='x.ckpt: its recorded options') as error:
+        arguments.evaluation_options(load_checkpoint(tmp_path / 'x.ckpt'), tmp_path / 'x.ckpt')
+    assert len(str(error.value)) < 1000
+
+
+def test_a_checkpoint_does_not_tell_where_to_write(tmp_path, monkeypatch):
+    """Of its options come those that say which images and which network; a download goes where it usually does."""
+    monkeypatch.chdir(tmp_path)
+    unused = {'cache_dir': 'evil', 'export': 'evil', 'num_workers': 'x', 'batch_size': 'x', 'loader': 'x',
+              'compile': True, 'device': 'cuda:9', 'teacher_kind': 'x', 'wandb': True, 'epochs': 'x'}
+
+    def options(recorded, **given):
+        recorded = {**RECORDED, **unused, 'aug_output_name': 'o', **recorded}
+        return arguments.evaluation_options({'opt': recorded}, 'x.ckpt', **given)
+    opt = options({'max_samples': 50, 'seed': 3, 'split_seed': 5})
+    assert (opt.cache_dir, opt.export, opt.compile, opt.wandb, opt.num_workers) == (None, None, False, False, 0)
+    assert (opt.seed, opt.split_seed, opt.max_samples, opt.size, opt.aug_output_name) == (3, 5, 50, 8, 'o')
+    (tmp_path / 'mine').mkdir()
+    for dataset, folder in (('cifar10', 'cifar-10-batches-py'), ('cifar100', 'cifar-100-python')):
+        recorded = {'dataset': dataset, 'data_folder': 'mine'}
+        assert options(recorded).data_folder == './data'
+        assert options(recorded, data_folder='there').data_folder == 'there'
+        (tmp_path / 'mine' / folder).mkdir()
+        assert options(recorded).data_folder == 'mine'
+    opt = options({'dataset': 'path', 'data_folder': 'mine', 'split_seed': 5}, dataset='digits')
+    assert (opt.data_folder, opt.aug_output_name, opt.split_seed) == ('./data', None, None)
+    assert (opt.model, opt.width, opt.size, opt.mean) == ('resnet18', 0.0625, 8, [0.3] * 3)    # of the network
+
+
+def test_damages_of_the_smallest_images():
+    for size in ((1, 1), (2, 3), (5, 1)):
+        picture = np.random.default_rng(0).uniform(0, 255, (*size, 3))
+        for strength in evaluate.STRENGTHS['blur']:
+            blurred = evaluate.blur(picture, strength, None)
+            assert blurred.shape == picture.shape and np.isfinite(blurred).all()
 
 
 def damaged(pictures, kind, strength):
