@@ -161,7 +161,7 @@ def test_empty_places_are_seen_by_nobody():
     features, keys = (F.normalize(torch.randn(4, 6), dim=1) for _ in range(2))
     labels = torch.tensor([0, 1, 0, 2])
     contrasts, contrast_labels = moco.contrasts(keys, labels)
-    for positives in ('class', 'picture'):
+    for positives in ('class', 'image'):
         torch.testing.assert_close(
             criterion(features[:, None], labels, positives=positives, keys=contrasts, key_labels=contrast_labels),
             criterion(features[:, None], labels, positives=positives, keys=keys, key_labels=labels))

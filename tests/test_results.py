@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY, shell
 from scipy.ndimage import gaussian_filter  # comes with scikit-learn
-from test_scripts import ROOT, copy, shell  # noqa: F401, a fixture
 
 import main_ce
 import main_linear

@@ -515,7 +515,7 @@ def test_links_in_a_run_s_folder_are_replaced(call, tmp_path, how, link):
 
 def test_a_clock_that_stands_still(call, monkeypatch):
     for program in (main_supcon, main_ce):
-        monkeypatch.setattr(program.time, 'time', lambda: 1e9)
+        monkeypatch.setattr(runs.time, 'time', lambda: 1e9)
         assert call(program.main, *TINY, '--epochs', 1, '--output_name', program.__name__)[0] == 0
 
 

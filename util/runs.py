@@ -235,7 +235,8 @@ class Run:
         loader.set_epoch(epoch, self.step)
         if epoch == 1 and not self.step and self.curves:
             self._log_views(loader)
-        self.meters, self.sizes, self.started = {}, loader.sizes, time.time()
+        self.meters = {name: AverageMeter(*saved) for name, saved in self.saved_meters.items()}
+        self.saved_meters, self.sizes, self.started = {}, loader.sizes, time.time()
         self.images_before = sum(loader.sizes[:self.step])
         batch_time, data_time, end = AverageMeter(), AverageMeter(), time.time()
         for step, batch in enumerate(progress(loader, f'epoch {epoch}/{opt.epochs}'), self.step):
@@ -252,9 +253,7 @@ class Run:
     def record(self, **values):
         """Average values of a step, weighted with the images of its batch; the first is the loss."""
         for name, value in values.items():
-            if name not in self.meters:
-                self.meters[name] = AverageMeter(*self.saved_meters.pop(name, ()))
-            self.meters[name].update(value, self.size)
+            self.meters.setdefault(name, AverageMeter()).update(value, self.size)
 
     def averages(self):
         """The averages of an epoch: {name: number}, and images_per_second."""
