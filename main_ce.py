@@ -1,7 +1,7 @@
 """Cross-entropy training, the baseline of contrastive pretraining.
 
     python main_ce.py --batch_size 1024 --learning_rate 0.8 --cosine
-    python main_ce.py --dataset path --data_folder ./pictures
+    python main_ce.py --dataset path --data_folder ./images
     python main_ce.py --model timm/efficientnetv2_rw_m --mix mixup_cutmix --optim_kind Adam --learning_rate 0.001
 
 Uses all GPUs in CUDA_VISIBLE_DEVICES, or the CPU; in several processes: torchrun --nproc_per_node 8 main_ce.py ...
@@ -14,12 +14,12 @@ if __name__ == '__main__':                      # the imports below take seconds
 from torch import nn
 from torch.nn import functional as F
 
-from datasets import classification_view, evaluation_view, load_pictures, make_loader
+from datasets import classification_view, evaluation_view, load_images, make_loader
 from datasets.mixing import mix
 from networks.resnet_big import SupCEResNet
 from util import arguments, errors, metrics, options, training
 from util.checkpoints import load_checkpoint
-from util.distributed import mean, rank
+from util.distributed import global_mean, rank
 from util.export import Exporter
 from util.log import log
 from util.runs import Run, run_folder
@@ -44,9 +44,9 @@ def parse_option(argv=None):
 def set_loader(opt, augment=True):
     """Training batches; batches for evaluation: 'val', and 'id' and 'ood' of augmentation folders; the classes.
 
-    With augment=False the training pictures come as for evaluation, in their own order.
+    With augment=False the training images come as for evaluation, in their own order.
     """
-    data = load_pictures(opt)
+    data = load_images(opt)
     opt.num_classes = len(data.train.classes)
     train_loader = make_loader(data.train, classification_view(opt) if augment else evaluation_view(opt), opt,
                                train=augment)
@@ -71,7 +71,7 @@ def train(train_loader, network, criterion, optimizer, scaler, epoch, run, opt):
         if opt.mix:
             images, labels = mix(images, F.one_hot(labels, opt.num_classes).float(), opt.mix, opt.mix_alpha, run.rng)
         output = network(images)                                    # [bsz, num_classes]
-        loss = mean(criterion(output.float(), labels))
+        loss = global_mean(criterion(output.float(), labels))
         training.update(loss, optimizer, scaler)
         run.record(train_loss=loss, train_acc=metrics.accuracy(output, labels))
     averages = run.averages()
@@ -80,7 +80,7 @@ def train(train_loader, network, criterion, optimizer, scaler, epoch, run, opt):
 
 
 def validate(loaders, model, opt):
-    """-> loss, accuracy (%) and, with ood pictures, how they are told apart; and the accuracy of each class."""
+    """-> loss, accuracy (%) and, with ood images, how well they are separated; and the accuracy of each class."""
     logits, labels = training.forward_all(model, loaders['val'], opt)
     correct = (logits.argmax(1) == labels).float()
     values = {'val_loss': F.cross_entropy(logits, labels).item(), 'val_acc': 100 * correct.mean().item()}

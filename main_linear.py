@@ -51,7 +51,7 @@ def parse_option(argv=None):
     if recorded.get('dataset') == opt.dataset:
         for name in ('size', 'mean', 'std'):
             setattr(opt, name, getattr(opt, name) or recorded.get(name))
-        opt.split_seed = recorded.get('split_seed')     # held-out pictures must be those that pretraining held out
+        opt.split_seed = recorded.get('split_seed')     # held-out images must be those that pretraining held out
     opt.output_name = opt.output_name or (
         f'{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}_bsz_{opt.batch_size}'
         + '_cosine' * opt.cosine + '_warm' * opt.warm
@@ -60,7 +60,7 @@ def parse_option(argv=None):
 
 
 def encoder_name(opt):
-    """What tells the encoder from others in the run's name: output/NAME/trial=0/last.ckpt -> NAME."""
+    """The encoder in the run's name: output/NAME/trial=0/last.ckpt -> NAME."""
     file = Path(opt.ckpt)
     parts = [file.parent.name, file.stem]
     if file.parent.name.startswith('trial='):
@@ -78,14 +78,14 @@ def set_model(opt, checkpoint):
 
 
 def cached_features(train_loader, loaders, model, opt):
-    """The same loaders with the encoder's features [bsz, dim] instead of pictures, computed once.
+    """The same loaders with the encoder's features [bsz, dim] instead of images, computed once.
 
-    Another protocol than the usual one: the classifier sees each picture in one view only.
+    Another protocol than the usual one: the classifier sees each image in one view only.
     """
     def compute(loader):
         start = time.time()
         features, labels = training.forward_all(model.encoder, loader, opt)
-        log(f'--cache_features: {len(labels)} pictures without augmentation in {time.time() - start:.2f} s')
+        log(f'--cache_features: {len(labels)} images without augmentation in {time.time() - start:.2f} s')
         return features, labels
     return (FeatureLoader(train_loader, compute, opt, train=True),
             {name: FeatureLoader(loader, compute, opt, train=False) for name, loader in loaders.items()})

@@ -3,7 +3,7 @@
     python main_supcon.py --batch_size 1024 --learning_rate 0.5 --temp 0.1 --cosine                     SupCon
     python main_supcon.py --batch_size 1024 --learning_rate 0.5 --temp 0.5 --cosine --method SimCLR     SimCLR
     python main_supcon.py --method GenSCL --mix mixup_cutmix --KD --teacher_path output/teacher/trial=0  GenSCL
-    python main_supcon.py --dataset path --data_folder ./pictures                                       own pictures
+    python main_supcon.py --dataset path --data_folder ./images                                       own images
 
 Uses all GPUs in CUDA_VISIBLE_DEVICES, or the CPU; in several processes: torchrun --nproc_per_node 8 main_supcon.py ...
 Writes output/<run>/trial=<trial>/last.ckpt for main_linear.py.
@@ -12,7 +12,7 @@ if __name__ == '__main__':                      # the imports below take seconds
     from util.options import answer_early
     answer_early('main_supcon', __doc__)
 
-from datasets import evaluation_view, load_pictures, make_loader, pretraining_view
+from datasets import evaluation_view, load_images, make_loader, pretraining_view
 from methods import METHODS, N_VIEWS, Momentum
 from networks.moco import MomentumContrast
 from networks.resnet_big import SupConResNet
@@ -40,10 +40,10 @@ def parse_option(argv=None):
 
 def set_loader(opt):
     """Training batches of two views, and both sets as they are for the kNN accuracy; also the classes."""
-    data = load_pictures(opt)
+    data = load_images(opt)
     opt.num_classes = len(data.train.classes)
     if opt.denominator_mode == 'only_negatives' and opt.method == 'SupCon' and opt.num_classes == 1:
-        raise errors.UserError('--denominator_mode only_negatives: pictures of one class have no negatives')
+        raise errors.UserError('--denominator_mode only_negatives: images of one class have no negatives')
     train = data.train.join(data.ood) if opt.aug_mode == 'with_both' else data.train        # with hard negatives
     train_loader = make_loader(train, pretraining_view(opt), opt, N_VIEWS)
     memory_loader, val_loader = (make_loader(part, evaluation_view(opt), opt, train=False)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from datasets.mixing import mix_views
 from losses import GenSupConLoss, SupConLoss, contrastive_accuracy
-from util.distributed import exchanged, gather, mean, moved, share, sizes_of
+from util.distributed import all_sizes, all_to_all_rows, gather, global_mean, local_slice, to_device
 from util.training import in_micro_batches
 
 N_VIEWS = 2
@@ -69,7 +69,7 @@ class Momentum(SupCon):
         loss = self.criterion(features, labels, positives=self.positives, keys=contrasts, key_labels=contrast_labels)
         if logits is not None:
             loss = loss + self.opt.ce_weight * classifier_loss(logits, labels)
-        features = torch.stack([features[:, 0], keys[share(len(keys))]], 1)     # the keys are the other views
+        features = torch.stack([features[:, 0], keys[local_slice(len(keys))]], 1)     # the keys are the other views
         return features, loss, contrastive_accuracy(features, labels, self.positives, self.hard_negatives)
 
 
@@ -119,8 +119,8 @@ def by_image(x, n_views):
 def classifier_loss(logits, labels):
     """Cross-entropy of logits [n, C] for labels [n], of which negative ones do not count, or distributions [n, C]."""
     if labels.dim() == 2:
-        return mean(F.cross_entropy(logits, labels, reduction='none'))
-    return mean(F.cross_entropy(logits, labels.clamp(min=0), reduction='none'), labels >= 0)
+        return global_mean(F.cross_entropy(logits, labels, reduction='none'))
+    return global_mean(F.cross_entropy(logits, labels.clamp(min=0), reduction='none'), labels >= 0)
 
 
 def momentum_keys(moco, images, labels, opt, rng):
@@ -129,7 +129,7 @@ def momentum_keys(moco, images, labels, opt, rng):
     The images of all processes are shuffled, so that batch norm, which normalizes a micro-batch, a GPU's or a process's
     part, does not show which keys and anchors belong together (He et al., 2020, section 3.3).
     """
-    sizes = sizes_of(len(images))
+    sizes = all_sizes(len(images))
     order = torch.from_numpy(rng.permutation(sum(sizes)))
-    keys = in_micro_batches(moco, exchanged(images, order, sizes), opt)
-    return gather(keys, sizes)[moved(order.argsort(), keys.device)], gather(labels, sizes)
+    keys = in_micro_batches(moco, all_to_all_rows(images, order, sizes), opt)
+    return gather(keys, sizes)[to_device(order.argsort(), keys.device)], gather(labels, sizes)

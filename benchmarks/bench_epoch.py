@@ -1,11 +1,11 @@
 """Seconds of an epoch of SupCon: this project's way against the original's, and how much of it are the views.
 
-    python benchmarks/bench_epoch.py [--model resnet18] [--pictures 50000] [--batch_size 1024] [--num_workers N]
+    python benchmarks/bench_epoch.py [--model resnet18] [--images 50000] [--batch_size 1024] [--num_workers N]
 
-`ours` is main_supcon.py --amp, views drawn in batches; `original` is float32, channels first, torchvision's transforms
-in worker processes. Each is a process of its own; medians of the epochs after the first. `views` is what drawing all
-views takes without training. On a GPU also the largest memory, and the share of the chip's bfloat16 peak that an epoch
-reaches. On a CPU the defaults are smaller. The last line is the ratio of original to ours.
+`ours` is main_supcon.py --amp, views sampled in batches; `original` is float32, channels first, torchvision's
+transforms in worker processes. Each is a process of its own; medians of the epochs after the first. `views` is the time
+of all views without training. On a GPU also the largest memory, and the fraction of the chip's bfloat16 peak that an
+epoch reaches. On a CPU the defaults are smaller. The last line is the ratio of original to ours.
 """
 import argparse
 import collections
@@ -38,7 +38,7 @@ def original_epoch(loader, model, criterion, optimizer):
 
 
 def measure(form, args):
-    """Seconds of an epoch and of drawing its views, operations, GPU memory in bytes and the GPU's name."""
+    """Seconds of an epoch and of sampling its views, operations, GPU memory in bytes and the GPU's name."""
     import torch
     from bench_views import photographs
     from torch.utils.flop_counter import FlopCounterMode
@@ -63,10 +63,10 @@ def measure(form, args):
     else:
         training.set_device(opt)
     training.set_warmup(opt)
-    pictures = photographs(min(args.pictures, 2000), 32)
-    pictures = pictures.select([i % len(pictures) for i in range(args.pictures)])
-    loader = make_loader(pictures, pretraining_view(opt), opt, 2)
-    opt.num_classes = len(pictures.classes)
+    image_set = photographs(min(args.images, 2000), 32)
+    image_set = image_set.select([i % len(image_set) for i in range(args.images)])
+    loader = make_loader(image_set, pretraining_view(opt), opt, 2)
+    opt.num_classes = len(image_set.classes)
     if original:
         model, criterion = SupConResNet(args.model).to(opt.device), SupConLoss(temperature=0.1)
         network, optimizer = model, torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
@@ -78,7 +78,7 @@ def measure(form, args):
     images, _ = next(iter(loader))
     with FlopCounterMode(display=False) as counter:
         network(images[:8]).sum().backward()
-    flops, gpu = counter.get_total_flops() / len(images[:8]) * 2 * args.pictures, opt.device == 'cuda'
+    flops, gpu = counter.get_total_flops() / len(images[:8]) * 2 * args.images, opt.device == 'cuda'
 
     def seconds_of(function, *arguments):
         start = time.perf_counter()
@@ -101,7 +101,7 @@ def measure(form, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='resnet18')
-    parser.add_argument('--pictures', type=int, help='default: 50000, on a CPU 512')
+    parser.add_argument('--images', type=int, help='default: 50000, on a CPU 512')
     parser.add_argument('--batch_size', type=int, help='default: 1024, on a CPU 128')
     parser.add_argument('--num_workers', type=int, default=os.cpu_count())
     parser.add_argument('--epochs', type=int, default=2, help='measured epochs')
@@ -109,7 +109,7 @@ def main():
     args = parser.parse_args()
     import torch
     gpu = torch.cuda.is_available()
-    args.pictures = args.pictures or (50000 if gpu else 512)
+    args.images = args.images or (50000 if gpu else 512)
     args.batch_size = args.batch_size or (1024 if gpu else 128)
     if args.form:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -121,7 +121,7 @@ def main():
                                 stdout=subprocess.PIPE, text=True).stdout
         results[form] = json.loads(output.splitlines()[-1])
     ours, original = (results[form] for form in FORMS)
-    print(f'{args.model}, {args.pictures} pictures, batches of {args.batch_size}, on {ours["name"]}; seconds per epoch')
+    print(f'{args.model}, {args.images} images, batches of {args.batch_size}, on {ours["name"]}; seconds per epoch')
     for form, result in results.items():
         print(f'{form:10}{result["seconds"]:8.2f}, its views alone {result["views"]:.3f} '
               f'({100 * result["views"] / result["seconds"]:.1f} %)')

@@ -1,10 +1,10 @@
-"""Seconds of an epoch of linear evaluation: pictures through the frozen encoder, against features computed once.
+"""Seconds of an epoch of linear evaluation: images through the frozen encoder, against features computed once.
 
-    python benchmarks/bench_linear.py [--pictures 2048] [--model resnet18] [--batch_size 256] [--repeat 3]
+    python benchmarks/bench_linear.py [--images 2048] [--model resnet18] [--batch_size 256] [--repeat 3]
 
-`pictures` is main_linear.py as usual, `amp` the same with --amp, `features` with --cache_features: another protocol,
+`images` is main_linear.py as usual, `amp` the same with --amp, `features` with --cache_features: another protocol,
 without augmentation. An epoch is training and validation; the first of `features` computes these. Medians.
-The last line is the ratio of pictures to features.
+The last line is the ratio of images to features.
 """
 import argparse
 import contextlib
@@ -27,7 +27,7 @@ from networks.resnet_big import LinearProbe, make_encoder  # noqa: E402
 from util import arguments, runs, training  # noqa: E402
 
 
-def measure(form, pictures, args):
+def measure(form, images, args):
     """Seconds of the first epoch, and of the others."""
     opt = arguments.parse('main_linear', '', ['--model', args.model, '--batch_size', str(args.batch_size), '--loader',
                                          'batched', '--size', '32'])
@@ -35,8 +35,8 @@ def measure(form, pictures, args):
     opt.mean, opt.std, opt.output_name = (0.5,) * 3, (0.25,) * 3, 'benchmark'
     training.set_device(opt)
     cached = opt.cache_features
-    val = pictures.select(np.arange(len(pictures) // 5))
-    train_loader = make_loader(pictures, evaluation_view(opt) if cached else classification_view(opt), opt,
+    val = images.select(np.arange(len(images) // 5))
+    train_loader = make_loader(images, evaluation_view(opt) if cached else classification_view(opt), opt,
                                train=not cached)
     loaders = {'val': make_loader(val, evaluation_view(opt), opt, train=False)}
     model = LinearProbe(make_encoder(args.model), 2)
@@ -57,20 +57,20 @@ def measure(form, pictures, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--pictures', type=int, default=2048)
+    parser.add_argument('--images', type=int, default=2048)
     parser.add_argument('--model', default='resnet18')
     parser.add_argument('--batch_size', type=int, default=256)
     parser.add_argument('--repeat', type=int, default=3)
     args = parser.parse_args()
-    pictures, results = photographs(args.pictures, 32), {}
-    for form in ('pictures', 'amp', 'features'):
+    images, results = photographs(args.images, 32), {}
+    for form in ('images', 'amp', 'features'):
         with contextlib.redirect_stdout(io.StringIO()):
-            results[form] = measure(form, pictures, args)
-    print(f'{args.pictures} pictures of 32 pixels, {args.model}; medians of {args.repeat}')
+            results[form] = measure(form, images, args)
+    print(f'{args.images} images of 32 pixels, {args.model}; medians of {args.repeat}')
     print(f'{"form":12}{"first, s":>10}{"others, s":>10}{"ratio":>8}')
     for form, (first, seconds) in results.items():
-        print(f'{form:12}{first:10.2f}{seconds:10.3f}{results["pictures"][1] / seconds:8.1f}')
-    print(f'ratio {results["pictures"][1] / results["features"][1]:.1f}')
+        print(f'{form:12}{first:10.2f}{seconds:10.3f}{results["images"][1] / seconds:8.1f}')
+    print(f'ratio {results["images"][1] / results["features"][1]:.1f}')
 
 
 if __name__ == '__main__':

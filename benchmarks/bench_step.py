@@ -2,10 +2,10 @@
 
     python benchmarks/bench_step.py [--model resnet18] [--batch_size 64] [--size 32] [--steps 5] [--repeat 3]
 
-One step is two views of each picture through network, loss, backward pass and optimizer. Each form is a process of its
+One step is two views of each image through network, loss, backward pass and optimizer. Each form is a process of its
 own, since memory, threads and compilers are a process's; they take turns, and medians are shown. `original` is float32,
 channels first, in a process as PyTorch starts it; `float32`, `amp` and `compile` are main_supcon.py without options,
-with --amp, and with --amp --compile; `original, memory` tells how much is due to keeping freed memory alone. The last
+with --amp, and with --amp --compile; `original, memory` shows how much is due to keeping freed memory alone. The last
 line is the ratio of amp to original.
 """
 import argparse
@@ -22,7 +22,7 @@ FORMS = ('original', 'original, memory', 'float32', 'amp', 'compile')
 
 
 def step_of(form, args):
-    """A function that trains one step, from random pictures on the device."""
+    """A function that trains one step, from random images on the device."""
     import torch
 
     from losses import SupConLoss
@@ -90,7 +90,7 @@ def main():
                                     stdout=subprocess.PIPE, text=True).stdout
             values.append(float(output.split()[-1]))
     medians = {form: statistics.median(values) for form, values in speeds.items()}
-    print(f'{args.model}, batches of {args.batch_size} pictures with two views of {args.size} pixels; medians of '
+    print(f'{args.model}, batches of {args.batch_size} images with two views of {args.size} pixels; medians of '
           f'{args.repeat}')
     print(f'{"form":18}{"views/s":>10}{"ratio":>8}')
     for form, speed in medians.items():

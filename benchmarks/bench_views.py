@@ -1,10 +1,10 @@
-"""Views per second: two SimCLR views of each picture, drawn in batches, against torchvision's transforms in workers.
+"""Views per second: two SimCLR views of each image, sampled in batches, against torchvision's transforms in workers.
 
-    python benchmarks/bench_views.py [--pictures 20000] [--size 32] [--batch_size 1024] [--num_workers N] [--repeat 5]
+    python benchmarks/bench_views.py [--images 20000] [--size 32] [--batch_size 1024] [--num_workers N] [--repeat 5]
 
 `per_sample` are the original's transforms in DataLoader workers, `batched` the batched loader without a compiler,
-`compiled` as a long run has it; all three draw the same view of the same pictures, parts of scikit-learn's two
-photographs. They take turns, an epoch each; medians. A batch counts as drawn when it lies in memory on the device. The
+`compiled` as a long run has it; all three sample the same view of the same images, parts of scikit-learn's two
+photographs. They take turns, an epoch each; medians. A batch counts when it lies in memory on the device. The
 last line is the ratio of compiled to per_sample.
 """
 import argparse
@@ -22,8 +22,8 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from datasets import pretraining_view  # noqa: E402
+from datasets.image_set import ImageSet  # noqa: E402
 from datasets.loader import COMPILE_PAYS, make_loader  # noqa: E402
-from datasets.pictures import Pictures  # noqa: E402
 from util import arguments, memory  # noqa: E402
 
 
@@ -36,22 +36,22 @@ def photographs(count, size):
         side = rng.integers(size, 300)
         top, left = (rng.integers(0, length - side) for length in photos[i % 2].shape[:2])
         parts.append(np.asarray(Image.fromarray(photos[i % 2][top:top + side, left:left + side]).resize((size, size))))
-    return Pictures(np.stack(parts), torch.arange(count) % 2, ['china', 'flower'])
+    return ImageSet(np.stack(parts), torch.arange(count) % 2, ['china', 'flower'])
 
 
-def loader_of(form, pictures, args):
+def loader_of(form, images, args):
     opt = arguments.defaults(dataset='cifar10', size=args.size, mean=(0.5,) * 3, std=(0.25,) * 3, seed=0,
                         batch_size=args.batch_size, num_workers=args.num_workers, device=args.device,
                         loader='per_sample' if form == 'per_sample' else 'batched',
                         epochs=COMPILE_PAYS if form == 'compiled' else 1)
-    if form == 'per_sample':                            # fewer pictures, or its turns take minutes; all workers busy
+    if form == 'per_sample':                            # fewer images, or its turns take minutes; all workers busy
         opt.batch_size = min(256, args.batch_size)
-        pictures = pictures.select(np.arange(min(len(pictures), max(4096, 8 * opt.batch_size * args.num_workers))))
-    return make_loader(pictures, pretraining_view(opt), opt, 2)
+        images = images.select(np.arange(min(len(images), max(4096, 8 * opt.batch_size * args.num_workers))))
+    return make_loader(images, pretraining_view(opt), opt, 2)
 
 
 def epoch(loader, number):
-    """Seconds and pictures per second of one pass."""
+    """Seconds and images per second of one pass."""
     loader.set_epoch(number)
     start, count = time.perf_counter(), 0
     for _, labels in loader:
@@ -64,7 +64,7 @@ def epoch(loader, number):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--pictures', type=int, default=20000)
+    parser.add_argument('--images', type=int, default=20000)
     parser.add_argument('--size', type=int, default=32)
     parser.add_argument('--batch_size', type=int, default=1024)
     parser.add_argument('--num_workers', type=int, default=os.cpu_count(), help='of per_sample; default: the cores')
@@ -74,8 +74,8 @@ def main():
     memory.keep_freed_memory()
     cache = tempfile.TemporaryDirectory()
     os.environ['TORCHINDUCTOR_CACHE_DIR'] = cache.name  # as on a machine that has compiled nothing yet
-    pictures = photographs(args.pictures, args.size)
-    loaders = {form: loader_of(form, pictures, args) for form in ('per_sample', 'batched', 'compiled')}
+    images = photographs(args.images, args.size)
+    loaders = {form: loader_of(form, images, args) for form in ('per_sample', 'batched', 'compiled')}
     first = {form: epoch(loader, 0)[0] for form, loader in loaders.items()}         # workers start, compilers compile
     speeds = {form: [] for form in loaders}
     for number in range(1, args.repeat + 1):
@@ -84,7 +84,7 @@ def main():
     medians = {form: statistics.median(values) for form, values in speeds.items()}
     print(f'two views of {args.size} pixels each, batches of {args.batch_size}, {args.num_workers} workers, on '
           f'{args.device}; medians of {args.repeat}')
-    print(f'{"form":12}{"pictures/s":>12}{"ratio":>8}{"first epoch, s":>16}')
+    print(f'{"form":12}{"images/s":>12}{"ratio":>8}{"first epoch, s":>16}')
     for form, speed in medians.items():
         print(f'{form:12}{speed:12.0f}{speed / medians["per_sample"]:8.1f}{first[form]:16.1f}')
     print(f'ratio {medians["compiled"] / medians["per_sample"]:.1f}')

@@ -1,6 +1,6 @@
-"""How cost grows: seconds and memory of the loss over the number of views, seconds of an epoch over the pictures.
+"""How cost grows: seconds and memory of the loss over the number of views, seconds of an epoch over the images.
 
-    python benchmarks/plot_cost.py [--output cost.png] [--largest 17] [--pictures 256 512 1024 2048]
+    python benchmarks/plot_cost.py [--output cost.png] [--largest 17] [--images 256 512 1024 2048]
 
 The linear form is measured up to 2^17 views, the dense one as long as its matrices take less than half of the free
 memory. The last line is the slope of the linear form's time between 2^14 views and the largest, in a log-log plot: 2
@@ -16,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from datasets.pictures import available_memory  # noqa: E402
+from util.memory import available_memory  # noqa: E402
 
 DENSE_BYTES = 26                        # that bench_loss.dense takes for each pair of views, as measured
 
@@ -30,7 +30,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--output', type=Path, default=Path('cost.png'))
     parser.add_argument('--largest', type=int, default=17, help='power of 2 of the most views, at least 11')
-    parser.add_argument('--pictures', type=int, nargs='+', default=[256, 512, 1024, 2048])
+    parser.add_argument('--images', type=int, nargs='+', default=[256, 512, 1024, 2048])
     args = parser.parse_args()
     import torch
     memory = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else available_memory()
@@ -42,9 +42,9 @@ def main():
                 seconds, megabytes = rows[2**power] = [float(text) for text in output.split()[:2]]
                 print(f'loss, {form}: {2**power} views {seconds:.3f} s, {megabytes:.0f} MB', flush=True)
     epochs = {}
-    for count in args.pictures:
-        epochs[count] = json.loads(output_of('bench_epoch.py', '--pictures', count, '--form', 'ours'))['seconds']
-        print(f'epoch: {count} pictures {epochs[count]:.2f} s', flush=True)
+    for count in args.images:
+        epochs[count] = json.loads(output_of('bench_epoch.py', '--images', count, '--form', 'ours'))['seconds']
+        print(f'epoch: {count} images {epochs[count]:.2f} s', flush=True)
     plot(costs, epochs, args.output)
     sizes = 2**max(10, min(14, args.largest - 1)), 2**args.largest
     low, high = (costs['linear'][size][0] for size in sizes)
@@ -56,10 +56,10 @@ def plot(costs, epochs, file):
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
     figure, (time_axis, memory_axis, epoch_axis) = plt.subplots(1, 3, figsize=(12, 3.6), layout='constrained')
-    for form, colour in (('linear', 'tab:blue'), ('dense', 'tab:red')):
+    for form, color in (('linear', 'tab:blue'), ('dense', 'tab:red')):
         sizes = list(costs[form])
         for axis, column in ((time_axis, 0), (memory_axis, 1)):
-            axis.plot(sizes, [costs[form][size][column] for size in sizes], 'o-', color=colour,
+            axis.plot(sizes, [costs[form][size][column] for size in sizes], 'o-', color=color,
                       label={'linear': 'losses.py', 'dense': 'dense form'}[form])
     sizes = list(costs['linear'])
     last = costs['linear'][sizes[-1]]
@@ -70,7 +70,7 @@ def plot(costs, epochs, file):
     epoch_axis.plot(list(epochs), [epochs[largest] * n / largest for n in epochs], ':', color='gray', label='linear')
     for axis, title, label in ((time_axis, 'loss, forward and backward, seconds', 'views N'),
                                (memory_axis, 'memory of the loss, MB', 'views N'),
-                               (epoch_axis, 'epoch, seconds', 'pictures')):
+                               (epoch_axis, 'epoch, seconds', 'images')):
         axis.set(title=title, xlabel=label, xscale='log', yscale='log')
         axis.set_xscale('log', base=2)
         axis.legend()

@@ -21,9 +21,9 @@ HERE = Path(__file__).resolve().parent
 
 # Name: (what the ratio is of, the goal, the command and its arguments)
 BENCHMARKS = {
-    'views': ('compiled batched views / transforms in workers', 24, ['bench_views.py', '--pictures', '50000']),
+    'views': ('compiled batched views / transforms in workers', 24, ['bench_views.py', '--images', '50000']),
     'step': ('--amp step / original step', 2.5, ['bench_step.py', '--batch_size', '128', '--steps', '3']),
-    'linear': ('epoch of pictures / of --cache_features', 50, ['bench_linear.py']),
+    'linear': ('epoch of images / of --cache_features', 50, ['bench_linear.py']),
     'loss': ('dense / linear, 16,384 views', 4, ['bench_loss.py']),
     'soft loss': ('dense / linear, 100 soft classes', None, ['bench_loss.py', '--soft', '--classes', '100']),
     'start': ('start without cache / second with --cache_dir', 10, ['bench_start.py']),
@@ -31,7 +31,7 @@ BENCHMARKS = {
     'folder': ('ImageFolder / our workers, blur', None, ['bench_folder.py']),
     'epoch': ('original epoch / ours', None, ['bench_epoch.py']),
     'cost': ('slope of the loss time over views, log-log', None, ['plot_cost.py']),
-    'gpu resnet50': ('original epoch / ours, 50,000 pictures', 4, ['bench_epoch.py', '--model', 'resnet50']),
+    'gpu resnet50': ('original epoch / ours, 50,000 images', 4, ['bench_epoch.py', '--model', 'resnet50']),
 }
 
 

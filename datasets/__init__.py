@@ -1,14 +1,15 @@
-"""What to read, which views to draw, how to batch them.
+"""Which images there are, how they are augmented, how they are batched.
 
-A new dataset is one function in pictures.py and one row in DATASETS.
+A new dataset is one function in sources.py and one row in DATASETS.
 """
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from datasets import mvip, pictures
+from datasets import mvip, sources
 from datasets.augmentations import load_augmentations
+from datasets.image_set import ImageSet
 from datasets.loader import make_loader
 from datasets.views import View
 from util.errors import UserError
@@ -17,12 +18,12 @@ from util.log import log
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """How a dataset is read and shown: `load(opt)` returns training and validation Pictures.
+    """How a dataset is read and shown: `load(opt)` returns training and validation ImageSets.
 
-    mean, std: of its channels; None: measured on the training pictures. size: side of the views in pixels.
-    pretraining, classification: how the training views are cut, as settings of View; policy: what colours those of
-    classification unless told otherwise (a key of POLICIES; of pretraining it is 'sim'). auto: its AutoAugment policy.
-    padding: classification with 'auto' and 'rand' cuts views from the padded picture instead.
+    mean, std: of its channels; None: measured on the training images. size: side of the views in pixels.
+    pretraining, classification: how the training views are cut, as settings of View; policy: what colors those of
+    classification by default (a key of POLICIES; of pretraining it is 'sim'). auto: its AutoAugment policy.
+    padding: classification with 'auto' and 'rand' cuts views from the padded image instead.
     resize: evaluation resizes the shorter side to this many times the size and takes the central square.
     folder: where it lies unless --data_folder is given. defaults: of options where they are not the usual ones,
     {program: {option: value}}.
@@ -51,13 +52,13 @@ LARGE = {'size': 224, 'resize': 256 / 224, **dict.fromkeys(('pretraining', 'clas
 MVIP = {'learning_rate': 0.001, 'batch_size': 16, 'save_freq': 10}
 
 DATASETS = {
-    'digits': DatasetInfo(pictures.digits, size=16, pretraining=DIGIT, classification=DIGIT, auto='svhn'),
-    'cifar10': DatasetInfo(pictures.cifar, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), **CIFAR),
-    'cifar100': DatasetInfo(pictures.cifar, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), **CIFAR),
-    'imagenet': DatasetInfo(pictures.imagenet, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), **LARGE,
+    'digits': DatasetInfo(sources.digits, size=16, pretraining=DIGIT, classification=DIGIT, auto='svhn'),
+    'cifar10': DatasetInfo(sources.cifar, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), **CIFAR),
+    'cifar100': DatasetInfo(sources.cifar, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), **CIFAR),
+    'imagenet': DatasetInfo(sources.imagenet, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), **LARGE,
                             folder='./data/imagenet',
                             defaults=dict.fromkeys(('main_supcon', 'main_ce'), {'stem': 'imagenet'})),
-    'path': DatasetInfo(pictures.path),
+    'path': DatasetInfo(sources.path),
     'mvip': DatasetInfo(mvip.mvip, (0.4213, 0.4252, 0.4242), (0.1955, 0.1923, 0.1912), size=224, policy='sim',
                         pretraining={'crop': (0.6, 1.), **PART}, classification={'crop': (0.8, 1.), **PART},
                         folder='./data/MVIP/sets', defaults={
@@ -67,7 +68,7 @@ DATASETS = {
 
 
 def sim(opt, info):
-    """The colours of SimCLR and SupCon."""
+    """The colors of SimCLR and SupCon."""
     strength = opt.jitter_strength
     return {'jitter': (0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength), 'grayscale': 0.2,
             'blur': opt.blur_p}
@@ -88,18 +89,18 @@ POLICIES = {                                            # --augment_policy: what
 
 @dataclass
 class Data:
-    """What a run reads: training and validation Pictures, and those of augmentation folders, or None.
+    """What a run reads: training and validation ImageSets, and those of augmentation folders, or None.
 
-    train already holds the id pictures with --aug_mode with_id and with_both; ood pictures it never holds.
+    train already holds the id images with --aug_mode with_id and with_both; ood images it never holds.
     """
-    train: pictures.Pictures
-    val: pictures.Pictures
-    id: pictures.Pictures | None
-    ood: pictures.Pictures | None
+    train: ImageSet
+    val: ImageSet
+    id: ImageSet | None
+    ood: ImageSet | None
 
 
-def load_pictures(opt):
-    """All Pictures of a run: Data; fills in opt.size, opt.mean and opt.std where they are None."""
+def load_images(opt):
+    """The ImageSets of a run: Data; fills in opt.size, opt.mean and opt.std where they are None."""
     info = dataset_info(opt)
     cache_dir = _cache_dir(opt)
     try:
@@ -116,7 +117,7 @@ def load_pictures(opt):
         mean, std = (info.mean, info.std) if info.mean else train.statistics()
         opt.mean, opt.std = opt.mean or mean, opt.std or std
         if not info.mean:
-            log(f'Measured on the training pictures: --mean "{opt.mean}" --std "{opt.std}"')
+            log(f'Measured on the training images: --mean "{opt.mean}" --std "{opt.std}"')
     if opt.aug_mode in ('with_id', 'with_both'):
         train = train.join(extra_id)
     return Data(train, val, extra_id if opt.aug_mode != 'ood_only' else None,
@@ -131,7 +132,7 @@ def _cache_dir(opt):
 
 
 def dataset_info(opt):
-    """The row of --dataset; pictures of --dataset path with --stem imagenet are shown as ImageNet's."""
+    """The row of --dataset; images of --dataset path with --stem imagenet are shown as ImageNet's."""
     info = DATASETS[opt.dataset]
     return replace(info, **LARGE) if opt.dataset == 'path' and opt.stem == 'imagenet' else info
 
@@ -152,12 +153,12 @@ def classification_view(opt):
 
 def _training_view(opt, cut, policy, **more):
     if opt.cutout and opt.cutout_length >= 2 * opt.size:
-        raise UserError(f'--cutout_length {opt.cutout_length} hides the whole view of {opt.size} pixels, expected less')
+        raise UserError(f'--cutout_length {opt.cutout_length} hides all of a view of {opt.size} pixels, expected less')
     cutout = (opt.n_holes, opt.cutout_length) if opt.cutout else None
     if opt.crop_min and 'crop' in cut:
         cut = {**cut, 'crop': (opt.crop_min, 1.)}
-    colour = POLICIES[policy](opt, dataset_info(opt))
-    return View(opt.size, opt.mean, opt.std, **cut, **colour, cutout=cutout, **more)
+    color = POLICIES[policy](opt, dataset_info(opt))
+    return View(opt.size, opt.mean, opt.std, **cut, **color, cutout=cutout, **more)
 
 
 def evaluation_view(opt):

@@ -1,21 +1,22 @@
-"""Augmentation folders: synthetic pictures of the classes, as DA-Fusion (https://arxiv.org/abs/2302.07944) writes them.
+"""Augmentation folders: synthetic images of the classes, as DA-Fusion (https://arxiv.org/abs/2302.07944) writes them.
 
     <aug_root>/<aug_output_name>/<aug_name>/<class>-<index>-<number>.png
 
-<class> may have underscores for spaces, <index> numbers the source pictures of the class, <number> their variants.
-In-distribution ("id") pictures carry the label of their class c, near-out-of-distribution ("ood") ones -(c + 1).
+<class> may have underscores for spaces, <index> numbers the source images of the class, <number> their variants.
+In-distribution ("id") images carry the label of their class c, near-out-of-distribution ("ood") ones -(c + 1).
 """
 import os
 from pathlib import Path
 
 import torch
 
-from datasets.pictures import EXTENSIONS, Pictures, as_text
+from datasets.image_set import EXTENSIONS, ImageSet
 from util.errors import UserError
+from util.files import as_text
 
 
 def load_augmentations(opt, classes):
-    """The id and the ood Pictures that the options name; None where --aug_name_id or --aug_name_ood is not given."""
+    """The id and the ood ImageSet that the options name; None where --aug_name_id or --aug_name_ood is not given."""
     if not opt.aug_output_name:
         return None, None
     root = Path(opt.aug_root) / opt.aug_output_name
@@ -29,7 +30,7 @@ def load_augmentations(opt, classes):
 
 
 def augmentation_folder(folder, classes, limit, option):
-    """The pictures of one folder, at most `limit` source pictures (with all their variants) of each class; -1: all."""
+    """The images of one folder, at most `limit` source images (with all their variants) of each class; -1: all."""
     if not os.path.isdir(folder):
         raise UserError(f'{option}: {folder}: no such folder')
     try:
@@ -53,10 +54,10 @@ def augmentation_folder(folder, classes, limit, option):
             raise UserError(f'{file}: no class is called {name!r}')
         found.append((number, int(fields[0]), int(fields[1]), str(file)))
     if not found:
-        raise UserError(f'{option}: {folder}: no pictures in it, expected <class>-<index>-<number>.png')
+        raise UserError(f'{option}: {folder}: no images in it, expected <class>-<index>-<number>.png')
     if limit >= 0:
         kept = {c: sorted({index for number, index, *_ in found if number == c})[:limit] for c in numbers.values()}
         found = [entry for entry in found if entry[1] in kept[entry[0]]]
     found.sort()
     labels = torch.tensor([number for number, *_ in found], dtype=torch.long)
-    return Pictures([file for *_, file in found], labels, classes)
+    return ImageSet([file for *_, file in found], labels, classes)

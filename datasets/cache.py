@@ -39,10 +39,10 @@ def size_in_cache(file):
 
 
 def cached(file, make, check):
-    """The dict of arrays that `make()` gives, from `file` where that holds it whole; otherwise it is written there.
+    """The dict of arrays that `make()` gives, from `file` where that is a valid cache; otherwise it is written there.
 
-    `check(arrays)` tells whether arrays of a file are of the right shapes and types. Nothing in a file is executed, and
-    its checksums are verified. A file that cannot be written is said and does without.
+    `check(arrays)` is whether the arrays of a file have the right shapes and types. Nothing in a file is executed, and
+    its checksums are verified. A file that cannot be written is reported, and the run does without.
     """
     if os.path.lexists(file):
         try:
@@ -51,9 +51,9 @@ def cached(file, make, check):
                 return arrays
         except MemoryError:
             raise
-        except Exception:               # a damaged archive can raise anything
+        except Exception:               # a corrupted archive can raise anything
             pass
-        log(f'{file}: not a whole cache, made again')
+        log(f'{file}: not a valid cache, written again')
     arrays, partial = make(), file.with_name(f'{file.name}.{uuid.uuid4().hex}.partial')
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -62,9 +62,9 @@ def cached(file, make, check):
             with contextlib.suppress(OSError):          # a file system without locks
                 _lock(stream)
             np.savez(stream, **arrays)
-        os.replace(partial, file)                       # at any moment the file is whole
+        os.replace(partial, file)                       # at any moment the file is complete
     except OSError as error:
-        log(f'{file}: cannot be written ({error}), going on without')
+        log(f'{file}: cannot be written ({error}), continuing without')
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -74,7 +74,7 @@ def cached(file, make, check):
 def _read(file):
     """The arrays of a file, a dict.
 
-    ValueError where a header tells another size than is there: NumPy would take as much memory as it tells.
+    ValueError where a header has another size than is there: NumPy would allocate as much as the header has.
     """
     if size_in_cache(file) is None:
         raise ValueError

@@ -18,41 +18,42 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import transforms
 
 from datasets import views
-from datasets.pictures import available_memory, mostly_padding
-from util.distributed import largest, local_processes, moved, share, world_size
+from datasets.image_set import mostly_padding
+from util.distributed import all_max, local_processes, local_slice, to_device, world_size
 from util.errors import UserError
 from util.log import log
+from util.memory import available_memory
 
 
-def make_loader(pictures, view, opt, n_views=1, train=True):
+def make_loader(image_set, view, opt, n_views=1, train=True):
     """An iterable of (images [n_views * bsz, 3, size, size], labels [bsz]), view after view, on opt.device.
 
     Call `set_epoch(epoch)` before each epoch: permutation and views depend on opt.seed and the epoch alone, and those
-    of a batch on nothing that was drawn before. With train=False the pictures come in their own order. Of several
-    processes each gets its share of every batch, with the views that one process would draw.
+    of a batch on nothing that was sampled before. With train=False the images come in their own order. Of several
+    processes each gets its slice of every batch, with the views that a single process would sample.
 
-    opt.loader: 'batched' decodes everything into memory first and draws views on opt.device; 'workers' decodes and
-    crops in opt.num_workers worker processes and does the colours on opt.device; 'per_sample' does all in the workers;
-    'auto' takes 'batched' where the pictures fit into half of the free memory, padding is not most of it, and the view
-    can be drawn in batches, else 'workers'.
+    opt.loader: 'batched' decodes everything into memory first and samples views on opt.device; 'workers' decodes and
+    crops in opt.num_workers worker processes and does the colors on opt.device; 'per_sample' does all in the workers;
+    'auto' takes 'batched' where the images fit into half of the free memory, padding is not most of it, and the view
+    can be sampled in batches, else 'workers'.
     """
     kind = opt.loader
     if kind == 'auto':
-        kind = train and opt.loader_chosen or _loader_that_fits(pictures, view)
+        kind = train and opt.loader_chosen or _loader_that_fits(image_set, view)
         if train:
-            opt.loader_chosen = kind                    # is recorded, since a run that goes on must draw the same views
+            opt.loader_chosen = kind                    # recorded, since a run that resumes must sample the same views
     if kind == 'batched' and not view.per_sample_only:
-        return BatchedLoader(pictures, view, opt, n_views, train)
-    return WorkerLoader(pictures, view, opt, n_views, train, whole_view=opt.loader == 'per_sample')
+        return BatchedLoader(image_set, view, opt, n_views, train)
+    return WorkerLoader(image_set, view, opt, n_views, train, per_sample=opt.loader == 'per_sample')
 
 
-def _loader_that_fits(pictures, view):
+def _loader_that_fits(image_set, view):
     """What --loader auto chooses, alike in all processes."""
     if view.per_sample_only:
         return 'workers'
-    needed, filled = pictures.decoded_bytes(view.short_side)
+    needed, filled = image_set.decoded_bytes(view.short_side)
     too_large = needed >= available_memory() / 2 / local_processes() or mostly_padding(needed, filled)
-    return 'workers' if largest(too_large) else 'batched'
+    return 'workers' if all_max(too_large) else 'batched'
 
 
 # Pixels of all views of a run from which on compiled operations pay: they cost 7 to 25 seconds at the first use on a
@@ -61,16 +62,16 @@ COMPILE_PAYS = 2**33
 
 
 class Batches:
-    """The order of n pictures: yields the number of each batch from first_step on, and the indices [bsz] in it.
+    """The order of n images: yields the number of each batch from first_step on, and the indices [bsz] in it.
 
-    In training a last batch of one picture, which batch norm cannot take, is added to the batch before it.
+    In training a last batch of one image, which batch norm cannot take, is added to the batch before it.
     """
 
     def __init__(self, n, opt, train):
         if train and n < 2:
-            raise UserError(f'found {n} training picture, expected at least 2')
+            raise UserError(f'found {n} training image, expected at least 2')
         if train and n < opt.batch_size:
-            log(f'--batch_size {opt.batch_size}: found {n} training pictures, each batch holds all of them')
+            log(f'--batch_size {opt.batch_size}: found {n} training images, each batch holds all of them')
         self.n, self.seed, self.train, self.epoch, self.first_step = n, opt.seed, train, 0, 0
         self.sizes = [opt.batch_size] * (n // opt.batch_size) + [n % opt.batch_size] * (n % opt.batch_size > 0)
         if train and self.sizes[-1] == 1:
@@ -83,14 +84,14 @@ class Batches:
                 yield step, indices
 
     def generator(self, *of):
-        """Random numbers of the epoch, or of a batch: (step,) or (step, what it draws)."""
+        """Random numbers of the epoch, or of a batch: (step,) or (step, what it samples)."""
         of = [number + 1 for number in of]              # to NumPy [a, b] and [a, b, 0] are the same
         seed, = np.random.SeedSequence([self.seed, self.epoch, *of]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(seed))
 
 
 class Loader:
-    """What all loaders have: `len`, the steps of an epoch; `sizes`, the pictures of each batch in all processes."""
+    """What all loaders have: `len`, the steps of an epoch; `sizes`, the images of each batch in all processes."""
 
     def __init__(self, n, opt, train):
         self.batches = Batches(n, opt, train)
@@ -111,31 +112,32 @@ class Loader:
 
 
 class BatchedLoader(Loader):
-    """Keeps the decoded pictures in memory, on the GPU where they take at most a quarter of what is free there."""
+    """Keeps the decoded images in memory, on the GPU where they take at most a quarter of what is free there."""
 
-    def __init__(self, pictures, view, opt, n_views, train):
-        super().__init__(len(pictures), opt, train)
-        self.labels, self.view, self.n_views, self.device = pictures.labels, view, n_views, torch.device(opt.device)
-        self.data, self.heights, self.widths = pictures.decode(view.short_side)
-        compiled = train and opt.epochs * len(pictures) * n_views * view.size**2 >= COMPILE_PAYS
+    def __init__(self, image_set, view, opt, n_views, train):
+        super().__init__(len(image_set), opt, train)
+        self.labels, self.view, self.n_views, self.device = image_set.labels, view, n_views, torch.device(opt.device)
+        self.data, self.heights, self.widths = image_set.decode(view.short_side)
+        compiled = train and opt.epochs * len(image_set) * n_views * view.size**2 >= COMPILE_PAYS
         self.operations = views.compiled_operations(self.device) if compiled else views.OPERATIONS
         if self.device.type == 'cuda' and self.data.nbytes < torch.cuda.mem_get_info()[0] / 4:
             self.data = self.data.to(self.device)
 
     def __iter__(self):
         for step, indices in self.batches:
-            repeated, mine = indices.repeat(self.n_views), share(len(indices))
-            drawn = views.draw(self.view, self.heights[repeated], self.widths[repeated], self.batches.generator(step))
-            drawn, indices = drawn.share(mine, len(indices)), indices[mine]
-            data = moved(self.data.index_select(0, moved(indices, self.data.device)), self.device)
-            whole = self.sizes[step] == self.sizes[0]           # an odd size would be compiled again
-            images = views.apply(self.view, data, drawn, self.operations if whole else views.OPERATIONS)
-            yield images, moved(self.labels[indices], self.device)
+            repeated, mine = indices.repeat(self.n_views), local_slice(len(indices))
+            params = views.sample_params(self.view, self.heights[repeated], self.widths[repeated],
+                                         self.batches.generator(step))
+            params, indices = params.local(mine, len(indices)), indices[mine]
+            data = to_device(self.data.index_select(0, to_device(indices, self.data.device)), self.device)
+            usual = self.sizes[step] == self.sizes[0]           # an odd size would be compiled again
+            images = views.apply(self.view, data, params, self.operations if usual else views.OPERATIONS)
+            yield images, to_device(self.labels[indices], self.device)
 
 
 class FeatureLoader(Loader):
-    """Batches of features [bsz, dim] instead of a loader's pictures, and labels: `compute(loader)` gives those of all
-    pictures, [n, dim] and [n], once, when the first batch is asked for."""
+    """Batches of features [bsz, dim] instead of a loader's images, and labels: `compute(loader)` gives those of all
+    images, [n, dim] and [n], once, when the first batch is asked for."""
 
     def __init__(self, loader, compute, opt, train):
         super().__init__(loader.n, opt, train)
@@ -145,32 +147,32 @@ class FeatureLoader(Loader):
     def __iter__(self):
         if self.features is None:
             self.features, self.labels = self.compute(self.loader)
-            self.loader = None                          # its pictures are not needed any more
+            self.loader = None                          # its images are not needed any more
         for _, indices in self.batches:
-            indices = moved(indices[share(len(indices))], self.labels.device)
+            indices = to_device(indices[local_slice(len(indices))], self.labels.device)
             yield self.features[indices], self.labels[indices]
 
 
 class WorkerLoader(Loader):
-    """Worker processes decode and crop, and with whole_view do everything else by torchvision's transforms too."""
+    """Worker processes decode and crop, and with per_sample do all else by torchvision's transforms too."""
 
-    def __init__(self, pictures, view, opt, n_views, train, whole_view):
-        if isinstance(pictures.source, list):
-            pictures.sizes()                            # finds what is no picture now, not in the first epoch
-        super().__init__(len(pictures), opt, train)
+    def __init__(self, image_set, view, opt, n_views, train, per_sample):
+        if isinstance(image_set.source, list):
+            image_set.sizes()                           # a file that is no image is found now, not in the first epoch
+        super().__init__(len(image_set), opt, train)
         self.n_views, self.device = n_views, torch.device(opt.device)
         self.rest = None                                # what the training device has to do
-        if whole_view:
-            draw = _WholeViews(view, n_views)
+        if per_sample:
+            augment = _PerSample(view, n_views)
         else:
-            draw = _Crops(view, n_views, finish=self.device.type == 'cpu')
-            self.rest = None if draw.finish else draw.rest
-        # Batches that wait may take a quarter of the memory: those of thousands of large pictures are gigabytes.
-        pictures_here = math.ceil(min(opt.batch_size, len(pictures)) / world_size())
-        batch_bytes = pictures_here * n_views * 3 * view.size**2 * (1 if self.rest else 4)
+            augment = _Crops(view, n_views, finish=self.device.type == 'cpu')
+            self.rest = None if augment.finish else augment.rest
+        # Batches that wait may take a quarter of the memory: those of thousands of large images are gigabytes.
+        images_here = math.ceil(min(opt.batch_size, len(image_set)) / world_size())
+        batch_bytes = images_here * n_views * 3 * view.size**2 * (1 if self.rest else 4)
         waiting = max(1, int(available_memory() / local_processes() / 4 / batch_bytes))
         workers = min(opt.num_workers, waiting)
-        self.loader = DataLoader(_Samples(pictures, draw), batch_sampler=_Keys(self.batches), num_workers=workers,
+        self.loader = DataLoader(_Samples(image_set, augment), batch_sampler=_Keys(self.batches), num_workers=workers,
                                  persistent_workers=train and workers > 0, collate_fn=_collate,
                                  prefetch_factor=max(1, min(4, waiting // workers)) if workers else None,
                                  pin_memory=self.device.type == 'cuda', worker_init_fn=_start_worker)
@@ -183,8 +185,8 @@ class WorkerLoader(Loader):
             images, labels = (part.to(self.device, non_blocking=True) for part in batch or self.empty)
             if self.rest and len(images):
                 sizes = torch.full((self.n_views * self.sizes[step],), self.rest.size)
-                drawn = views.draw(self.rest, sizes, sizes, self.batches.generator(step, 1))
-                images = views.apply(self.rest, images, drawn.share(share(self.sizes[step]), self.sizes[step]))
+                params = views.sample_params(self.rest, sizes, sizes, self.batches.generator(step, 1))
+                images = views.apply(self.rest, images, params.local(local_slice(self.sizes[step]), self.sizes[step]))
             yield images, labels
 
     def _loaded(self):
@@ -194,27 +196,27 @@ class WorkerLoader(Loader):
             batches = iter(self.loader)
             if workers and hasattr(signal, 'SIGCHLD') and threading.current_thread() is threading.main_thread():
                 # PyTorch's handler would raise an error wherever the program is when a worker ends: in a step, or while
-                # it writes a checkpoint. Without it the next batch tells, after at most five seconds.
+                # it writes a checkpoint. Without it the next batch is the error, after at most five seconds.
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             yield from batches
         except (EOFError, MemoryError, OSError, RuntimeError) as error:
             if not workers or isinstance(error, RuntimeError) and not re.search(WORKERS_FAIL, str(error)):
                 raise
-            # The error of a worker comes with a traceback, of which the last line tells what happened.
+            # The error of a worker comes with a traceback, of which the last line is the reason.
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise UserError(f'--num_workers {workers}: worker processes failed ({reason}), expected fewer of them, or '
                             'more memory, a larger /dev/shm (--shm-size of docker) or a higher limit of open files '
                             '(ulimit -n)') from error
 
 
-# What a RuntimeError says, of PyTorch or Python, that is not the program's.
+# Messages of RuntimeErrors, of PyTorch or Python, that are not the program's.
 WORKERS_FAIL = (r'DataLoader worker \(pid|MemoryError|allocate memory|shared memory|open files|ancdata|'
                 'start new thread|Pin memory thread exited')
 
 
 def _start_worker(_):
     """What a worker process does first."""
-    # These often go to all processes of a job: workers go on while the program makes its checkpoint.
+    # These often go to all processes of a job: workers continue while the program writes its checkpoint.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     # A batch that cannot be sent would be lost, with a traceback, and waited for without end: the worker ends instead,
@@ -244,28 +246,28 @@ class _Keys:
     def __iter__(self):
         for step, indices in self.batches:
             seeds = torch.randint(2**62, indices.shape, generator=self.batches.generator(step))
-            mine = share(len(indices))
+            mine = local_slice(len(indices))
             yield list(zip(indices[mine].tolist(), seeds[mine].tolist()))
 
 
 class _Samples(Dataset):
-    def __init__(self, pictures, draw):
-        self.pictures, self.draw = pictures, draw
+    def __init__(self, image_set, augment):
+        self.image_set, self.augment = image_set, augment
 
     def __len__(self):
-        return len(self.pictures)
+        return len(self.image_set)
 
     def __getitem__(self, key):
         index, seed = key
         try:
-            return self.draw(self.pictures, index, seed), self.pictures.labels[index]
+            return self.augment(self.image_set, index, seed), self.image_set.labels[index]
         except UserError as error:              # raised in a worker it would arrive wrapped in a traceback
             return error
 
 
 @contextlib.contextmanager
 def _seeded(seed):
-    """What torchvision's transforms draw depends on the seed alone."""
+    """torchvision's transforms sample from this seed alone."""
     before = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)           # torch.manual_seed would prepare for CUDA each time
     try:
@@ -274,20 +276,20 @@ def _seeded(seed):
         torch.set_rng_state(before)
 
 
-class _WholeViews:
-    """Views [n_views, 3, size, size] of a picture by torchvision's transforms."""
+class _PerSample:
+    """Views [n_views, 3, size, size] of an image by torchvision's transforms."""
 
     def __init__(self, view, n_views):
         self.transform, self.n_views = views.per_sample(view), n_views
 
-    def __call__(self, pictures, index, seed):
-        picture = pictures.load(index)
+    def __call__(self, image_set, index, seed):
+        image = image_set.load(index)
         with _seeded(seed):
-            return torch.stack([self.transform(picture) for _ in range(self.n_views)])
+            return torch.stack([self.transform(image) for _ in range(self.n_views)])
 
 
 class _Crops:
-    """Cropped views [n_views, 3, size, size] uint8 of a picture, column after column, on which `rest` is still to be
+    """Cropped views [n_views, 3, size, size] uint8 of an image, column after column, on which `rest` is still to be
     done; with `finish` it is done.
 
     A JPEG is decoded at the smallest of its own scales (1, 1/2, 1/4, 1/8) at which no crop has to be enlarged.
@@ -295,43 +297,43 @@ class _Crops:
 
     def __init__(self, view, n_views, finish):
         self.view, self.n_views, self.rest, self.finish = view, n_views, views.rest(view), finish
-        # Steps that need PIL pictures; flips alone do not.
+        # Steps that need PIL images; flips alone do not.
         self.after = transforms.Compose(views.after_crop(view)) if views.after_crop(replace(view, flip=0.)) else None
 
-    def __call__(self, pictures, index, seed):
+    def __call__(self, image_set, index, seed):
         size, boxes, generator = self.view.size, None, torch.Generator().manual_seed(seed)
 
         def needed(width, height):
             nonlocal boxes
             sizes = torch.tensor([height, width]).repeat(self.n_views, 1)
-            boxes = views.draw_boxes(self.view, *sizes.T, generator) / torch.cat([sizes, sizes], 1)         # in 0..1
-            return [math.ceil(size / share) for share in boxes[:, 2:].amin(0).flip(0).tolist()]
-        picture = pictures.load(index, needed)
-        if boxes is None:                                                   # no file whose header tells the size
-            needed(*picture.size)
-        boxes = boxes * torch.tensor([picture.height, picture.width] * 2)
+            boxes = views.sample_boxes(self.view, *sizes.T, generator) / torch.cat([sizes, sizes], 1)         # in 0..1
+            return [math.ceil(size / fraction) for fraction in boxes[:, 2:].amin(0).flip(0).tolist()]
+        image = image_set.load(index, needed)
+        if boxes is None:                                                   # no file whose header has the size
+            needed(*image.size)
+        boxes = boxes * torch.tensor([image.height, image.width] * 2)
         if self.after or not self.view.crop:
-            crops = pil_crops(picture, boxes, size)
+            crops = pil_crops(image, boxes, size)
             with _seeded(seed):
                 crops = [self.after(crop) for crop in crops] if self.after else crops
             crops = [torch.from_numpy(np.array(crop)) for crop in crops]
         else:
-            crops = tensor_crops(picture, boxes, size)
+            crops = tensor_crops(image, boxes, size)
             flips = torch.rand(self.n_views, generator=generator) < self.view.flip
             crops = [crop.flip(1) if flip else crop for crop, flip in zip(crops, flips.tolist())]
         crops = torch.stack([crop.permute(2, 1, 0) for crop in crops])
         if not self.finish:
             return crops
         sizes = torch.full((self.n_views,), size)
-        return views.apply(self.rest, crops, views.draw(self.rest, sizes, sizes, generator))
+        return views.apply(self.rest, crops, views.sample_params(self.rest, sizes, sizes, generator))
 
 
-def tensor_crops(picture, boxes, size):
-    """The boxes [n, 4], to whole pixels, of a PIL picture: uint8 tensors [size, size, 3].
+def tensor_crops(image, boxes, size):
+    """The boxes [n, 4], rounded to pixels, of a PIL image: uint8 tensors [size, size, 3].
 
     PyTorch's antialiased resize of uint8 is Pillow's, and three times faster.
     """
-    array = torch.from_numpy(np.array(picture))
+    array = torch.from_numpy(np.array(image))
     crops = []
     for top, left, box_h, box_w in boxes.round().int().tolist():
         crop = array[top:top + max(1, box_h), left:left + max(1, box_w)].permute(2, 0, 1)[None]
@@ -339,9 +341,9 @@ def tensor_crops(picture, boxes, size):
     return crops
 
 
-def pil_crops(picture, boxes, size):
-    """The boxes [n, 4], which may be parts of pixels, of a PIL picture: PIL pictures of size x size."""
-    return [picture.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + box_w, top + box_h))
+def pil_crops(image, boxes, size):
+    """The boxes [n, 4], which may be parts of pixels, of a PIL image: PIL images of size x size."""
+    return [image.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + box_w, top + box_h))
             for top, left, box_h, box_w in boxes.tolist()]
 
 

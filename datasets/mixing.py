@@ -1,6 +1,6 @@
-"""Mixup and cutmix of a whole batch, on its device, with the label distributions that follow.
+"""Mixup and cutmix of a batch, on its device, with the label distributions that follow.
 
-Both mix every picture with another of the batch, by one lam drawn for the batch, as published: mixup averages
+Both mix every image with another of the batch, by one lam sampled for the batch, as published: mixup averages
 pixels (Zhang et al., 2018, https://arxiv.org/abs/1710.09412), cutmix pastes a box (Yun et al., 2019,
 https://arxiv.org/abs/1905.04899).
 """
@@ -8,22 +8,22 @@ import math
 
 import torch
 
-from util.distributed import exchanged, sizes_of
+from util.distributed import all_sizes, all_to_all_rows
 
 
 def mix(images, labels, kind, alpha, rng):
     """Mix a batch: images [n, 3, h, w] and label distributions [n, C] -> the same, mixed.
 
-    kind: 'mixup', 'cutmix' or 'mixup_cutmix', which tosses a coin for the batch. lam, the share of the picture
-    itself, is drawn from Beta(alpha, alpha); rng is a numpy Generator, in the same state in all processes: the batch is
-    that of all of them.
+    kind: 'mixup', 'cutmix' or 'mixup_cutmix', which tosses a coin for the batch. lam, the fraction of the image
+    itself, is sampled from Beta(alpha, alpha); rng is a NumPy generator, in the same state in all processes: the batch
+    is that of all of them.
     """
     if kind == 'mixup_cutmix':
         kind = rng.choice(['mixup', 'cutmix'])
     lam = rng.beta(alpha, alpha)
-    sizes = sizes_of(len(images))
+    sizes = all_sizes(len(images))
     order = torch.from_numpy(rng.permutation(sum(sizes)))
-    others, labels_of_others = exchanged(images, order, sizes), exchanged(labels, order, sizes)
+    others, labels_of_others = all_to_all_rows(images, order, sizes), all_to_all_rows(labels, order, sizes)
     if kind == 'mixup':
         images = torch.lerp(others, images, lam)
     else:
@@ -41,9 +41,9 @@ def mix_views(images, labels, n_views, kind, alpha, rng):
 
 
 def cutmix(images, others, lam, rng):
-    """Paste the same box of `others` into `images`; -> mixed images, share of the area that stayed.
+    """Paste the same box of `others` into `images`; -> mixed images, fraction of the area that stayed.
 
-    The box has the shape of the picture and 1 - lam of its area, around a uniform centre; what lies outside is cut.
+    The box has the shape of the image and 1 - lam of its area, around a uniform center; what lies outside is cut.
     """
     height, width = images.shape[2:]
     box_h, box_w = (int(side * math.sqrt(1 - lam)) for side in (height, width))

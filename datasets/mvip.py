@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from datasets.pictures import Pictures, as_text, open_picture, open_regular, read_picture
+from datasets.image_set import ImageSet, open_image, read_image
 from util.errors import UserError
+from util.files import as_text, open_regular
 from util.log import log
 
 MARGIN = 16                                 # pixels between the mask's bounding box and the crop, as published
@@ -21,17 +22,17 @@ LARGEST_META = 2**20                        # bytes
 
 
 @dataclass(frozen=True)
-class ObjectPicture:
-    """A picture that is read cropped to the square around its object."""
+class ObjectImage:
+    """An image that is read cropped to the square around its object."""
     file: Path
     mask: Path
 
     def box(self):
-        """The square crop: left, top, right, bottom in pixels; it may leave the picture.
+        """The square crop: left, top, right, bottom in pixels; it may leave the image.
 
-        The bounding box of the mask, grown by MARGIN but kept in the picture, made square around its own centre.
+        The bounding box of the mask, grown by MARGIN but kept in the image, made square around its own center.
         """
-        size, mask = open_picture(self.file, lambda picture: picture.size), read_picture(self.mask, 'L')
+        size, mask = open_image(self.file, lambda image: image.size), read_image(self.mask, 'L')
         if mask.size != size:
             raise UserError(f'{self.mask}: the mask has {mask.size[0]}x{mask.size[1]} pixels, expected '
                             f'{size[0]}x{size[1]} as {self.file.name}')
@@ -52,11 +53,11 @@ class ObjectPicture:
         return right - left, bottom - top
 
     def read(self):
-        return read_picture(self.file).crop(self.box())         # black outside the picture
+        return read_image(self.file).crop(self.box())         # black outside the image
 
 
 def mvip(opt):
-    """The classes of --mvip_super_class, by name, at most --mvip_num_classes: training and validation pictures."""
+    """The classes of --mvip_super_class, by name, at most --mvip_num_classes: training and validation images."""
     root = Path(opt.data_folder)
     if not root.is_dir():
         raise UserError(f'--data_folder {root}: no such folder, expected the sets/ folder of MVIP')
@@ -71,19 +72,19 @@ def mvip(opt):
         for part, pattern, found in ((folder / 'train_data', '*/*/*/*rgb.png', train), (held_out, '*/*/*rgb.png', val)):
             files = sorted(part.glob(pattern), key=names)
             if not files:
-                raise UserError(f'{part}: no pictures, expected {pattern}')
+                raise UserError(f'{part}: no images, expected {pattern}')
             found += [(file, number) for file in files]
     log(f'MVIP: {len(folders)} classes of {opt.mvip_super_class}, {len(train)} training and {len(val)} validation '
-        'pictures')
+        'images')
     classes = [as_text(folder.name) for folder in folders]
     if not any(os.path.lexists(mask_of(file)) for file, _ in val):
-        log('MVIP: no validation picture has a mask; they are used whole')
-        return with_masks(train, classes), Pictures([str(file) for file, _ in val], labels_of(val), classes)
+        log('MVIP: no validation image has a mask; they are used uncropped')
+        return with_masks(train, classes), ImageSet([str(file) for file, _ in val], labels_of(val), classes)
     return with_masks(train, classes), with_masks(val, classes)
 
 
 def super_classes(folder):
-    """The super-classes of one class folder, as its meta.json says."""
+    """The super-classes of one class folder, from its meta.json."""
     file = folder / 'meta.json'
     try:
         with open_regular(file, LARGEST_META) as stream:
@@ -98,12 +99,12 @@ def super_classes(folder):
 
 
 def with_masks(found, classes):
-    """Pictures of (file, class number) pairs, each cropped by the mask that its own file name tells."""
-    source = [ObjectPicture(file, mask_of(file)) for file, _ in found]
-    for picture in source:
-        if not os.path.isfile(picture.mask):
-            raise UserError(f'{picture.mask}: no such file, expected the mask of {picture.file.name}')
-    return Pictures(source, labels_of(found), classes)
+    """Images of (file, class number) pairs, each cropped by the mask that belongs to its file name."""
+    source = [ObjectImage(file, mask_of(file)) for file, _ in found]
+    for image in source:
+        if not os.path.isfile(image.mask):
+            raise UserError(f'{image.mask}: no such file, expected the mask of {image.file.name}')
+    return ImageSet(source, labels_of(found), classes)
 
 
 def names(file):

@@ -1,9 +1,9 @@
 """Views: declared once as data, executed two ways.
 
-A View says how a picture is cropped, flipped and coloured. `per_sample(view)` makes it a torchvision transform of one
-PIL picture, as the original programs do in DataLoader workers. `draw` and `apply` execute it on a batch with tensor
-operations on any device, every picture with its own parameters drawn from the distributions that torchvision draws
-from. The batched executor takes pictures [bsz, 3, w, h] uint8, column after column; inside it they are
+A View is how an image is cropped, flipped and colored. `per_sample(view)` makes it a torchvision transform of one
+PIL image, as the original programs do in DataLoader workers. `sample_params` and `apply` execute it on a batch with
+tensor operations on any device, every image with its own parameters from the distributions that torchvision samples
+from. The batched executor takes images [bsz, 3, w, h] uint8, column after column; inside it they are
 [n, 3, size, size] float32 in 0..1.
 """
 import functools
@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision import transforms
 
-from util.distributed import moved
+from util.distributed import to_device
 from util.log import log
 
 RATIO = (3 / 4, 4 / 3)                      # aspect ratio (width / height) of random crops, torchvision's default
@@ -26,20 +26,20 @@ GRAY = (0.2989, 0.587, 0.114)               # luma weights of ITU-R BT.601, as t
 
 @dataclass(frozen=True)
 class View:
-    """How to draw a picture of `size` x `size` from a larger or smaller one.
+    """How to make an image of `size` x `size` from a larger or smaller one.
 
-    crop: (smallest, largest) share of the area of a random crop; None: the central square.
+    crop: (smallest, largest) fraction of the area of a random crop; None: the central square.
     flip: probability of a left-right flip.
     resize: without `crop`, the shorter side is first resized to this many pixels (`size`, if it is None).
     padding: pixels of black around the square from which it is cut again at random, instead of `crop`.
     rotation: largest angle in degrees; corners that come from outside are black.
     auto: AutoAugment with its policy for 'cifar10', 'imagenet' or 'svhn'; rand: (number, magnitude) of RandAugment's
         operations. Only `per_sample` executes these two.
-    jitter: strengths of brightness, contrast, saturation and hue, as transforms.ColorJitter; None: no colour jitter.
-    jitter_p, grayscale: probabilities of the colour jitter and of losing the colours.
+    jitter: strengths of brightness, contrast, saturation and hue, as transforms.ColorJitter; None: no color jitter.
+    jitter_p, grayscale: probabilities of the color jitter and of losing the colors.
     blur: probability of a Gaussian blur, its standard deviation uniform in 0.1 .. 2 pixels, over a tenth of the side.
     mean, std: subtracted and divided by, per channel of 0..1.
-    cutout: (number, length) of squares that are set to 0 last, around uniform centres
+    cutout: (number, length) of squares that are set to 0 last, around uniform centers
         (DeVries and Taylor, 2017, https://arxiv.org/abs/1708.04552).
     erasing: probability that a rectangle is set to 0 last, as transforms.RandomErasing.
     """
@@ -72,12 +72,12 @@ class View:
 
     @property
     def per_sample_only(self):
-        """Whether only torchvision draws it, one picture after the other."""
+        """Whether only torchvision augments so, one image after the other."""
         return bool(self.auto or self.rand)
 
     @property
     def group(self):
-        """Views that are executed together and share one order of the colour operations.
+        """Views that are executed together and share one order of the color operations.
 
         Few enough to stay in the cache of a CPU (measured at 32 pixels: 128 are 4 times faster than 2,048), enough
         to keep a GPU busy.
@@ -86,7 +86,7 @@ class View:
 
 
 def per_sample(view):
-    """The view as a transform: PIL picture -> [3, size, size]."""
+    """The view as a transform: PIL image -> [3, size, size]."""
     if view.crop:
         steps = [transforms.RandomResizedCrop(view.size, scale=view.crop, ratio=RATIO)]
     else:
@@ -107,7 +107,7 @@ def per_sample(view):
 
 
 def after_crop(view):
-    """The steps of `per_sample` between cropping and colours, of PIL pictures of size x size."""
+    """The steps of `per_sample` between cropping and colors, of PIL images of size x size."""
     steps = []
     if view.flip:
         steps.append(transforms.RandomHorizontalFlip(view.flip))
@@ -123,7 +123,7 @@ def after_crop(view):
 
 
 def rest(view):
-    """What is left of a view for `draw` and `apply` after cropping and `after_crop`."""
+    """What is left of a view for `sample_params` and `apply` after cropping and `after_crop`."""
     return replace(view, crop=None, flip=0., resize=None, padding=0, rotation=0., auto=None, rand=None)
 
 
@@ -134,19 +134,19 @@ class Cutout(nn.Module):
         super().__init__()
         self.number, self.length = number, length
 
-    def forward(self, picture):
-        return erase(picture[None], cutout_boxes(1, self.number, self.length, picture.shape[1]))[0]
+    def forward(self, image):
+        return erase(image[None], cutout_boxes(1, self.number, self.length, image.shape[1]))[0]
 
 
 @dataclass
-class Draw:
-    """Parameters of n views, as drawn by `draw`.
+class ViewParams:
+    """Parameters of n views, sampled by `sample_params`.
 
     boxes [n, 4] top, left, height, width in pixels; limits [n, 4] the boxes whose pixels may be used; flips [n] bool;
     shifts [n, 2] top, left in the padded view, or None; angles [n] in degrees, counter-clockwise, or None; factors
-    [4, n] brightness, contrast, saturation, hue (1, 1, 1, 0 where a picture is not jittered), or None; gray [n] bool or
+    [4, n] brightness, contrast, saturation, hue (1, 1, 1, 0 where an image is not jittered), or None; gray [n] bool or
     None; sigmas [n] of blurs, 0 where there is none, or None; holes [n, k, 4] boxes of the view that are set to 0, or
-    None; orders: the order of the four colour operations in each group; groups: the slices of the views that are
+    None; orders: the order of the four color operations in each group; groups: the slices of the views that are
     executed together.
     """
     boxes: torch.Tensor
@@ -161,29 +161,29 @@ class Draw:
     orders: list
     groups: list
 
-    def share(self, pictures, bsz):
-        """The parameters of the views of some pictures, a slice of the batch of bsz, as they were drawn for all."""
-        if pictures == slice(0, bsz):
+    def local(self, rows, bsz):
+        """The parameters of the views of some images, the slice `rows` of the batch of bsz."""
+        if rows == slice(0, bsz):
             return self
         groups, orders, start = [], [], 0
         for first in range(0, len(self.boxes), bsz):                    # view after view
             for group, order in zip(self.groups, self.orders):
-                low = max(group.start, first + pictures.start)
-                length = min(group.stop, first + pictures.stop) - low
+                low = max(group.start, first + rows.start)
+                length = min(group.stop, first + rows.stop) - low
                 if length > 0:
                     groups.append(slice(start, start + length))
                     orders.append(order)
                     start += length
-        rows = torch.arange(len(self.boxes)).view(-1, bsz)[:, pictures].flatten()
-        values = {name: value if value is None else value[:, rows] if name == 'factors' else value[rows]
+        indices = torch.arange(len(self.boxes)).view(-1, bsz)[:, rows].flatten()
+        values = {name: value if value is None else value[:, indices] if name == 'factors' else value[indices]
                   for name, value in vars(self).items() if name not in ('orders', 'groups')}
-        return Draw(**values, orders=orders, groups=groups)
+        return ViewParams(**values, orders=orders, groups=groups)
 
 
-def draw(view, heights, widths, generator):
-    """Draw parameters for pictures of the given sizes ([n] tensors), on the CPU from `generator`."""
+def sample_params(view, heights, widths, generator):
+    """Sample parameters for images of the given sizes ([n] tensors), on the CPU from `generator`."""
     n = len(heights)
-    boxes = draw_boxes(view, heights, widths, generator)
+    boxes = sample_boxes(view, heights, widths, generator)
     limits = boxes if view.crop else torch.stack([*torch.zeros(2, n), heights, widths], 1)
     flips = torch.rand(n, generator=generator) < view.flip
     shifts = torch.randint(2 * view.padding + 1, (n, 2), generator=generator) if view.padding else None
@@ -208,7 +208,7 @@ def draw(view, heights, widths, generator):
     if view.erasing:
         holes.append(erasing_boxes(n, view.erasing, view.size, generator))
     holes = torch.cat(holes, 1) if holes else None
-    return Draw(boxes, limits, flips, shifts, angles, factors, gray, sigmas, holes, orders, groups)
+    return ViewParams(boxes, limits, flips, shifts, angles, factors, gray, sigmas, holes, orders, groups)
 
 
 def groups_of(n, view):
@@ -216,17 +216,17 @@ def groups_of(n, view):
     return [slice(i, min(i + view.group, n)) for i in range(0, n, view.group)]
 
 
-def draw_boxes(view, heights, widths, generator):
-    """The boxes of Draw."""
+def sample_boxes(view, heights, widths, generator):
+    """The boxes of ViewParams."""
     if view.crop:
         return random_boxes(heights, widths, view.crop, generator)
     return central_boxes(heights, widths, view.size, view.resize or view.size)
 
 
 def random_boxes(heights, widths, scale, generator, tries=10):
-    """Boxes [n, 4] of random crops, distributed as transforms.RandomResizedCrop draws them.
+    """Boxes [n, 4] of random crops, distributed as those of transforms.RandomResizedCrop.
 
-    Where no draw fits, the largest central crop whose aspect ratio is allowed.
+    Where none fits, the largest central crop whose aspect ratio is allowed.
     """
     boxes, fits = _fitting_boxes(heights, widths, scale, RATIO, generator, tries=tries)
     h, w = heights.double()[:, None], widths.double()[:, None]
@@ -242,7 +242,7 @@ def cutout_boxes(n, number, length, size, generator=None):
 
 
 def erasing_boxes(n, probability, size, generator):
-    """Boxes [n, 1, 4] distributed as transforms.RandomErasing draws them; 0 x 0 where nothing is erased."""
+    """Boxes [n, 1, 4] distributed as those of transforms.RandomErasing; 0 x 0 where nothing is erased."""
     sides = torch.full((n,), size)
     ratio = 1 / ERASING_RATIO[1], 1 / ERASING_RATIO[0]                  # there height / width, here width / height
     boxes, fits = _fitting_boxes(sides, sides, ERASING_AREA, ratio, generator, largest=sides - 1)
@@ -251,9 +251,9 @@ def erasing_boxes(n, probability, size, generator):
 
 
 def _fitting_boxes(heights, widths, scale, ratio, generator, largest=None, tries=10):
-    """The first of `tries` random boxes that fits into the picture, and whether there is one: [n, 4], [n, 1].
+    """The first of `tries` random boxes that fits into the image, and whether there is one: [n, 4], [n, 1].
 
-    Area uniform in `scale` times the picture's, log of the aspect ratio uniform, sides at most `largest` [n].
+    Area uniform in `scale` times the image's, log of the aspect ratio uniform, sides at most `largest` [n].
     """
     n = len(heights)
     h, w = heights.double()[:, None], widths.double()[:, None]
@@ -272,7 +272,7 @@ def _fitting_boxes(heights, widths, scale, ratio, generator, largest=None, tries
 
 
 def central_boxes(heights, widths, size, resize):
-    """Boxes [n, 4] of transforms.Resize(resize) and CenterCrop(size), in pixels of the picture, which may be parts."""
+    """Boxes [n, 4] of transforms.Resize(resize) and CenterCrop(size), in pixels of the image, not rounded."""
     shorter = torch.minimum(heights, widths)
     starts, lengths = [], []
     for side in (heights, widths):
@@ -282,31 +282,31 @@ def central_boxes(heights, widths, size, resize):
     return torch.stack([*starts, *lengths], 1)
 
 
-def apply(view, pictures, drawn, operations=None):
-    """Execute a view: pictures [bsz, 3, w, h] uint8 and the parameters of n views -> [n, 3, size, size] float32.
+def apply(view, images, params, operations=None):
+    """Execute a view: images [bsz, 3, w, h] uint8 and the parameters of n views -> [n, 3, size, size] float32.
 
-    View i is of picture i % bsz. The order of the colour operations is drawn for each group of views, not for each
-    picture; every single view still has the distribution that torchvision gives it. `operations` may be
+    View i is of image i % bsz. The order of the color operations is sampled for each group of views, not for each
+    image; every single view still has the distribution that torchvision gives it. `operations` may be
     `compiled_operations(device)`.
     """
-    n, device, operations = len(drawn.boxes), pictures.device, operations or OPERATIONS
+    n, device, operations = len(params.boxes), images.device, operations or OPERATIONS
     result = torch.empty(n, 3, view.size, view.size, device=device)
     if n == 0:
         return result
-    pictures_of_views = torch.arange(n, device=device) % len(pictures)
+    images_of_views = torch.arange(n, device=device) % len(images)
     scale = 1 / torch.tensor(view.std)[:, None, None]
-    scale, shift_by = moved(scale, device), moved(-torch.tensor(view.mean)[:, None, None] * scale, device)
-    angles, factors, sigmas, holes = (None if x is None else moved(x.float(), device) for x in (
-        drawn.angles, drawn.factors, drawn.sigmas, drawn.holes))
-    shifts = None if drawn.shifts is None else moved(drawn.shifts, device)
+    scale, shift_by = to_device(scale, device), to_device(-torch.tensor(view.mean)[:, None, None] * scale, device)
+    angles, factors, sigmas, holes = (None if x is None else to_device(x.float(), device) for x in (
+        params.angles, params.factors, params.sigmas, params.holes))
+    shifts = None if params.shifts is None else to_device(params.shifts, device)
     taps = None
-    if view.flip or (drawn.boxes != torch.tensor([0, 0, view.size, view.size])).any():
-        number = math.ceil(2 * max(1, drawn.boxes[:, 2:].max().item() / view.size))
-        places = torch.cat([torch.arange(group.stop - group.start, dtype=torch.int32) for group in drawn.groups])
-        taps = operations['taps'](*(moved(x.float(), device) for x in (drawn.boxes, drawn.limits, drawn.flips)),
-                                  moved(places, device), *pictures.shape[2:], view.size, number)
-    for part, order in zip(drawn.groups, drawn.orders):
-        x = pictures.index_select(0, pictures_of_views[part])
+    if view.flip or (params.boxes != torch.tensor([0, 0, view.size, view.size])).any():
+        number = math.ceil(2 * max(1, params.boxes[:, 2:].max().item() / view.size))
+        places = torch.cat([torch.arange(group.stop - group.start, dtype=torch.int32) for group in params.groups])
+        taps = operations['taps'](*(to_device(x.float(), device) for x in (params.boxes, params.limits, params.flips)),
+                                  to_device(places, device), *images.shape[2:], view.size, number)
+    for part, order in zip(params.groups, params.orders):
+        x = images.index_select(0, images_of_views[part])
         if taps is None:
             x = transposed(x[:, :, :view.size, :view.size]).mul(1 / 255)
         else:
@@ -318,12 +318,12 @@ def apply(view, pictures, drawn, operations=None):
         if angles is not None:
             x = rotate(x, angles[part])
         for number in order or ():
-            x = operations[COLOURS[number]](x, factors[number, part])
-        if drawn.gray is not None:
-            grayed = moved(drawn.gray[part].nonzero()[:, 0], device)
+            x = operations[COLORS[number]](x, factors[number, part])
+        if params.gray is not None:
+            grayed = to_device(params.gray[part].nonzero()[:, 0], device)
             x[grayed] = luma(x[grayed])[:, None]
         if sigmas is not None:
-            blurred = moved(drawn.sigmas[part].nonzero()[:, 0], device)
+            blurred = to_device(params.sigmas[part].nonzero()[:, 0], device)
             if len(blurred):
                 x[blurred] = blur(x[blurred], sigmas[part][blurred], view.blur_radius)
         torch.addcmul(shift_by, x, scale, out=result[part])             # (x - mean) / std
@@ -333,13 +333,13 @@ def apply(view, pictures, drawn, operations=None):
 
 
 def resize_taps(boxes, limits, flips, places, w, h, size, number):
-    """Which columns and rows of pictures [n, 3, w, h] make up those of n views, and how much of each.
+    """Which columns and rows of images [n, 3, w, h] make up those of n views, and how much of each.
 
-    boxes [n, 4], limits [n, 4] and flips [n] as in Draw, in float32; places [n] in the group. The weights are those
-    of torchvision's antialiased bilinear resize of the boxes: a triangle of which half the width is one pixel of the
-    view, or one of the picture where that is enlarged, cut off and normalized at the ends of the limits. `number` taps
-    must span its width.
-    -> columns [n, 3, size, taps], numbered through all columns of a group of pictures, and their weights; the same for
+    boxes [n, 4], limits [n, 4] and flips [n] as in ViewParams, in float32; places [n] in the group. The weights are
+    those of torchvision's antialiased bilinear resize of the boxes: a triangle of which half the width is one pixel of
+    the view, or one of the image where that is enlarged, cut off and normalized at the ends of the limits. `number`
+    taps must span its width.
+    -> columns [n, 3, size, taps], numbered through all columns of a group of images, and their weights; the same for
     rows. Flips are in the columns, and the scale from 0..255 to 0..1 in the rows.
     """
     device = boxes.device
@@ -349,15 +349,15 @@ def resize_taps(boxes, limits, flips, places, w, h, size, number):
         start, length, first, count = (x[:, i, None] for x in (boxes, limits) for i in (side, side + 2))    # [n, 1]
         scale = length / size
         reach = scale.clamp(min=1)
-        centre = (torch.arange(size, device=device) + 0.5) * scale                          # [n, size]
+        center = (torch.arange(size, device=device) + 0.5) * scale                          # [n, size]
         if side == 1:
-            centre = torch.lerp(centre, length - centre, flips[:, None])
-        centre = centre + start
-        nearest = torch.ceil(centre - reach - 0.5)                      # the first whose centre may be within reach
+            center = torch.lerp(center, length - center, flips[:, None])
+        center = center + start
+        nearest = torch.ceil(center - reach - 0.5)                      # the first whose center may be within reach
         low, high = torch.ceil(first - 0.5), torch.ceil(first + count - 0.5)
         pixels, weights = [], []                                        # tap by tap, which is what compilers vectorize
         for pixel in (nearest + k for k in range(number)):
-            weight = (1 - (pixel + 0.5 - centre).abs() / reach).clamp(min=0)
+            weight = (1 - (pixel + 0.5 - center).abs() / reach).clamp(min=0)
             # Whole numbers clamped to 0..1 instead of comparisons, which are many times slower on a CPU.
             weights.append(weight * (pixel - low + 1).clamp(0, 1) * (high - pixel).clamp(0, 1))
             pixels.append(pixel.clamp(0, length_in - 1).int())
@@ -383,8 +383,8 @@ def shift(x, shifts, padding):
     """Cut views of the same size at shifts [n, 2] (top, left) from x [n, 3, size, size], padded with black."""
     n, channels, size = x.shape[:3]
     rows, columns = (shifts[:, i, None] + torch.arange(size, device=x.device) for i in (0, 1))      # [n, size]
-    pictures, channels = (torch.arange(length, device=x.device) for length in (n, channels))
-    return F.pad(x, (padding,) * 4)[pictures[:, None, None, None], channels[:, None, None], rows[:, None, :, None],
+    numbers, channels = (torch.arange(length, device=x.device) for length in (n, channels))
+    return F.pad(x, (padding,) * 4)[numbers[:, None, None, None], channels[:, None, None], rows[:, None, :, None],
                                     columns[:, None, None]]
 
 
@@ -398,7 +398,7 @@ def erase(images, boxes):
 
 
 def rotate(x, angles):
-    """Rotate square pictures x [n, 3, size, size] about their centres, bilinear, black outside; angles [n] degrees."""
+    """Rotate square images x [n, 3, size, size] about their centers, bilinear, black outside; angles [n] degrees."""
     cos, sin = torch.cos(torch.deg2rad(angles)), torch.sin(torch.deg2rad(angles))
     zero = torch.zeros_like(cos)
     matrices = torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(-1, 2, 3)             # output to input positions
@@ -407,7 +407,7 @@ def rotate(x, angles):
 
 
 def blur(x, sigmas, radius):
-    """Gaussian blur of square pictures x [n, 3, size, size] over 2 radius + 1 pixels, mirrored edges; sigmas [n]."""
+    """Gaussian blur of square images x [n, 3, size, size] over 2 radius + 1 pixels, mirrored edges; sigmas [n]."""
     n, channels, size = x.shape[:3]
     steps = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.exp(-0.5 * (steps / sigmas[:, None]) ** 2)
@@ -426,7 +426,7 @@ def luma(x):
     return (x[:, 0] * GRAY[0]).add_(x[:, 1], alpha=GRAY[1]).add_(x[:, 2], alpha=GRAY[2])
 
 
-# The colour operations of transforms.ColorJitter: x [n, 3, h, w] and a factor for each picture [n] -> [n, 3, h, w].
+# The color operations of transforms.ColorJitter: x [n, 3, h, w] and a factor for each image [n] -> [n, 3, h, w].
 
 def adjust_brightness(x, factor):
     return x.mul(factor[:, None, None, None]).clamp_(0, 1)
@@ -443,7 +443,7 @@ def adjust_saturation(x, factor):
 
 
 def adjust_hue(x, factor):
-    """Turn the hue by `factor` (1 is the whole circle), keeping value and chroma of HSV."""
+    """Turn the hue by `factor` (1 is a full circle), keeping value and chroma of HSV."""
     red, green, blue = x.unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
     low = torch.minimum(torch.minimum(red, green), blue)
@@ -464,7 +464,7 @@ def transposed(x):
     return x.transpose(-1, -2).contiguous()
 
 
-COLOURS = ('brightness', 'contrast', 'saturation', 'hue')               # in the order of Draw.factors
+COLORS = ('brightness', 'contrast', 'saturation', 'hue')               # in the order of ViewParams.factors
 OPERATIONS = {'brightness': adjust_brightness, 'contrast': adjust_contrast, 'saturation': adjust_saturation,
               'hue': adjust_hue, 'taps': resize_taps, 'transposed': transposed}
 
@@ -473,7 +473,7 @@ OPERATIONS = {'brightness': adjust_brightness, 'contrast': adjust_contrast, 'sat
 def compiled_operations(device):
     """OPERATIONS by torch.compile, each compiled at its first use; without a compiler for the device, OPERATIONS.
 
-    One by one: the order in which the colours follow each other changes from group to group, and one function for each
+    One by one: the order in which the colors follow each other changes from group to group, and one function for each
     of the 24 orders was no faster.
     """
     try:
@@ -482,6 +482,6 @@ def compiled_operations(device):
     except MemoryError:
         raise
     except Exception as error:          # of the compiler, of its search for a C++ compiler, of its cache folder
-        log(f'Views are drawn without torch.compile, which does not work here ({type(error).__name__})')
+        log(f'Views are computed without torch.compile, which does not work here ({type(error).__name__})')
         return OPERATIONS
     return compiled

@@ -18,7 +18,7 @@ class MomentumContrast(nn.Module):
     Args:
         network: a SupConResNet.
         length: keys in the queue.
-        momentum: share of its own that the copy keeps in each step.
+        momentum: fraction of its own that the copy keeps in each step.
     """
 
     def __init__(self, network, length, momentum):
@@ -39,7 +39,7 @@ class MomentumContrast(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
-        """Keys [n, feat_dim] of pictures [n, 3, h, w]."""
+        """Keys [n, feat_dim] of images [n, 3, h, w]."""
         return self.network(images)
 
     def contrasts(self, keys, labels):

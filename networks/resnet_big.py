@@ -1,7 +1,7 @@
-"""ResNets for small and large pictures, with the heads of contrastive learning.
+"""ResNets for small and large images, with the heads of contrastive learning.
 
 The residual networks of He et al., 2015 (https://arxiv.org/abs/1512.03385). "Big" is the variant for 32x32
-pictures, stem='cifar': a 3x3 stem of stride 1 and no max-pool, so that a 32x32 picture keeps its resolution through
+images, stem='cifar': a 3x3 stem of stride 1 and no max-pool, so that a 32x32 image keeps its resolution through
 the first stage. Parameter names are those of the released SupContrast checkpoints: encoder.layer1.0.conv1.weight,
 encoder.layer2.0.shortcut.0.weight, head.0.weight, head.2.weight, fc.weight.
 """
@@ -105,7 +105,7 @@ def network_name(text, option='--model'):
 
 
 class ResNet(nn.Module):
-    """Encoder: pictures [bsz, 3, h, w] -> features [bsz, dim_out] after the average pool.
+    """Encoder: images [bsz, 3, h, w] -> features [bsz, dim_out] after the average pool.
 
     Args:
         name: a key of RESNETS. dim_out is 512 for resnet18 and 34, 2048 for the others, times the width.
@@ -159,7 +159,7 @@ class ResNet(nn.Module):
 
 
 def make_encoder(name, size=32, **settings):
-    """The ResNet `name`, or the backbone timm/<name> for pictures of `size` pixels; settings as for ResNet."""
+    """The ResNet `name`, or the backbone timm/<name> for images of `size` pixels; settings as for ResNet."""
     if name.startswith('timm/'):
         from networks.timm_encoder import TimmEncoder
         return TimmEncoder(name[len('timm/'):], size, **settings)
@@ -167,7 +167,7 @@ def make_encoder(name, size=32, **settings):
 
 
 class SupConResNet(nn.Module):
-    """Encoder and projection head: pictures [bsz, 3, h, w] -> features [bsz, feat_dim] of unit length.
+    """Encoder and projection head: images [bsz, 3, h, w] -> features [bsz, feat_dim] of unit length.
 
     With num_classes there is a linear classifier beside the head, on the encoder's features, and the result is
     (features, logits [bsz, num_classes]).
@@ -215,7 +215,7 @@ def make_head(dim, sizes, batch_norm):
 
 
 class SupCEResNet(nn.Module):
-    """Encoder and classifier for cross-entropy: pictures [bsz, 3, h, w] -> logits [bsz, num_classes]."""
+    """Encoder and classifier for cross-entropy: images [bsz, 3, h, w] -> logits [bsz, num_classes]."""
 
     def __init__(self, name='resnet50', num_classes=10, **encoder):
         super().__init__()
@@ -241,9 +241,9 @@ class LinearClassifier(nn.Module):
 
 
 class LinearProbe(nn.Module):
-    """A linear classifier on a frozen encoder: pictures [bsz, 3, h, w] -> logits [bsz, num_classes].
+    """A linear classifier on a frozen encoder: images [bsz, 3, h, w] -> logits [bsz, num_classes].
 
-    Instead of pictures it also takes the encoder's features of them, [bsz, dim]. The encoder gets no gradient and stays
+    Instead of images it also takes the encoder's features of them, [bsz, dim]. The encoder gets no gradient and stays
     in eval mode, so that its batch norms keep their statistics.
     """
 

@@ -2,7 +2,7 @@
 import torch
 from torch import nn
 
-from util.distributed import total, world_size
+from util.distributed import all_reduce_sum, world_size
 from util.errors import UserError
 
 
@@ -21,17 +21,17 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
         values = x if x.dtype == torch.float64 else x.float()
         count = values.new_tensor([values.numel() // values.shape[1]])
-        sums, count = total(torch.cat([values.sum(dims), count])).split([values.shape[1], 1])
+        sums, count = all_reduce_sum(torch.cat([values.sum(dims), count])).split([values.shape[1], 1])
         mean = sums / count
-        centred = values - mean.view(shape)
-        var = total(centred.square().sum(dims)) / count
+        centered = values - mean.view(shape)
+        var = all_reduce_sum(centered.square().sum(dims)) / count
         if self.track_running_stats:
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
                 self.running_var.lerp_((var * count / (count - 1).clamp(min=1)).to(self.running_var), self.momentum)
         scale = self.weight / (var + self.eps).sqrt()
-        return torch.addcmul(self.bias.view(shape), centred, scale.view(shape)).to(x.dtype)
+        return torch.addcmul(self.bias.view(shape), centered, scale.view(shape)).to(x.dtype)
 
 
 def synchronized(network, cuda):
@@ -71,6 +71,6 @@ def average_statistics(network):
              and module.training and module.running_mean is not None]
     buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
     if buffers:
-        means = total(torch.cat(buffers)) / world_size()
+        means = all_reduce_sum(torch.cat(buffers)) / world_size()
         for buffer, values in zip(buffers, means.split([len(buffer) for buffer in buffers])):
             buffer.copy_(values)

@@ -1,4 +1,4 @@
-"""Models of timm, for small pictures too: backbones as encoders, and classifiers as teachers."""
+"""Models of timm, for small images too: backbones as encoders, and classifiers as teachers."""
 import difflib
 
 import timm
@@ -25,7 +25,7 @@ def check_name(name, option):
 def timm_model(name, num_classes, stem, size):
     """A model of timm with random weights; num_classes 0: without classifier.
 
-    stem 'cifar' makes its first convolution 3x3 of stride 1 and removes the max-pool after it, so that small pictures
+    stem 'cifar' makes its first convolution 3x3 of stride 1 and removes the max-pool after it, so that small images
     keep their resolution, where it has such a stem; with 'imagenet' it stays as it is.
     """
     try:
@@ -33,7 +33,7 @@ def timm_model(name, num_classes, stem, size):
     except TypeError:
         model = timm.create_model(name, num_classes=num_classes)
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise UserError(f'timm/{name} cannot be made for pictures of {size} pixels ({error})') from error
+        raise UserError(f'timm/{name} cannot be made for images of {size} pixels ({error})') from error
     if stem == 'cifar':
         _shrink_stem(model, name)
     return model
@@ -55,10 +55,10 @@ def _shrink_stem(model, name):
 
 
 class TimmEncoder(nn.Module):
-    """A backbone of timm as encoder: pictures [bsz, 3, size, size] -> features [bsz, dim_out].
+    """A backbone of timm as encoder: images [bsz, 3, size, size] -> features [bsz, dim_out].
 
     dim_out is what the backbone gives. Set `precision` to a dtype to compute in mixed precision. Raises UserError where
-    the backbone takes no pictures of this size, or gives no vectors.
+    the backbone takes no images of this size, or gives no vectors.
     """
 
     def __init__(self, name, size=32, stem='cifar', width=1.0, zero_init=False):
@@ -70,8 +70,8 @@ class TimmEncoder(nn.Module):
         try:
             with torch.no_grad():
                 features = self.backbone.eval()(torch.zeros(1, 3, size, size))
-        except Exception as error:                          # what a model says to a wrong size is its own affair
-            raise UserError(f'--model timm/{name} takes no pictures of {size} pixels with --stem {stem} '
+        except Exception as error:                          # models raise anything for a wrong size
+            raise UserError(f'--model timm/{name} takes no images of {size} pixels with --stem {stem} '
                             f'({type(error).__name__}: {error})') from error
         if not torch.is_tensor(features) or features.dim() != 2:
             raise UserError(f'--model timm/{name} gives no feature vectors, expected a model for classification')

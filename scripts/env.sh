@@ -12,7 +12,7 @@ works() {           # whether activating .venv makes its own Python, with pip, t
         python -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)' && python -m pip --version) > /dev/null 2>&1
 }
 
-if [ -e .venv/unfinished ]; then            # what is not whole pip may take for installed
+if [ -e .venv/unfinished ]; then            # pip may take an incomplete package for installed
     find .venv/ -mindepth 1 -maxdepth 1 ! -name unfinished -exec rm -rf {} +
 fi
 python=${PYTHON:-python3}

@@ -28,7 +28,7 @@ def plain_text(name):
 
 
 def save(fig, file, dpi):
-    """Write a figure and print its file's name; the file is the old one until it is the new one, whole.
+    """Write a figure and print its file's name; the file is the old one until the new one is complete.
 
     Raises UserError where it cannot be written.
     """

@@ -2,10 +2,10 @@
 
     python scripts/make_augs.py --dataset cifar10 --aug_output_name cifar10-augs
 
-Of each class the first training pictures are taken. In-distribution ("id") pictures are blended mildly with another
-picture of the class and change their colours a little; near-out-of-distribution ("ood") pictures are the same pictures
+Of each class the first training images are taken. In-distribution ("id") images are blended mildly with another
+image of the class and change their colors a little; near-out-of-distribution ("ood") images are the same images
 with their patches shuffled: the textures of the class without its shape. Files are named as DA-Fusion names them:
-<aug_root>/<aug_output_name>/<aug_name>/<class>-<index>-<number>.png. The folders appear when they are whole.
+<aug_root>/<aug_output_name>/<aug_name>/<class>-<index>-<number>.png. The folders appear when they are complete.
 """
 import argparse
 import glob
@@ -20,13 +20,13 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from datasets import DATASETS, load_pictures  # noqa: E402
+from datasets import DATASETS, load_images  # noqa: E402
 from util import arguments, errors  # noqa: E402
 from util.errors import UserError  # noqa: E402
 from util.files import writing  # noqa: E402
 from util.options import Parser, number  # noqa: E402
 
-BLEND, GAIN = 0.2, 0.2              # share of the other picture, and the largest relative change of a colour channel
+BLEND, GAIN = 0.2, 0.2              # fraction of the other image, and the largest relative change of a color channel
 
 
 def parse_option():
@@ -41,9 +41,9 @@ def parse_option():
     parser.add_argument('--aug_name_id', default='augs-id', metavar='NAME', help='default: %(default)s')
     parser.add_argument('--aug_name_ood', default='augs-ood', metavar='NAME', help='default: %(default)s')
     parser.add_argument('--per_class', type=number(int, 1), default=16,
-                        metavar='N', help='pictures (default: %(default)s)')
+                        metavar='N', help='images (default: %(default)s)')
     parser.add_argument('--variants', type=number(int, 1), default=4,
-                        metavar='N', help='of each picture (default: %(default)s)')
+                        metavar='N', help='of each image (default: %(default)s)')
     parser.add_argument('--patches', type=number(int, 2), default=4,
                         metavar='N', help='along each side (default: %(default)s)')
     parser.add_argument('--seed', type=number(int, 0, 2**31), default=0,
@@ -51,17 +51,17 @@ def parse_option():
     return parser.parse_args()
 
 
-def blend(picture, other, rng):
-    """A picture [h, w, 3] with a share of another and its channels a little brighter or darker."""
-    other = np.asarray(Image.fromarray(other).resize(picture.shape[1::-1]))
-    mixed = (1 - BLEND) * picture + BLEND * other
+def blend(image, other, rng):
+    """An image [h, w, 3] with a fraction of another and its channels a little brighter or darker."""
+    other = np.asarray(Image.fromarray(other).resize(image.shape[1::-1]))
+    mixed = (1 - BLEND) * image + BLEND * other
     return (mixed * rng.uniform(1 - GAIN, 1 + GAIN, 3)).clip(0, 255).astype(np.uint8)
 
 
-def shuffle_patches(picture, patches, rng):
-    """A picture [h, w, 3], cut to patches x patches, in another order."""
-    h, w = (side // patches for side in picture.shape[:2])
-    parts = picture[:h * patches, :w * patches].reshape(patches, h, patches, w, 3).swapaxes(1, 2).reshape(-1, h, w, 3)
+def shuffle_patches(image, patches, rng):
+    """An image [h, w, 3], cut to patches x patches, in another order."""
+    h, w = (side // patches for side in image.shape[:2])
+    parts = image[:h * patches, :w * patches].reshape(patches, h, patches, w, 3).swapaxes(1, 2).reshape(-1, h, w, 3)
     order = rng.permutation(len(parts))
     while (order == np.arange(len(parts))).mean() > 0.25:               # most patches have moved
         order = rng.permutation(len(parts))
@@ -102,35 +102,35 @@ def main():
     folders = [Path(args.aug_root) / args.aug_output_name / name for name in (args.aug_name_id, args.aug_name_ood)]
     with writing(folders[0].parent):
         check_folders(folders)
-    train, rng = load_pictures(opt).train, np.random.default_rng(args.seed)
+    train, rng = load_images(opt).train, np.random.default_rng(args.seed)
     names = file_names(train.classes, args)
     members = [np.flatnonzero(train.labels.numpy() == number) for number in range(len(train.classes))]
     smallest = min(min(train.load(i).size) for part in members for i in part[:args.per_class])
     if smallest < args.patches:
-        raise UserError(f'--patches {args.patches}: expected at most {smallest}, the side of the smallest picture')
-    whole = [folder.resolve() for folder in folders]                    # a link stays one
-    partial = [folder.with_name(f'.{folder.name}.{uuid.uuid4().hex}.partial') for folder in whole]
+        raise UserError(f'--patches {args.patches}: expected at most {smallest}, the side of the smallest image')
+    final = [folder.resolve() for folder in folders]                    # a link stays one
+    partial = [folder.with_name(f'.{folder.name}.{uuid.uuid4().hex}.partial') for folder in final]
     try:
         with writing(folders[0].parent):
-            for folder, new in zip(whole, partial):
+            for folder, new in zip(final, partial):
                 for old in folder.parent.glob(f'.{glob.escape(folder.name)}.*.partial'):    # what a killed run left
                     shutil.rmtree(old)
                 new.mkdir(parents=True)
             for name, part in zip(names, members):
                 for index, i in enumerate(part[:args.per_class]):
-                    picture = np.asarray(train.load(i))
+                    image = np.asarray(train.load(i))
                     for variant in range(args.variants):
                         file = f'{name}-{index}-{variant}.png'
                         other = np.asarray(train.load(rng.choice(part)))
-                        Image.fromarray(blend(picture, other, rng)).save(partial[0] / file)
-                        Image.fromarray(shuffle_patches(picture, args.patches, rng)).save(partial[1] / file)
-            for new, folder in zip(partial, whole):
+                        Image.fromarray(blend(image, other, rng)).save(partial[0] / file)
+                        Image.fromarray(shuffle_patches(image, args.patches, rng)).save(partial[1] / file)
+            for new, folder in zip(partial, final):
                 os.replace(new, folder)
     finally:
         for folder in partial:
             shutil.rmtree(folder, ignore_errors=True)
     for folder in folders:
-        print(f'{folder}: {len(list(folder.iterdir()))} pictures')
+        print(f'{folder}: {len(list(folder.iterdir()))} images')
 
 
 if __name__ == '__main__':

@@ -1,9 +1,9 @@
-"""t-SNE of what encoders make of the validation pictures, one panel per checkpoint, with the classes as colours.
+"""t-SNE of what encoders make of the validation images, one panel per checkpoint, with the classes as colors.
 
     python scripts/plot_features.py --ckpt output/<run>/trial=0/last.ckpt [more checkpoints] --output features.png
 
-Reads the same validation pictures as the checkpoint's run; its dataset and folder can be given otherwise. The near-ood
-pictures of the run's augmentation folders are crosses in the colours of the classes that they were made from.
+Reads the same validation images as the checkpoint's run; its dataset and folder can be given otherwise. The near-ood
+images of the run's augmentation folders are crosses in the colors of the classes that they were made from.
 """
 import argparse
 import sys
@@ -15,7 +15,7 @@ from sklearn.manifold import TSNE
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from datasets import DATASETS, evaluation_view, load_pictures, make_loader  # noqa: E402
+from datasets import DATASETS, evaluation_view, load_images, make_loader  # noqa: E402
 from scripts.figures import figure_file, plain_text, save  # noqa: E402
 
 matplotlib.use('Agg')
@@ -30,11 +30,11 @@ def parse_option():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--ckpt', nargs='+', required=True, metavar='FILE', help='checkpoints of main_*.py')
     parser.add_argument('--output', type=figure_file, default='features.png', metavar='FILE',
-                        help='the picture (default: %(default)s)')
+                        help='the image (default: %(default)s)')
     parser.add_argument('--dataset', type=one_of(*DATASETS), metavar='NAME', help="default: the checkpoint's")
     parser.add_argument('--data_folder', metavar='FOLDER', help="default: the checkpoint's")
     parser.add_argument('--max_points', type=number(int, 10), default=2000, metavar='N',
-                        help='pictures, and as many ood pictures (default: %(default)s)')
+                        help='images, and as many ood images (default: %(default)s)')
     return parser.parse_args()
 
 
@@ -45,7 +45,7 @@ def features_of(ckpt, args):
     opt = arguments.evaluation_options(checkpoint, ckpt, **given)
     training.set_device(opt)
     encoder = checkpoints.load_encoder(checkpoint, opt, ckpt).to(opt.device)
-    data = load_pictures(opt)
+    data = load_images(opt)
     parts = [part.sample(args.max_points, opt.seed) for part in (data.val, data.ood) if part]
     outputs = [training.forward_all(encoder, make_loader(part, evaluation_view(opt), opt, train=False), opt)
                for part in parts]
@@ -61,15 +61,15 @@ def features_of(ckpt, args):
 def draw(ax, title, features, labels, classes):
     """One panel: -> the marks for its legend and what they stand for."""
     points = TSNE(perplexity=min(30, (len(features) - 1) / 3), init='pca', random_state=0).fit_transform(features)
-    colours, marks = plt.get_cmap('tab10' if len(classes) <= 10 else 'gist_ncar'), []
+    colors, marks = plt.get_cmap('tab10' if len(classes) <= 10 else 'gist_ncar'), []
     for c in range(len(classes)):
-        colour = colours(c if len(classes) <= 10 else c / len(classes))
-        marks.append(ax.scatter(*points[labels == c].T, s=6, color=colour))
-        ax.scatter(*points[labels == -c - 1].T, s=10, color=colour, marker='x', linewidth=0.7)
+        color = colors(c if len(classes) <= 10 else c / len(classes))
+        marks.append(ax.scatter(*points[labels == c].T, s=6, color=color))
+        ax.scatter(*points[labels == -c - 1].T, s=10, color=color, marker='x', linewidth=0.7)
     if (labels < 0).any():
         marks.append(ax.scatter([], [], s=10, color='gray', marker='x'))
     ax.set(title=plain_text(title), xticks=[], yticks=[])
-    return marks, [*map(plain_text, classes), 'ood, made from\nthe class of its colour'][:len(marks)]
+    return marks, [*map(plain_text, classes), 'ood, made from\nthe class of its color'][:len(marks)]
 
 
 def main():
@@ -79,7 +79,7 @@ def main():
         if classes != panels[0][3]:
             raise UserError(f'--ckpt {ckpt}: its classes are not those of {args.ckpt[0]}')
         if not np.isfinite(features).all() or len(np.unique(features, axis=0)) < 10:
-            raise UserError(f'--ckpt {ckpt}: t-SNE needs at least 10 pictures with different, finite features')
+            raise UserError(f'--ckpt {ckpt}: t-SNE needs at least 10 images with different, finite features')
     fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels) + 1.2, 4), squeeze=False, layout='constrained')
     titles = [panel[0] for panel in panels]
     for ax, (title, features, labels, classes, name) in zip(axes[0], panels):

@@ -2,7 +2,7 @@
 
     python scripts/plot_mixing.py --dataset cifar10 --output mixing.png
 
-A column for each picture: a view of pretraining, the same mixed with mixup and with cutmix, and the labels of both.
+A column for each image: a view of pretraining, the same mixed with mixup and with cutmix, and the labels of both.
 """
 import argparse
 import sys
@@ -19,7 +19,7 @@ import matplotlib  # noqa: E402
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 
-from datasets import DATASETS, load_pictures, make_loader, pretraining_view  # noqa: E402
+from datasets import DATASETS, load_images, make_loader, pretraining_view  # noqa: E402
 from datasets.mixing import mix  # noqa: E402
 from scripts.figures import figure_file, plain_text, save  # noqa: E402
 from util import arguments, errors  # noqa: E402
@@ -31,7 +31,7 @@ def parse_option():
     parser.add_argument('--dataset', default='cifar10', choices=DATASETS)
     parser.add_argument('--data_folder', metavar='FOLDER', help='default: ./data, mvip ./data/MVIP/sets')
     parser.add_argument('--count', type=number(int, 2, 100), default=8, metavar='N',
-                        help='pictures (default: %(default)s)')
+                        help='images (default: %(default)s)')
     parser.add_argument('--seed', type=number(int, 0, 2**31), default=0, help='(default: %(default)s)')
     parser.add_argument('--output', type=figure_file, default='mixing.png', metavar='FILE',
                         help='default: %(default)s')
@@ -39,8 +39,8 @@ def parse_option():
 
 
 def mixed_views(opt, count):
-    """-> classes, and for each row its title, pictures [count, size, size, 3] and label distributions [count, C]."""
-    data = load_pictures(opt)
+    """-> classes, and for each row its title, images [count, size, size, 3] and label distributions [count, C]."""
+    data = load_images(opt)
     images, labels = next(iter(make_loader(data.train, pretraining_view(opt), opt)))
     labels = F.one_hot(labels, len(data.train.classes)).float()
     rng = np.random.default_rng(opt.seed)
@@ -59,10 +59,10 @@ def main():
     classes, rows = mixed_views(opt, args.count)
     fig, axes = plt.subplots(len(rows), args.count, figsize=(1.25 * args.count, 1.65 * len(rows)), squeeze=False,
                              layout='constrained')
-    for row, (title, pictures, labels) in zip(axes, rows):
+    for row, (title, images, labels) in zip(axes, rows):
         row[0].set_ylabel(title)
-        for ax, picture, distribution in zip(row, pictures, labels):
-            ax.imshow(picture)
+        for ax, image, distribution in zip(row, images, labels):
+            ax.imshow(image)
             parts = [f'{plain_text(classes[c])} {distribution[c]:.2f}' for c in distribution.nonzero()[:, 0].tolist()]
             ax.set_xlabel('\n'.join(sorted(parts, key=lambda part: -float(part.split()[-1]))), fontsize=8)
             ax.set(xticks=[], yticks=[])

@@ -1,4 +1,4 @@
-"""What the tests share: calling programs, real pictures, small folders of pictures."""
+"""What the tests share: calling programs, real images, small folders of images."""
 import os
 import shutil
 import subprocess
@@ -52,9 +52,9 @@ def call(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
-def refused(call, tmp_path):
-    """Assert that a program refuses with status 2 and one line on stderr that holds `words`, and writes nothing."""
-    def refused(main, *arguments, words):
+def rejected(call, tmp_path):
+    """Assert that a program rejects with status 2 and one line on stderr that holds `words`, and writes nothing."""
+    def rejected(main, *arguments, words):
         before = contents(tmp_path)
         status, _, err = call(main, *arguments)
         assert status == 2, err
@@ -62,7 +62,7 @@ def refused(call, tmp_path):
         for word in words:
             assert str(word) in err, err
         assert contents(tmp_path) == before
-    return refused
+    return rejected
 
 
 @pytest.fixture
@@ -114,10 +114,10 @@ def interrupt(call):
 
 @pytest.fixture(scope='session')
 def cifar_jpeg(tmp_path_factory):
-    """Real CIFAR-10 pictures as train/<class>/*.jpg (500 each) and test/<class>/*.jpg (100 each)."""
+    """Real CIFAR-10 images as train/<class>/*.jpg (500 each) and test/<class>/*.jpg (100 each)."""
     if not ARCHIVE.exists():
         pytest.skip('needs cifar10_jpeg.tar.xz')
-    folder = tmp_path_factory.mktemp('pictures')
+    folder = tmp_path_factory.mktemp('images')
     counts = {}
     with tarfile.open(ARCHIVE) as archive:
         for member in archive:
@@ -131,9 +131,10 @@ def cifar_jpeg(tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
-def real_pictures(request):
-    """5,000 real pictures as Pictures: CIFAR-10's, or where these are not, parts of scikit-learn's two photographs."""
-    from datasets.pictures import Pictures, folder
+def real_images(request):
+    """5,000 real images as an ImageSet: CIFAR-10's, or where these are not, parts of scikit-learn's two photographs."""
+    from datasets.image_set import ImageSet
+    from datasets.sources import folder
     if ARCHIVE.exists():
         return folder(request.getfixturevalue('cifar_jpeg') / 'train')
     from sklearn.datasets import load_sample_images
@@ -144,13 +145,13 @@ def real_pictures(request):
         top, left = (rng.integers(0, length - side) for length in photos[i % 2].shape[:2])
         part = Image.fromarray(photos[i % 2][top:top + side, left:left + side])
         parts.append(np.asarray(part.resize((32, 32))))
-    return Pictures(np.stack(parts), torch.arange(5000) % 2, ['china', 'flower'])
+    return ImageSet(np.stack(parts), torch.arange(5000) % 2, ['china', 'flower'])
 
 
 @pytest.fixture
-def picture_folder(tmp_path):
-    """picture_folder(name, {class: count}, size): a folder of PNG files, each class of its own colour."""
-    def make(name='pictures', classes=None, size=(12, 10)):
+def image_folder(tmp_path):
+    """image_folder(name, {class: count}, size): a folder of PNG files, each class of its own color."""
+    def make(name='images', classes=None, size=(12, 10)):
         root = tmp_path / name
         for c, (label, count) in enumerate((classes or {'blue': 10, 'red': 10}).items()):
             (root / label).mkdir(parents=True)

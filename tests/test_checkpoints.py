@@ -306,7 +306,7 @@ def test_values_of_any_kind(whole, kind):
         if kind not in may_be.get(name, ()):
             rejected(encoder if name in ('model', 'classes', 'opt') else resume, {**whole, name: value})
     if kind in ('endless', 'tensor', 'in itself'):
-        rejected(encoder, {**whole, 'opt': {**whole['opt'], 'warm_epochs': value}}, 'options are damaged')
+        rejected(encoder, {**whole, 'opt': {**whole['opt'], 'warm_epochs': value}}, 'options are corrupted')
 
 
 SCALER = {'scale': 8., 'growth_factor': 2., 'backoff_factor': 0.5, 'growth_interval': 2000, '_growth_tracker': 0}
@@ -390,7 +390,7 @@ def test_a_tiny_file_that_names_a_gigantic_network_takes_no_memory(whole):
             resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-def test_a_network_built_twice_draws_the_same_numbers_and_says_it_once(whole, spy, capsys):
+def test_a_network_built_twice_draws_the_same_numbers_and_reports_it_once(whole, spy, capsys):
     """On the meta device first, to compare shapes."""
     model = timm_model('vit_tiny_patch16_224', 10, 'cifar', 32)
     LAST.write_bytes(stored({'state_dict': model.state_dict()}))
@@ -443,7 +443,7 @@ def test_an_optimizer_loads_as_it_was_saved(tmp_path, kind):
     for steps in (0, 2):
         saved, loaded = (optimizer_of(*OPTIMIZERS[kind], steps=steps * i) for i in (1, 0))
         state = torch.load(io.BytesIO(stored(saved.state_dict())), weights_only=True)
-        checkpoints.load_optimizer(loaded, copy.deepcopy(state), begun=steps > 0)
+        checkpoints.load_optimizer(loaded, copy.deepcopy(state), started=steps > 0)
         found = loaded.state_dict()
         assert found['param_groups'] == saved.state_dict()['param_groups']
         for index, values in saved.state_dict()['state'].items():
@@ -453,7 +453,7 @@ def test_an_optimizer_loads_as_it_was_saved(tmp_path, kind):
 
 @pytest.mark.parametrize('kind', [kind for kind in OPTIMIZERS if kind != 'plain'])
 def test_a_part_of_an_optimizer_is_none(kind):
-    """What is missing would begin anew without a word."""
+    """What is missing would restart without a word."""
     def fails(change, match=''):
         state = copy.deepcopy(optimizer_of(*OPTIMIZERS[kind]).state_dict())
         change(state['state'])
@@ -503,7 +503,7 @@ def test_parameters_without_gradient_have_no_state():
     ('RMSProp', 'RMSProp without momentum', True), ('RMSProp without momentum', 'RMSProp', False),
     ('SGD', 'Adam', False), ('Adam', 'SGD', False), ('Adam', 'AdamW', True)])
 def test_an_optimizer_with_other_settings(before, after, works):
-    """As --force allows: it goes on, or it is an error before the first step."""
+    """As --force allows: it resumes, or it is an error before the first step."""
     optimizer = optimizer_of(*OPTIMIZERS[after], steps=0)
     state = copy.deepcopy(optimizer_of(*OPTIMIZERS[before]).state_dict())
     if len(optimizer.param_groups) != len(state['param_groups']):
@@ -534,7 +534,7 @@ def test_states_that_share_memory_do_not_share_it_afterwards():
 def test_a_resumed_run_names_what_is_missing(whole):
     optimizer = whole['optimizer']
     for state in ({}, {**optimizer['state'], 0: {}}, {index: optimizer['state'][index] for index in (0, 1)}):
-        rejected(resume, {**whole, 'optimizer': {**optimizer, 'state': state}}, 'no whole checkpoint', 'parameter')
+        rejected(resume, {**whole, 'optimizer': {**optimizer, 'state': state}}, 'no valid checkpoint', 'parameter')
     LAST.write_bytes(stored({**whole, 'epoch': 0, 'optimizer': {**optimizer, 'state': {}}}))
     resume()                                            # before its first step
     LAST.write_bytes(stored(whole))

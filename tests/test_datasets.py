@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 import main_ce
-from datasets import load_pictures, make_loader, pictures, pretraining_view
+from datasets import image_set, load_images, make_loader, pretraining_view, sources
 from datasets import loader as loaders
-from datasets.pictures import Pictures
+from datasets.image_set import ImageSet
 from datasets.views import View
 from util import arguments
 from util.errors import UserError
@@ -26,7 +26,7 @@ def options(**changes):
 
 
 def load(opt):
-    data = load_pictures(opt)
+    data = load_images(opt)
     return data.train, data.val
 
 
@@ -42,8 +42,8 @@ def test_digits_are_split_once_and_for_all():
 
 
 def fake_cifar(monkeypatch, tmp_path, name, folder, keys):
-    """An archive in CIFAR's format with 4 pictures a file, on a server of this machine: -> the server."""
-    cls = getattr(pictures.tv, name)
+    """An archive in CIFAR's format with 4 images a file, on a server of this machine: -> the server."""
+    cls = getattr(sources.tv, name)
     rng = np.random.default_rng(0)
     files, md5 = {}, {}
     for file in [entry[0] for entry in cls.train_list + cls.test_list]:
@@ -86,7 +86,7 @@ def test_cifar_is_downloaded(monkeypatch, tmp_path, dataset, name, folder, keys,
 
 
 def test_cifar_that_cannot_be_downloaded(monkeypatch, tmp_path):
-    monkeypatch.setattr(pictures.tv.CIFAR10, 'url', 'http://127.0.0.1:9/missing.tar.gz')       # nobody listens there
+    monkeypatch.setattr(sources.tv.CIFAR10, 'url', 'http://127.0.0.1:9/missing.tar.gz')       # nobody listens there
     with pytest.raises(UserError, match='--data_folder'):
         load(options(dataset='cifar10', data_folder=str(tmp_path / 'data')))
 
@@ -96,9 +96,9 @@ def path_options(root, **changes):
 
 
 @pytest.mark.parametrize('name', ['val', 'test'])
-def test_folder_with_train_and_val(picture_folder, tmp_path, name):
-    picture_folder('all/train', {'a': 3, 'b b': 4, 'c': 5})
-    picture_folder(f'all/{name}', {'b b': 2, 'c': 1})           # no pictures of class a
+def test_folder_with_train_and_val(image_folder, tmp_path, name):
+    image_folder('all/train', {'a': 3, 'b b': 4, 'c': 5})
+    image_folder(f'all/{name}', {'b b': 2, 'c': 1})           # no images of class a
     (tmp_path / 'all' / 'train' / '.cache').mkdir()             # no class
     train, val = load(path_options(tmp_path / 'all'))
     assert train.classes == val.classes == ['a', 'b b', 'c']
@@ -106,8 +106,8 @@ def test_folder_with_train_and_val(picture_folder, tmp_path, name):
     assert val.labels.tolist() == [1, 1, 2]
 
 
-def test_flat_folder_is_split_per_class_with_the_seed(picture_folder):
-    root = picture_folder(classes={'a': 40, 'b': 20, 'c': 2})
+def test_flat_folder_is_split_per_class_with_the_seed(image_folder):
+    root = image_folder(classes={'a': 40, 'b': 20, 'c': 2})
     splits = [load(path_options(root, seed=seed)) for seed in (0, 0, 1)]
     for train, val in splits:
         assert val.labels.bincount().tolist() == [4, 2, 1] and len(train) + len(val) == 62
@@ -115,8 +115,8 @@ def test_flat_folder_is_split_per_class_with_the_seed(picture_folder):
     assert splits[0][1].source == splits[1][1].source != splits[2][1].source
 
 
-def test_statistics_are_measured_where_none_are_given(tmp_path, picture_folder):
-    root = picture_folder()
+def test_statistics_are_measured_where_none_are_given(tmp_path, image_folder):
+    root = image_folder()
     opt = path_options(root)
     train, _ = load(opt)
     x = np.stack([np.asarray(Image.open(file)) for file in train.source]) / 255
@@ -137,16 +137,16 @@ def test_max_samples_takes_the_classes_alike():
 
 @pytest.mark.parametrize('broken', ['empty', 'text', 'truncated'])
 @pytest.mark.parametrize('loader', ['batched', 'per_sample', 'auto'])
-def test_unreadable_picture_is_named(picture_folder, broken, loader):
-    root = picture_folder(size=(60, 60))
+def test_unreadable_image_is_named(image_folder, broken, loader):
+    root = image_folder(size=(60, 60))
     file = root / 'red' / '004.png'
     content = Image.effect_noise((60, 60), 50)
     buffer = io.BytesIO()
     content.save(buffer, format='png')
-    file.write_bytes({'empty': b'', 'text': b'no picture', 'truncated': buffer.getvalue()[:600]}[broken])
+    file.write_bytes({'empty': b'', 'text': b'no image', 'truncated': buffer.getvalue()[:600]}[broken])
     opt = path_options(root, loader=loader, mean=(0., 0., 0.), std=(1., 1., 1.), size=16, num_workers=1)
     train, _ = load(opt)
-    with pytest.raises(UserError, match=r'^.*004.png: not a readable picture.*\Z'):     # one line, without a traceback
+    with pytest.raises(UserError, match=r'^.*004.png: not a readable image.*\Z'):     # one line, without a traceback
         list(make_loader(train, pretraining_view(opt), opt, n_views=2))
 
 
@@ -154,47 +154,47 @@ def test_unreadable_picture_is_named(picture_folder, broken, loader):
     ('I;16', 0x8000, (128, 128, 128)), ('L', 77, (77, 77, 77)), ('1', 1, (255, 255, 255)),
     ('RGBA', (10, 20, 30, 255), (10, 20, 30)), ('CMYK', (0, 0, 0, 0), (255, 255, 255)),
     ('LA', (50, 255), (50, 50, 50))])
-def test_pictures_of_other_modes(tmp_path, mode, value, expected):
+def test_images_of_other_modes(tmp_path, mode, value, expected):
     file = str(tmp_path / f'x.{"tif" if mode == "CMYK" else "png"}')
     Image.new(mode, (4, 4), value).save(file)
-    assert pictures.read_picture(file).getpixel((1, 1)) == expected
+    assert image_set.read_image(file).getpixel((1, 1)) == expected
 
 
 @pytest.mark.parametrize('mode', ['I', 'F'])
-def test_pictures_without_a_known_range_are_refused(tmp_path, mode):
+def test_images_without_a_known_range_are_rejected(tmp_path, mode):
     Image.new(mode, (4, 4), 1).save(tmp_path / 'x.tif')
     with pytest.raises(UserError, match='x.tif.*no known range'):
-        pictures.read_picture(str(tmp_path / 'x.tif'))
+        image_set.read_image(str(tmp_path / 'x.tif'))
 
 
-def test_files_of_a_folder(picture_folder, tmp_path, capsys):
-    """GIFs count, subfolders too, what is no picture is said, links in a circle are walked once."""
-    root = picture_folder(classes={'a': 3})
+def test_files_of_a_folder(image_folder, tmp_path, capsys):
+    """GIFs count, subfolders too, what is no image is said, links in a circle are walked once."""
+    root = image_folder(classes={'a': 3})
     Image.new('RGB', (4, 4)).save(root / 'a' / 'x.GIF', format='gif')
     (root / 'a' / 'more').mkdir()
     Image.new('RGB', (4, 4)).save(root / 'a' / 'more' / 'y.png')
     (root / 'a' / 'notes.txt').write_text('x')
     (root / 'a' / '.hidden.png').write_text('x')
     (root / 'a' / 'circle').symlink_to(root / 'a')
-    assert len(pictures.folder(root)) == 5
-    assert '1 files that are no pictures' in capsys.readouterr().out
+    assert len(sources.folder(root)) == 5
+    assert '1 files that are no images' in capsys.readouterr().out
 
 
-def test_memory_is_estimated_from_all_pictures(tmp_path):
+def test_memory_is_estimated_from_all_images(tmp_path):
     (tmp_path / 'a').mkdir()
     for i in range(700):
         Image.new('RGB', (8, 8)).save(tmp_path / 'a' / f'{i:04}.png')
     Image.new('RGB', (3000, 8)).save(tmp_path / 'a' / '0123.png')
-    assert pictures.folder(tmp_path).decoded_bytes(8)[0] == 3 * 8 * 3000 * 700
+    assert sources.folder(tmp_path).decoded_bytes(8)[0] == 3 * 8 * 3000 * 700
 
 
-def test_pictures_of_unlike_sizes_do_not_touch_the_padding(tmp_path):
-    """Every view of a picture of one colour has that colour, whatever the sizes beside it."""
+def test_images_of_unlike_sizes_do_not_touch_the_padding(tmp_path):
+    """Every view of an image of one color has that color, whatever the sizes beside it."""
     sizes = [(30, 30), (10, 50), (50, 10), (7, 9), (100, 60), (1, 1)]
     for i, size in enumerate(sizes):
         (tmp_path / 'a').mkdir(exist_ok=True)
         Image.new('RGB', size, (40 * i + 10, 200, 100)).save(tmp_path / 'a' / f'{i}.png')
-    train = pictures.folder(tmp_path)
+    train = sources.folder(tmp_path)
     for crop in ((0.2, 1.), None):
         view = View(8, (0., 0., 0.), (1., 1., 1.), crop=crop, flip=0.5)
         opt = options(batch_size=6)
@@ -203,11 +203,11 @@ def test_pictures_of_unlike_sizes_do_not_touch_the_padding(tmp_path):
             torch.testing.assert_close(images, expected.expand_as(images), atol=1e-5, rtol=0)
 
 
-def test_large_pictures_are_scaled_once(tmp_path):
+def test_large_images_are_scaled_once(tmp_path):
     (tmp_path / 'a').mkdir()
     for i, size in enumerate([(500, 375), (375, 500), (40, 50)]):
         Image.new('RGB', size).save(tmp_path / 'a' / f'{i}.jpg')
-    train = pictures.folder(tmp_path)
+    train = sources.folder(tmp_path)
     data, heights, widths = train.decode(72)
     assert heights.tolist() == [72, 96, 50] and widths.tolist() == [96, 72, 40]       # the last is not enlarged
     assert data.shape == (3, 3, 96, 96) and data.nbytes == train.decoded_bytes(72)[0]
@@ -216,8 +216,8 @@ def test_large_pictures_are_scaled_once(tmp_path):
     assert train.decode(72)[0] is data                          # files are not opened again
 
 
-def test_auto_takes_batched_where_the_pictures_fit(monkeypatch, picture_folder):
-    opt = path_options(picture_folder(), loader='auto')
+def test_auto_takes_batched_where_the_images_fit(monkeypatch, image_folder):
+    opt = path_options(image_folder(), loader='auto')
     train, _ = load(opt)
     assert isinstance(make_loader(train, pretraining_view(opt), opt), loaders.BatchedLoader)
     monkeypatch.setattr(loaders, 'available_memory', lambda: 1000)
@@ -227,7 +227,7 @@ def test_auto_takes_batched_where_the_pictures_fit(monkeypatch, picture_folder):
 
 
 def test_every_batch_has_its_own_random_numbers():
-    """The permutation of an epoch and what each of its batches draws: all different, and the same again."""
+    """The permutation of an epoch and what each of its batches samples: all different, and the same again."""
     def numbers():
         for epoch in (1, 2):
             batches = loaders.Batches(40, arguments.defaults(batch_size=10), train=True)
@@ -274,9 +274,9 @@ def test_worker_processes_change_nothing():
 
 
 @pytest.mark.parametrize('kind', ['batched', 'per_sample'])
-def test_views_and_labels_belong_together(kind, picture_folder):
-    """Pictures of class c are bright in channel c; both views of a batch stand in the order of its labels."""
-    opt = path_options(picture_folder(classes={'a': 12, 'b': 12, 'c': 12}), loader=kind, mean=(0., 0., 0.),
+def test_views_and_labels_belong_together(kind, image_folder):
+    """Images of class c are bright in channel c; both views of a batch stand in the order of its labels."""
+    opt = path_options(image_folder(classes={'a': 12, 'b': 12, 'c': 12}), loader=kind, mean=(0., 0., 0.),
                        std=(1., 1., 1.), batch_size=10)
     train, val = load(opt)
     view = View(16, opt.mean, opt.std, crop=(0.2, 1.), flip=0.5)
@@ -285,34 +285,34 @@ def test_views_and_labels_belong_together(kind, picture_folder):
             assert images.mean((2, 3)).argmax(1).tolist() == labels.repeat(2).tolist()
 
 
-def test_pictures_without_training_keep_their_order():
+def test_images_without_training_keep_their_order():
     _, val = load(opt := options())
     loader = make_loader(val, pretraining_view(opt), opt, train=False)
     assert torch.equal(torch.cat([labels for _, labels in loader]), val.labels)
 
 
-def test_select_forgets_decoded_pictures():
+def test_select_forgets_decoded_images():
     source = np.arange(4, dtype=np.uint8).repeat(48).reshape(4, 4, 4, 3)
-    pictures = Pictures(source, torch.arange(4), list('abcd'))
-    pictures.decode(4)
-    assert pictures.select(np.array([2])).decode(4)[0].unique().tolist() == [2]
+    images = ImageSet(source, torch.arange(4), list('abcd'))
+    images.decode(4)
+    assert images.select(np.array([2])).decode(4)[0].unique().tolist() == [2]
 
 
 @pytest.fixture
-def cache(tmp_path, picture_folder):
-    """cache() -> decoded training pictures, mean, and the names of files that were opened for them."""
-    root = picture_folder()
+def cache(tmp_path, image_folder):
+    """cache() -> decoded training images, mean, and the names of files that were opened for them."""
+    root = image_folder()
 
     def cache(**changes):
         opt = path_options(root, cache_dir=str(tmp_path / 'cache'), mean=None, std=None, **changes)
-        opened, open_picture = [], pictures.open_picture
-        pictures.open_picture = lambda file, use: opened.append(file) or open_picture(file, use)
+        opened, open_image = [], image_set.open_image
+        image_set.open_image = lambda file, use: opened.append(file) or open_image(file, use)
         try:
             train, _ = load(opt)
             train.decoded_bytes(8)
             return train.decode(8)[0], opt.mean, opened
         finally:
-            pictures.open_picture = open_picture
+            image_set.open_image = open_image
     return cache
 
 
@@ -325,7 +325,7 @@ def test_decoded_folders_are_kept_on_disk(cache, tmp_path):
 
 def test_a_changed_file_is_decoded_again(cache, tmp_path):
     data, *_ = cache()
-    for file in (tmp_path / 'pictures/red').iterdir():
+    for file in (tmp_path / 'images/red').iterdir():
         Image.new('RGB', (12, 10), 'white').save(file)
     again, _, opened = cache()
     assert opened and not torch.equal(again, data) and (again == 255).flatten(1).all(1).sum() == 9
@@ -345,13 +345,13 @@ def other_arrays(file, **changes):
     lambda file: other_arrays(file, data=np.zeros((18, 3, 10, 8))), lambda file: other_arrays(file, sizes=np.zeros(1)),
     lambda file: np.savez(file, other=np.zeros(1)),
     lambda file: np.savez_compressed(file, data=np.zeros((18, 3, 4000, 4000), np.uint8), sizes=np.full((18, 2), 4000))])
-def test_a_damaged_cache_is_made_again(cache, tmp_path, capsys, damage):
+def test_a_corrupted_cache_is_made_again(cache, tmp_path, capsys, damage):
     data, *_ = cache()
     file = next((tmp_path / 'cache').glob('*-decoded-8.npz'))
     whole = file.read_bytes()
     damage(file)
     again, _, opened = cache()
-    assert opened and torch.equal(again, data) and f'{file}: not a whole cache' in capsys.readouterr().out
+    assert opened and torch.equal(again, data) and f'{file}: not a valid cache' in capsys.readouterr().out
     assert file.stat().st_size == len(whole) and not cache()[2]
 
 
@@ -373,12 +373,12 @@ def test_a_cache_that_cannot_be_written_is_said(cache, tmp_path, monkeypatch, ca
     assert not list((tmp_path / 'cache').iterdir())
 
 
-def test_wrong_cache_folders_are_refused(refused, tmp_path, picture_folder):
+def test_wrong_cache_folders_are_rejected(rejected, tmp_path, image_folder):
     (tmp_path / 'file').touch()
-    data = ['--dataset', 'path', '--data_folder', picture_folder()]
-    refused(main_ce.main, *data, '--cache_dir', 'file', words=['--cache_dir file'])
-    refused(main_ce.main, *data[:3], 'nowhere', '--cache_dir', 'cache', words=['nowhere'])      # and made no folder
-    refused(main_ce.main, '--dataset', 'digits', '--cache_dir', 'cache', words=['--cache_dir', 'digits'])
+    data = ['--dataset', 'path', '--data_folder', image_folder()]
+    rejected(main_ce.main, *data, '--cache_dir', 'file', words=['--cache_dir file'])
+    rejected(main_ce.main, *data[:3], 'nowhere', '--cache_dir', 'cache', words=['nowhere'])      # and made no folder
+    rejected(main_ce.main, '--dataset', 'digits', '--cache_dir', 'cache', words=['--cache_dir', 'digits'])
 
 
 def test_wrong_statistics_in_a_cache_are_measured_again(cache, tmp_path):
@@ -391,6 +391,6 @@ def test_wrong_statistics_in_a_cache_are_measured_again(cache, tmp_path):
 
 def test_what_does_not_fit_is_refused_before_it_is_decoded(cache, monkeypatch):
     cache()
-    monkeypatch.setattr(pictures, 'available_memory', lambda: 1000)
+    monkeypatch.setattr(image_set, 'available_memory', lambda: 1000)
     with pytest.raises(UserError, match='do not fit into memory, expected --loader workers'):
         cache()

@@ -21,7 +21,7 @@ import main_ce
 import main_linear
 import main_supcon
 from datasets import loader as loaders
-from datasets.pictures import Pictures
+from datasets.image_set import ImageSet
 from datasets.views import View
 from losses import GenSupConLoss, SupConLoss, contrastive_accuracy
 from networks.sync_bn import SyncBatchNorm, average_statistics, synchronized
@@ -66,11 +66,11 @@ def _child(rank, n, function, name):
 
 def mine(x):
     """This process's share of the rows of x."""
-    return x[distributed.share(len(x))]
+    return x[distributed.local_slice(len(x))]
 
 
 class Loader:
-    """The same batches of random pictures for any number of processes: views [2 * bsz, 3, 8, 8], labels [bsz]."""
+    """The same batches of random images for any number of processes: views [2 * bsz, 3, 8, 8], labels [bsz]."""
 
     def __init__(self, sizes, views, labels):
         self.sizes, self.views, self.labels = sizes, views, labels
@@ -86,7 +86,7 @@ class Loader:
         for bsz in self.sizes:
             images = torch.rand(self.views, bsz, 3, 8, 8, generator=rng)
             labels = torch.tensor(self.labels)[torch.arange(bsz) % len(self.labels)]
-            yield images[:, distributed.share(bsz)].flatten(0, 1), mine(labels)
+            yield images[:, distributed.local_slice(bsz)].flatten(0, 1), mine(labels)
 
 
 METHODS = {
@@ -124,10 +124,10 @@ def steps(method, sizes, labels=(0, 1, 2, 1, 0)):
 @pytest.mark.parametrize('n', [2, 4])
 @pytest.mark.parametrize('method', METHODS)
 def test_processes_compute_the_loss_and_gradient_of_the_whole_batch(in_processes, monkeypatch, method, n):
-    """13 pictures in uneven shares, with batch norm over all processes."""
+    """13 images in uneven shares, with batch norm over all processes."""
     labels = (0, 1, -1, 2, 1, -3, 0) if 'negatives' in method else (0, 1, 2, 1, 0)
     near = 1e-5 if 'cross-entropy' in method else 1e-10                 # cross-entropy is computed in float32
-    if method == 'accum_steps':                         # each of its pieces has its own batch norms
+    if method == 'accum_steps':                         # each of its micro-batches has its own batch norms
         monkeypatch.setattr(main_supcon.SupConResNet, 'train', lambda self, mode=True: nn.Module.train(self, False))
     whole, = in_processes(1, lambda: steps(method, [13], labels))
     assert len(whole[1]) > 20 and whole[0][0] > 0
@@ -142,7 +142,7 @@ def test_processes_compute_the_loss_and_gradient_of_the_whole_batch(in_processes
 @pytest.mark.parametrize('method', ['supcon', 'simclr', 'genscl', 'genscl with a teacher', 'hard negatives', 'moco',
                                     'head_bn'])
 def test_processes_train_the_same_network(in_processes, method, n):
-    """Three steps, the last of 3 pictures: of four processes three get none of them."""
+    """Three steps, the last of 3 images: of four processes three get none of them."""
     labels = (0, 1, -1, 2, 1, -3, 0) if 'negatives' in method else (0, 1, 2, 1, 0)
     whole, = in_processes(1, lambda: steps(method, [13, 12, 3], labels))
     for part in in_processes(n, lambda: steps(method, [13, 12, 3], labels)):
@@ -254,28 +254,29 @@ def test_what_is_sent_between_processes(in_processes):
 
     def send():
         own = slice(sum(sizes[:distributed.rank()]), sum(sizes[:distributed.rank() + 1]))
-        assert distributed.sizes_of(sizes[distributed.rank()]) == sizes
+        assert distributed.all_sizes(sizes[distributed.rank()]) == sizes
         assert torch.equal(distributed.gather(rows[own], sizes), rows)
         assert torch.equal(distributed.gather(rows[own] > 3, sizes), rows > 3)
-        assert torch.equal(distributed.exchanged(rows[own], order, sizes), rows[order][own])
-        assert distributed.largest(-distributed.rank()) == 0
+        assert torch.equal(distributed.all_to_all_rows(rows[own], order, sizes), rows[order][own])
+        assert distributed.all_max(-distributed.rank()) == 0
         even = rows[own, 0] % 4 == 0
-        torch.testing.assert_close(distributed.mean(rows[own, 0], even), rows[rows[:, 0] % 4 == 0, 0].mean())
-        assert distributed.mean(rows[own, 0], even & False) == 0
+        torch.testing.assert_close(distributed.global_mean(rows[own, 0], even), rows[rows[:, 0] % 4 == 0, 0].mean())
+        assert distributed.global_mean(rows[own, 0], even & False) == 0
         return True
     assert in_processes(3, send) == [True] * 3
-    assert torch.equal(distributed.exchanged(rows, order, [7]), rows[order]) and distributed.gather(rows, [7]) is rows
+    assert torch.equal(distributed.all_to_all_rows(rows, order, [7]), rows[order])
+    assert distributed.gather(rows, [7]) is rows
 
 
 @pytest.mark.parametrize('n', range(1, 12))
 def test_every_share_suits_batch_norm(monkeypatch, n):
-    """At least two pictures or none; all pictures once."""
+    """At least two images or none; all images once."""
     for processes in (1, 2, 4):
         monkeypatch.setattr(distributed, 'world_size', lambda processes=processes: processes)
         shares = []
         for number in range(processes):
             monkeypatch.setattr(distributed, 'rank', lambda number=number: number)
-            shares.append(list(range(n))[distributed.share(n)])
+            shares.append(list(range(n))[distributed.local_slice(n)])
         assert sum(shares, []) == list(range(n))
         assert n == 1 or all(len(share) != 1 for share in shares)
         assert max(map(len, shares)) <= max(3, -(-n // processes))
@@ -299,7 +300,7 @@ def test_batch_norm_over_processes_is_that_of_the_whole_batch(in_processes, shap
         part = x[own].clone().requires_grad_()
         y = norm(part)
         (y * weights[own]).sum().backward()
-        sums = [p.grad if not several else distributed.total(p.grad) for p in norm.parameters()]
+        sums = [p.grad if not several else distributed.all_reduce_sum(p.grad) for p in norm.parameters()]
         norm.eval()
         return [y.detach(), part.grad, norm(x).detach(), *sums, norm[0].running_mean, norm[0].running_var]
     whole, = in_processes(1, normalize)
@@ -312,8 +313,8 @@ def test_batch_norm_over_processes_is_that_of_the_whole_batch(in_processes, shap
 
 @pytest.mark.parametrize('kind', ['batched', 'workers', 'per_sample'])
 def test_processes_share_the_views_of_one(monkeypatch, kind):
-    """Same permutation, and each picture's views as one process draws them; a last batch that is too small for all."""
-    pictures = Pictures(np.random.default_rng(0).integers(0, 256, (23, 20, 20, 3), dtype=np.uint8),
+    """Same permutation, and each image's views as one process samples them; a last batch that is too small for all."""
+    image_set = ImageSet(np.random.default_rng(0).integers(0, 256, (23, 20, 20, 3), dtype=np.uint8),
                         torch.arange(23), ['a'])
     opt = arguments.defaults(device='cpu', loader=kind, batch_size=10, num_workers=0, seed=3)
     view = View(16, (0.5,) * 3, (0.2,) * 3, crop=(0.2, 1.), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2,
@@ -323,8 +324,8 @@ def test_processes_share_the_views_of_one(monkeypatch, kind):
     def batches(processes, number, train):
         monkeypatch.setattr(distributed, 'world_size', lambda: processes)
         monkeypatch.setattr(distributed, 'rank', lambda: number)
-        monkeypatch.setattr(loaders, 'largest', lambda n: n)
-        loader = loaders.make_loader(pictures, view, opt, 2, train)
+        monkeypatch.setattr(loaders, 'all_max', lambda n: n)
+        loader = loaders.make_loader(image_set, view, opt, 2, train)
         loader.set_epoch(2)
         assert loader.sizes == [10, 10, 3]
         return [(images.unflatten(0, (2, len(labels))), labels) for images, labels in loader]
@@ -337,8 +338,8 @@ def test_processes_share_the_views_of_one(monkeypatch, kind):
         assert [len(part[2][1]) for part in parts] == [3, 0, 0, 0]
 
 
-def test_evaluation_counts_every_picture_once(in_processes):
-    """Features and labels of all, in their order; accuracies and ood metrics of them, to the last picture."""
+def test_evaluation_counts_every_image_once(in_processes):
+    """Features and labels of all, in their order; accuracies and ood metrics of them, to the last image."""
     rng = torch.Generator().manual_seed(0)
     images, labels = torch.rand(11, 3, 8, 8, generator=rng), torch.arange(11) % 3
 
@@ -404,7 +405,7 @@ def until(job, words, seen):
     raise AssertionError(''.join(seen))
 
 
-def test_torchrun_stops_on_a_signal_and_one_process_goes_on(call, monkeypatch, tmp_path):
+def test_torchrun_stops_on_a_signal_and_one_process_resumes(call, monkeypatch, tmp_path):
     """The first process writes and prints alone; SIGTERM to one of them stops all after the same step."""
     monkeypatch.chdir(tmp_path)
     arguments = [*TINY, '--output_name', 'a', '--print_freq', 1, '--eval_freq', 1]
@@ -436,7 +437,7 @@ def test_a_process_that_dies_ends_the_job(monkeypatch, tmp_path):
     assert 'SIGKILL' in out
 
 
-def test_mistakes_in_several_processes_are_told_once(monkeypatch, tmp_path):
+def test_mistakes_in_several_processes_are_reported_once(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     job = torchrun(2, 'main_linear.py', '--dataset', 'digits', '--ckpt', 'nowhere.ckpt')
     out, _ = job.communicate(timeout=100)
@@ -445,10 +446,10 @@ def test_mistakes_in_several_processes_are_told_once(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_more_processes_than_a_batch_can_serve(refused, monkeypatch):
+def test_more_processes_than_a_batch_can_serve(rejected, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '8')
-    refused(main_supcon.main, '--batch_size', '15', words=['--batch_size 15', 'each of 8 processes'])
+    rejected(main_supcon.main, '--batch_size', '15', words=['--batch_size 15', 'each of 8 processes'])
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '0')
-    refused(main_supcon.main, words=['LOCAL_WORLD_SIZE', "'0'", 'at least 1'])
+    rejected(main_supcon.main, words=['LOCAL_WORLD_SIZE', "'0'", 'at least 1'])
     monkeypatch.setenv('WORLD_SIZE', 'many')
-    refused(main_supcon.main, words=['WORLD_SIZE', "'many'"])
+    rejected(main_supcon.main, words=['WORLD_SIZE', "'many'"])

@@ -1,4 +1,4 @@
-"""Option fuzzing: whatever a command line says, it is refused in one line or it is a run that starts."""
+"""Option fuzzing: whatever a command line says, it is rejected in one line or it is a run that starts."""
 import contextlib
 import io
 import os
@@ -107,19 +107,19 @@ def check(program, extra, folder):
     else:
         assert not [line for line in err.splitlines() if 'Warning' not in line and not line.startswith(' ')], err
     assert not (folder / 'hacked').exists()
-    return 'ran' if status == 0 else 'refused'
+    return 'ran' if status == 0 else 'rejected'
 
 
 @pytest.mark.parametrize('program', PROGRAMS)
 def test_any_options_are_refused_in_a_line_or_start(folder, program):
-    counts = dict.fromkeys(('refused', 'parsed', 'ran'), 0)
+    counts = dict.fromkeys(('rejected', 'parsed', 'ran'), 0)
 
     @settings(max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(extra=words(program))
     def fuzz(extra):
         counts[check(program, extra, folder)] += 1
     fuzz()
-    assert counts['refused'] > 30 and counts['ran'] > 15, counts
+    assert counts['rejected'] > 30 and counts['ran'] > 15, counts
 
 
 @pytest.mark.parametrize('program', PROGRAMS)

@@ -33,7 +33,7 @@ class Rng:
     """A generator that gives the numbers it was made with."""
 
     def __init__(self, lam=0.25, order=None, integers=(), coin='mixup'):
-        self.lam, self.order, self.drawn, self.coin = lam, order, list(integers), coin
+        self.lam, self.order, self.sampled, self.coin = lam, order, list(integers), coin
 
     def beta(self, a, b):
         self.alpha = a, b
@@ -43,7 +43,7 @@ class Rng:
         return np.array(self.order)
 
     def integers(self, high):
-        return self.drawn.pop(0)
+        return self.sampled.pop(0)
 
     def choice(self, kinds):
         assert kinds == ['mixup', 'cutmix']
@@ -54,7 +54,7 @@ def batch(n=3, size=8):
     return torch.rand(n, 3, size, size), F.one_hot(torch.arange(n), n).float()
 
 
-def test_mixup_averages_pictures_and_labels():
+def test_mixup_averages_images_and_labels():
     (images, labels), rng = batch(), Rng(0.25, [1, 2, 0])
     mixed, soft = mix(images, labels, 'mixup', 0.7, rng)
     for i, other in enumerate([1, 2, 0]):
@@ -63,26 +63,26 @@ def test_mixup_averages_pictures_and_labels():
     assert rng.alpha == (0.7, 0.7)
 
 
-@pytest.mark.parametrize('centre, box, share', [
+@pytest.mark.parametrize('center, box, fraction', [
     ((4, 4), (2, 6, 2, 6), 16), ((0, 4), (0, 2, 2, 6), 8), ((7, 7), (5, 8, 5, 8), 9)])
-def test_cutmix_pastes_a_box_and_labels_follow_its_area(centre, box, share):
+def test_cutmix_pastes_a_box_and_labels_follow_its_area(center, box, fraction):
     images, labels = batch()
-    rng = Rng(0.75, [1, 2, 0], centre)                          # 1 - lam = 1/4: a box of 4 x 4 in 8 x 8
+    rng = Rng(0.75, [1, 2, 0], center)                          # 1 - lam = 1/4: a box of 4 x 4 in 8 x 8
     mixed, soft = mix(images, labels, 'cutmix', 1., rng)
     top, bottom, left, right = box
     inside = torch.zeros(8, 8, dtype=torch.bool)
     inside[top:bottom, left:right] = True
-    assert inside.sum() == share
+    assert inside.sum() == fraction
     for i, other in enumerate([1, 2, 0]):
         torch.testing.assert_close(mixed[i], torch.where(inside, images[other], images[i]))
-        torch.testing.assert_close(soft[i], (1 - share / 64) * labels[i] + share / 64 * labels[other])
+        torch.testing.assert_close(soft[i], (1 - fraction / 64) * labels[i] + fraction / 64 * labels[other])
 
 
 @pytest.mark.parametrize('lam, stays', [(1., 1.), (0., 0.)])
 def test_cutmix_of_nothing_and_of_everything(lam, stays):
     images, _ = batch(2)
-    mixed, share = cutmix(images, images.flip(0), lam, Rng(integers=(4, 4)))
-    assert share == stays
+    mixed, fraction = cutmix(images, images.flip(0), lam, Rng(integers=(4, 4)))
+    assert fraction == stays
     torch.testing.assert_close(mixed, images if stays else images.flip(0))
 
 
@@ -95,7 +95,7 @@ def test_views_are_mixed_on_their_own(kind):
     assert not torch.equal(mixed[:16], mixed[16:])
 
 
-def test_coin_and_share_are_drawn_for_each_batch_and_view():
+def test_coin_and_share_are_sampled_for_each_batch_and_view():
     kinds, shares = [], []
     for seed in range(300):
         images, labels = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)]), torch.eye(2)
@@ -189,7 +189,7 @@ def test_loss_is_that_of_labels_and_of_the_teacher(call, teacher, spy, tmp_path)
         torch.testing.assert_close(labels[0].sum(1), torch.ones(32))
         assert (labels[0] > 0).all()                                        # a softmax
         if alpha != 'inf':
-            assert ((called[0][0][2][0] > 0).sum(1) <= 2).all()             # two pictures mixed
+            assert ((called[0][0][2][0] > 0).sum(1) <= 2).all()             # two images mixed
     for alpha in ('0', '0.5'):
         total, (of_labels, of_teacher) = losses[alpha]
         assert total == pytest.approx(of_labels + float(alpha) * of_teacher, rel=1e-5)
@@ -229,10 +229,10 @@ def test_teacher_is_asked_in_eval_mode_without_gradient_about_the_mixed_views(ca
 def test_teacher_with_other_statistics_sees_its_own(call, spy):
     from util.teachers import Teacher
     teacher = Teacher(torch.nn.Identity(), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), (0.4, 0.4, 0.4), (0.2, 0.2, 0.3))
-    picture = torch.rand(2, 3, 4, 4)
+    image = torch.rand(2, 3, 4, 4)
 
     def normalized(mean, std):
-        return (picture - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+        return (image - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     torch.testing.assert_close(teacher(normalized((0.4, 0.4, 0.4), (0.2, 0.2, 0.3))),
                                normalized((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)))
 
@@ -269,10 +269,10 @@ def test_the_published_teacher_has_a_small_stem():
     (['--KD', '--teacher_path', 'nowhere'], ['--teacher_path nowhere', 'no such folder']),
     (['--KD', '--teacher_path', 'output'], ['--teacher_path output', 'no ckpt_best.pth or last.ckpt']),
     (['--KD', '--teacher_path', TEACHER, '--teacher_ckpt', 'x.pth'], ['no x.pth in it']),
-    (['--KD', '--teacher_path', TEACHER, '--dataset', 'path', '--data_folder', 'pictures'],
+    (['--KD', '--teacher_path', TEACHER, '--dataset', 'path', '--data_folder', 'images'],
      [TEACHER, 'knows 10 classes', 'have 2']),
     (['--KD', '--teacher_path', 'pretrained'], ['pretrained/last.ckpt', 'no classifier']),
-    (['--KD', '--teacher_path', 'damaged'], ['damaged/ckpt_best.pth', 'not a readable checkpoint']),
+    (['--KD', '--teacher_path', 'corrupted'], ['corrupted/ckpt_best.pth', 'not a readable checkpoint']),
     (['--KD', '--teacher_path', 'timm'], ['timm/ckpt_best.pth', 'efficientnetv2_rw_m']),
     (['--KD', '--teacher_path', 'timm', '--teacher_kind', 'resnet10t'], ['knows 7 classes', 'have 10']),
     (['--KD', '--teacher_path', 'renamed'], ['other classes', '1, 0, 2']),
@@ -304,13 +304,13 @@ def test_the_published_teacher_has_a_small_stem():
     (['--rand-m', '31'], ['--rand_m', '30']),
     (['--aug_mode', 'with_both', '--aug_output_name', 'x', '--aug_name_id', 'a', '--aug_name_ood', 'b'], ['GenSCL']),
 ])
-def test_mistakes(call, refused, teacher, picture_folder, tmp_path, arguments, words):
-    picture_folder()
-    for name in ('pretrained', 'damaged', 'timm', 'renamed', 'large', 'nan'):
+def test_mistakes(call, rejected, teacher, image_folder, tmp_path, arguments, words):
+    image_folder()
+    for name in ('pretrained', 'corrupted', 'timm', 'renamed', 'large', 'nan'):
         (tmp_path / name).mkdir()
     torch.save({'model': main_supcon.SupConResNet('resnet18', width=0.0625).state_dict(),
                 'opt': {'model': 'resnet18', 'width': 0.0625}}, tmp_path / 'pretrained' / 'last.ckpt')
-    (tmp_path / 'damaged' / 'ckpt_best.pth').write_bytes(b'PK')
+    (tmp_path / 'corrupted' / 'ckpt_best.pth').write_bytes(b'PK')
     seven = timm_model('resnet10t', 7, 'cifar', 32).state_dict()
     torch.save({'state_dict': seven}, tmp_path / 'timm' / 'ckpt_best.pth')
     large = timm_model('vit_tiny_patch16_224', 10, 'cifar', 224).state_dict()
@@ -322,14 +322,14 @@ def test_mistakes(call, refused, teacher, picture_folder, tmp_path, arguments, w
     checkpoint['model']['fc.bias'] = bias
     checkpoint['classes'] = ['1', '0', *checkpoint['classes'][2:]]
     torch.save(checkpoint, tmp_path / 'renamed' / 'last.ckpt')
-    refused(main_supcon.main, *GENSCL, *arguments, words=words)
+    rejected(main_supcon.main, *GENSCL, *arguments, words=words)
 
 
-def test_pretrained_or_ckpt(refused):
-    refused(main_linear.main, words=['--ckpt', '--pretrained'])
-    refused(main_linear.main, '--ckpt', 'a', '--pretrained', 'b', words=['--ckpt', '--pretrained'])
-    refused(main_linear.main, '--pretrained', 'b', words=['output/b/trial=0/last.ckpt', 'no such checkpoint'])
-    refused(main_linear.main, '--pretrained', '../b', words=['--pretrained'])
+def test_pretrained_or_ckpt(rejected):
+    rejected(main_linear.main, words=['--ckpt', '--pretrained'])
+    rejected(main_linear.main, '--ckpt', 'a', '--pretrained', 'b', words=['--ckpt', '--pretrained'])
+    rejected(main_linear.main, '--pretrained', 'b', words=['output/b/trial=0/last.ckpt', 'no such checkpoint'])
+    rejected(main_linear.main, '--pretrained', '../b', words=['--pretrained'])
 
 
 @pytest.mark.parametrize('program', [main_supcon, main_ce])
@@ -408,7 +408,7 @@ def test_label_smoothing_is_of_training_alone(call, spy):
     assert [settings['label_smoothing'] for _, settings in calls] == [0.3, 0.2]
 
 
-def test_cross_entropy_learns_from_mixed_pictures(call, spy):
+def test_cross_entropy_learns_from_mixed_images(call, spy):
     calls, mixed = spy(torch.nn.CrossEntropyLoss, 'forward'), spy(main_ce, 'mix')
     ok(call, main_ce, *TINY, '--epochs', 1, '--mix', 'cutmix', '--mix-alpha', 0.4)
     logits, labels = calls[0][0][1:]
@@ -423,8 +423,8 @@ def test_random_numbers_of_a_step():
                 torch.rand(()).item())
     steps = list(itertools.product((3, 4), (1, 2), (0, 1)))
     for i in (0, 1):
-        drawn = [numbers(*step)[i] for step in steps]
-        assert len(set(drawn)) == len(steps) and drawn[0] == numbers(*steps[0])[i]
+        sampled = [numbers(*step)[i] for step in steps]
+        assert len(set(sampled)) == len(steps) and sampled[0] == numbers(*steps[0])[i]
 
 
 @pytest.mark.parametrize('program', [main_supcon, main_ce])
@@ -435,14 +435,14 @@ def test_every_step_has_its_own_random_numbers(call, spy, program):
 
 
 class FakeTeacher:
-    """Logits that tell which picture was asked about."""
+    """Logits that tell which image was asked about."""
 
     def __call__(self, images):
         return torch.stack([images.mean((1, 2, 3)), torch.zeros(len(images)), torch.ones(len(images))], 1)
 
 
 def test_soft_labels_row_by_row(monkeypatch):
-    """Both views mixed with their own draws; labels and the teacher's answers beside the right pictures."""
+    """Both views mixed with their own samples; labels and the teacher's answers beside the right images."""
     orders, lams = iter(([1, 2, 0], [2, 0, 1])), iter((0.75, 0.6))
 
     def mix(images, labels, kind, alpha, rng):
@@ -471,7 +471,7 @@ def test_soft_labels_row_by_row(monkeypatch):
     torch.testing.assert_close(learned[2], torch.eye(3)[[2, 0, 1]].expand(2, 3, 3))
 
 
-def test_cross_entropy_sees_mixed_pictures(call, monkeypatch):
+def test_cross_entropy_sees_mixed_images(call, monkeypatch):
     monkeypatch.setattr(main_ce, 'mix', lambda images, labels, *rest: (torch.full_like(images, 0.5), labels))
     seen = []
     original = main_ce.SupCEResNet.forward
@@ -485,7 +485,7 @@ def test_cross_entropy_sees_mixed_pictures(call, monkeypatch):
                    '--ce_weight', '1']),
     (main_ce, ['--mix', 'mixup_cutmix', '--model', 'timm/test_vit', '--size', '32', '--width', '1'])])
 def test_resumed_is_the_same_run(call, interrupt, teacher, monkeypatch, program, arguments):
-    """With mixing, a teacher and classifier; and with a network that draws random numbers of its own."""
+    """With mixing, a teacher and classifier; and with a network that samples random numbers of its own."""
     arguments = [*TINY, *arguments, '--epochs', 3, '--cosine']
     create = timm.create_model
     monkeypatch.setattr(timm, 'create_model', lambda name, **settings: create(name, **settings, drop_path_rate=0.5))
@@ -497,18 +497,18 @@ def test_resumed_is_the_same_run(call, interrupt, teacher, monkeypatch, program,
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
 
 
-def test_teacher_and_student_hold_out_the_same_pictures(call, picture_folder, spy):
-    picture_folder('pictures', {'a': 30, 'b': 30})
-    data = ['--dataset', 'path', '--data_folder', 'pictures', *TINY[2:8], '--batch_size', 16, '--epochs', 1]
-    calls = spy(main_ce, 'load_pictures')
+def test_teacher_and_student_hold_out_the_same_images(call, image_folder, spy):
+    image_folder('images', {'a': 30, 'b': 30})
+    data = ['--dataset', 'path', '--data_folder', 'images', *TINY[2:8], '--batch_size', 16, '--epochs', 1]
+    calls = spy(main_ce, 'load_images')
     ok(call, main_ce, *data, '--output_name', 'teacher', '--seed', 1)
     ok(call, main_supcon, *data, '--method', 'GenSCL', '--KD', '--teacher_path', TEACHER, '--output_name', 'student')
-    ok(call, main_linear, '--dataset', 'path', '--data_folder', 'pictures', '--pretrained', 'student', '--epochs', 1)
+    ok(call, main_linear, '--dataset', 'path', '--data_folder', 'images', '--pretrained', 'student', '--epochs', 1)
     splits = [json.loads(file.read_text())['split_seed'] for file in Path('output').glob('*/trial=0/options.json')]
     assert splits == [1, 1, 1] and calls
 
 
-def test_teacher_is_what_its_checkpoint_says(call, spy):
+def test_teacher_is_what_its_checkpoint_reports(call, spy):
     """Stem and statistics are the teacher's own."""
     from util import teachers
     ok(call, main_ce, *TINY, '--epochs', 1, '--stem', 'imagenet', '--size', 32, '--mean', '(0.1, 0.2, 0.3)',
@@ -521,21 +521,21 @@ def test_teacher_is_what_its_checkpoint_says(call, spy):
 
 
 @pytest.mark.parametrize('changes, words', [
-    ({'classes': 5}, 'damaged'), ({'classes': torch.ones(3)}, 'damaged'), ({'opt': torch.ones(3)}, 'damaged'),
+    ({'classes': 5}, 'corrupted'), ({'classes': torch.ones(3)}, 'corrupted'), ({'opt': torch.ones(3)}, 'corrupted'),
     ({'opt': {'model': 'resnet18', 'stem': 'foo'}}, 'foo'),
     ({'opt': {'model': 'resnet18', 'method': ['x']}}, 'last.ckpt'),
     ({'fc.weight': torch.ones(())}, 'knows 0 classes'), ({'fc.weight': torch.ones(10, 2)}, 'another network'),
     ({'fc.weight': torch.ones(10, 32, dtype=torch.complex64)}, 'not a readable checkpoint')])
-def test_damaged_teachers(refused, teacher, changes, words):
+def test_corrupted_teachers(rejected, teacher, changes, words):
     checkpoint = torch.load(f'{TEACHER}/last.ckpt', weights_only=True)
     for name, value in changes.items():
         (checkpoint if name in checkpoint else checkpoint['model'])[name] = value
     torch.save(checkpoint, f'{TEACHER}/last.ckpt')
-    refused(main_supcon.main, *GENSCL, '--KD', '--teacher_path', TEACHER, words=[TEACHER, words])
+    rejected(main_supcon.main, *GENSCL, '--KD', '--teacher_path', TEACHER, words=[TEACHER, words])
 
 
 @pytest.mark.parametrize('network, words', [
-    (torch.nn.Linear(7, 10), 'x takes no pictures of 8 pixels'), (torch.nn.Flatten(), 'x does not give 10 finite')])
+    (torch.nn.Linear(7, 10), 'x takes no images of 8 pixels'), (torch.nn.Flatten(), 'x does not give 10 finite')])
 def test_teachers_are_tried(network, words):
     from util.teachers import _try
     opt = main_supcon.parse_option([])
@@ -603,8 +603,8 @@ def test_any_model_of_timm_is_an_encoder(name, dim):
 def test_small_stems_keep_the_resolution():
     for name in ('resnet10t', 'densenet121'):
         small, large = (timm_model(name, 10, stem, 32).eval() for stem in ('cifar', 'imagenet'))
-        picture = torch.rand(1, 3, 32, 32)
-        assert small.forward_features(picture).shape[2] == 4 * large.forward_features(picture).shape[2]
+        image = torch.rand(1, 3, 32, 32)
+        assert small.forward_features(image).shape[2] == 4 * large.forward_features(image).shape[2]
 
 
 def test_sizes_that_a_model_cannot_take():
@@ -650,10 +650,10 @@ def test_precision_of_the_device(monkeypatch, device, supported, expected):
 
 # Weights & Biases
 
-def test_wandb_that_is_missing(refused, monkeypatch):
+def test_wandb_that_is_missing(rejected, monkeypatch):
     monkeypatch.setitem(sys.modules, 'wandb', None)
     monkeypatch.setattr(options.importlib.util, 'find_spec', lambda name: None)
-    refused(main_ce.main, *TINY, '--wandb', words=['--wandb', 'pip install wandb'])
+    rejected(main_ce.main, *TINY, '--wandb', words=['--wandb', 'pip install wandb'])
 
 
 def test_wandb_offline(call, monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""Files and options that mean harm, or are only damaged: one clear line, nothing executed, nothing outside output/."""
+"""Files and options that mean harm, or are only corrupted: one clear line, nothing executed or written elsewhere."""
 import ast
 import io
 import json
@@ -19,7 +19,7 @@ from torchvision import datasets as tv
 import main_ce
 import main_linear
 import main_supcon
-from datasets import load_pictures, make_loader
+from datasets import load_images, make_loader
 from datasets.cache import cached
 from datasets.mvip import super_classes
 from datasets.views import View
@@ -61,7 +61,7 @@ def foreign():
     with zipfile.ZipFile(archive, 'w', zipfile.ZIP_DEFLATED) as zipped:
         zipped.writestr('archive/data.pkl', bytes(10_000_000))
     evil_array = np.array([Evil()], dtype=object)
-    picture = stored(lambda buffer: Image.new('RGB', (9, 9)).save(buffer, 'png'))
+    image = stored(lambda buffer: Image.new('RGB', (9, 9)).save(buffer, 'png'))
     return {
         'empty': b'', 'zeros': bytes(3000), 'text': b'hello\n' * 50, 'bytes': bytes(range(256)) * 9,
         'pickle': pickle.dumps(Evil()), 'old pickle': pickle.dumps({'model': Evil(), 'super_class': Evil()}, 0),
@@ -72,14 +72,14 @@ def foreign():
         'huge pickle': b'\x80\x04\x8e' + struct.pack('<Q', 2**62) + b'x' * 99, 'inflating zip': archive.getvalue(),
         'huge array': npy(b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000,)}"),
         'evaluated header': npy(b"{'descr': __import__('os').system('touch hacked'), 'shape': (3,)}"),
-        'huge picture': png(60_000, 60_000), 'picture without data': png(30, 30), 'picture': picture,
+        'huge image': png(60_000, 60_000), 'image without data': png(30, 30), 'image': image,
         'huge gif': b'GIF89a' + struct.pack('<HH', 65535, 65535) + bytes(20), 'tiff': b'II*\x00' + b'\xff' * 400,
         'deep json': b'[' * 200_000, 'json': json.dumps({'super_class': {'a': 1}}).encode(), 'script': b'import os\n',
         'tar': bytes(257) + b'ustar' + bytes(300),
     }
 
 
-def damaged(whole, count, seed):
+def corrupted(whole, count, seed):
     """Copies of a file with bytes cut off, changed or inserted."""
     rng = np.random.default_rng(seed)
     for i in range(count):
@@ -122,9 +122,9 @@ def run_folder(tmp_path_factory):
 
 
 def contents(whole):
-    """300 files: all foreign ones, and damaged copies of a whole one."""
+    """300 files: all foreign ones, and corrupted copies of a whole one."""
     others = list(foreign().values())
-    return [*others, *damaged(whole, 300 - len(others), seed=len(whole))]
+    return [*others, *corrupted(whole, 300 - len(others), seed=len(whole))]
 
 
 def test_checkpoints(nothing_happens, run_folder):
@@ -157,11 +157,11 @@ def test_checkpoints(nothing_happens, run_folder):
     for content in contents(whole):
         last.write_bytes(content)
         for function, *args in ((resume, '--resume'), (resume, '--evaluate'), (encoder,), (teacher,)):
-            # Changed bytes of a parameter are a parameter; a picture of the run's options may be gone.
+            # Changed bytes of a parameter are a parameter; an image of the run's options may be gone.
             nothing_happens(function, *args, may_work=content not in others)
 
 
-def test_options_without_end_in_a_checkpoint(nothing_happens, run_folder, refused):
+def test_options_without_end_in_a_checkpoint(nothing_happens, run_folder, rejected):
     """Lists in lists that would be of any length as a text, numbers of any length."""
     whole = torch.load(run_folder / 'output/a/trial=0/last.ckpt', weights_only=True)
     endless = []
@@ -170,12 +170,12 @@ def test_options_without_end_in_a_checkpoint(nothing_happens, run_folder, refuse
     Path('output/a/trial=0').mkdir(parents=True)
     for name, value in (('model', endless), ('mean', endless), ('seed', endless), ('size', 10**9999)):
         torch.save({**whole, 'opt': {**whole['opt'], name: value}}, 'output/a/trial=0/last.ckpt')
-        refused(main_ce.main, *TINY, '--epochs', 2, '--output_name', 'a', '--resume', words=['last.ckpt'])
+        rejected(main_ce.main, *TINY, '--epochs', 2, '--output_name', 'a', '--resume', words=['last.ckpt'])
 
 
 @pytest.mark.parametrize('kind', ['batched', 'workers', 'per_sample'])
-def test_pictures(nothing_happens, kind, tmp_path):
-    """300 files among whole pictures of a folder, in every loader."""
+def test_images(nothing_happens, kind, tmp_path):
+    """300 files among whole images of a folder, in every loader."""
     whole = stored(lambda buffer: Image.effect_noise((20, 20), 90).convert('RGB').save(buffer, 'jpeg'))
     for label in 'ab':
         (tmp_path / 'data' / label).mkdir(parents=True)
@@ -184,17 +184,17 @@ def test_pictures(nothing_happens, kind, tmp_path):
 
     def read():
         opt = arguments.defaults(dataset='path', data_folder='data', loader=kind, device='cpu', num_workers=0, size=16)
-        train = load_pictures(opt).train
+        train = load_images(opt).train
         loader = make_loader(train, View(16, opt.mean, opt.std, crop=(0.2, 1.)), opt)
         for images, _ in loader:
             assert images.isfinite().all()
     read()
-    others, picture = list(foreign().values()), foreign()['picture']
+    others, image = list(foreign().values()), foreign()['image']
     for content in contents(whole):
         for suffix in ('jpg', 'png', 'gif') if content in others else ('jpg',):
             file = tmp_path / 'data' / 'a' / f'x.{suffix}'
             file.write_bytes(content)
-            nothing_happens(read, may_work=content == picture or content not in others)
+            nothing_happens(read, may_work=content == image or content not in others)
             file.unlink()
 
 
@@ -235,36 +235,36 @@ def test_cifar_is_verified_before_it_is_unpickled(nothing_happens, monkeypatch, 
         folder.mkdir()
         for file in ('data_batch_1', 'data_batch_2', 'test_batch', 'batches.meta', 'train', 'test', 'meta'):
             (folder / file).write_bytes(pickle.dumps(Evil()))
-        nothing_happens(load_pictures, arguments.defaults(dataset=name, data_folder=str(tmp_path)))
+        nothing_happens(load_images, arguments.defaults(dataset=name, data_folder=str(tmp_path)))
 
 
-def test_links_that_lead_in_circles(nothing_happens, picture_folder, tmp_path):
-    root = picture_folder('data')
+def test_links_that_lead_in_circles(nothing_happens, image_folder, tmp_path):
+    root = image_folder('data')
     os.symlink('..', root / 'red' / 'up')
     os.symlink('red', root / 'red' / 'red')
     os.symlink('itself', root / 'itself')
-    data = load_pictures(arguments.defaults(dataset='path', data_folder='data'))
+    data = load_images(arguments.defaults(dataset='path', data_folder='data'))
     assert data.train.classes == ['blue', 'red'] and len(data.train) + len(data.val) == 20
     os.symlink('x.png', root / 'red' / 'x.png')
     opt = arguments.defaults(dataset='path', data_folder='data', mean=None)
-    nothing_happens(lambda: load_pictures(opt).train.sizes())
+    nothing_happens(lambda: load_images(opt).train.sizes())
 
 
 @pytest.mark.parametrize('dataset', ['path', 'mvip'])
-def test_a_folder_that_may_not_be_listed(nothing_happens, picture_folder, monkeypatch, dataset):
+def test_a_folder_that_may_not_be_listed(nothing_happens, image_folder, monkeypatch, dataset):
     def denied(*args):
         raise PermissionError(13, 'Permission denied', str(args[0]))
-    picture_folder('data')
+    image_folder('data')
     monkeypatch.setattr(os, 'listdir', denied)
     monkeypatch.setattr(Path, 'iterdir', denied)
-    nothing_happens(lambda: load_pictures(arguments.defaults(dataset=dataset, data_folder='data')))
+    nothing_happens(lambda: load_images(arguments.defaults(dataset=dataset, data_folder='data')))
 
 
 @pytest.mark.parametrize('name', ['two words', "it's", 'a "b"', 'a\nb', 'a\tb', '\x1b[31mred', 'é', '$(touch hacked)',
                                   '; touch hacked', os.fsdecode(b'\xff\xfe'), '%s{x}', '-rf', '#'])
-def test_strange_names_of_files_and_classes(call, refused, picture_folder, tmp_path, name):
-    """From pictures to a classifier that goes on, is evaluated and exported; terminals get no control characters."""
-    root = picture_folder(name, {name: 6, 'other': 6})
+def test_strange_names_of_files_and_classes(call, rejected, image_folder, tmp_path, name):
+    """From images to a classifier that resumes, is evaluated and exported; terminals get no control characters."""
+    root = image_folder(name, {name: 6, 'other': 6})
     (root / name / '000.png').rename(root / name / f'{name}.png')
     data = ['--dataset', 'path', '--data_folder', tmp_path / name, '--size', 8, '--batch_size', 4, '--num_workers', 0]
     network = ['--model', 'resnet18', '--width', 0.0625, '--output_name', 'a']
@@ -276,18 +276,18 @@ def test_strange_names_of_files_and_classes(call, refused, picture_folder, tmp_p
     assert status == 0, err
     assert all(line.isprintable() for line in out.replace('\t', ' ').splitlines()) and 'accuracy of other' in out
     assert set(torch.load('a.pth', weights_only=True)['classes']) == {name, 'other'}
-    (root / name / f'{name}.png').write_bytes(b'no picture')
+    (root / name / f'{name}.png').write_bytes(b'no image')
     assert not (tmp_path / 'hacked').exists()
-    refused(main_ce.main, *data, *network[:-1], 'b', words=['not a readable picture'])
+    rejected(main_ce.main, *data, *network[:-1], 'b', words=['not a readable image'])
 
 
 @pytest.mark.parametrize('option', ['--output_name', '--trial', '--pretrained', '--pretrained_ckpt'])
 @pytest.mark.parametrize('value', ['../x', '..', '.', '/tmp/x', 'a/../../x', 'a/b', '', ' ', 'a\0b', 'a\nb', 'x' * 300,
                                    '\udcff', '~', '$HOME', '`x`', 'a\\b', 'con:'])
-def test_runs_stay_in_output(refused, option, value):
+def test_runs_stay_in_output(rejected, option, value):
     program = main_linear if 'pretrained' in option else main_ce
     words = [option] if 'pretrained' not in option or '_ckpt' in option else ['--pretrained']
-    refused(program.main, '--dataset', 'digits', *(['--pretrained', 'a'] if option == '--pretrained_ckpt' else []),
+    rejected(program.main, '--dataset', 'digits', *(['--pretrained', 'a'] if option == '--pretrained_ckpt' else []),
             f'{option}={value}', words=words)
 
 

@@ -20,7 +20,7 @@ import torch
 from PIL import EpsImagePlugin, Image
 from torch.utils.data import dataloader
 
-from datasets import cache, load_pictures, make_loader, pictures
+from datasets import cache, image_set, load_images, make_loader, sources
 from datasets import loader as loaders
 from datasets.augmentations import augmentation_folder
 from datasets.mvip import mvip, super_classes
@@ -47,7 +47,7 @@ def options(root, **changes):
 def read(root, loader='batched', **changes):
     """All training batches of a folder."""
     opt = options(root, loader=loader, **changes)
-    return list(make_loader(load_pictures(opt).train, View(16, opt.mean, opt.std, crop=(0.2, 1.)), opt))
+    return list(make_loader(load_images(opt).train, View(16, opt.mean, opt.std, crop=(0.2, 1.)), opt))
 
 
 @pytest.fixture
@@ -70,21 +70,21 @@ def pipe():
 @pytest.mark.parametrize('name', ['x.jpg', 'x.png', 'x.tif'])
 def test_files_of_other_formats_are_rejected_whatever_they_are_called(tmp_path, kind, name):
     (tmp_path / name).write_bytes(content(kind, Image.new('RGB', (32, 32))))
-    for function in (pictures.read_picture, pictures.picture_size):
-        with pytest.raises(UserError, match=f'{name}: not a readable picture .none of JPEG, PNG, GIF'):
+    for function in (image_set.read_image, image_set.image_size):
+        with pytest.raises(UserError, match=f'{name}: not a readable image .none of JPEG, PNG, GIF'):
             function(str(tmp_path / name))
 
 
 @pytest.mark.parametrize('loader', LOADERS)
-def test_no_image_starts_a_program(picture_folder, tmp_path, monkeypatch, loader):
+def test_no_image_starts_a_program(image_folder, tmp_path, monkeypatch, loader):
     """Pillow hands EPS to Ghostscript."""
     program = tmp_path / 'gs'
     program.write_text(f'#!/bin/sh\ntouch {tmp_path}/started\n')
     program.chmod(0o755)
     monkeypatch.setattr(EpsImagePlugin, 'gs_binary', str(program))
-    root = picture_folder()
+    root = image_folder()
     (root / 'red' / 'x.jpg').write_bytes(content('EPS'))
-    with pytest.raises(UserError, match='x.jpg: not a readable picture'):
+    with pytest.raises(UserError, match='x.jpg: not a readable image'):
         read(root, loader)
     assert not (tmp_path / 'started').exists()
 
@@ -99,8 +99,8 @@ def test_no_image_starts_a_program(picture_folder, tmp_path, monkeypatch, loader
 def test_the_formats_of_the_readme_are_opened(tmp_path, kind, name, settings):
     """Of cameras' JPEG with several images (MPO) and of animations the first image."""
     (tmp_path / name).write_bytes(content(kind, **settings))
-    image = pictures.read_picture(str(tmp_path / name))
-    assert image.size == (20, 12) == pictures.picture_size(str(tmp_path / name))
+    image = image_set.read_image(str(tmp_path / name))
+    assert image.size == (20, 12) == image_set.image_size(str(tmp_path / name))
     assert np.abs(np.asarray(image).astype(int) - [200, 100, 50]).max() <= 2
 
 
@@ -108,7 +108,7 @@ def test_the_formats_of_the_readme_are_opened(tmp_path, kind, name, settings):
                                     b'P2 2 2 65535 0 256 32768 65535 '])
 def test_gray_images_of_16_bits_in_ppm_files(tmp_path, header):
     (tmp_path / 'x.pgm').write_bytes(header)
-    assert np.asarray(pictures.read_picture(str(tmp_path / 'x.pgm')))[..., 0].tolist() == [[0, 1], [128, 255]]
+    assert np.asarray(image_set.read_image(str(tmp_path / 'x.pgm')))[..., 0].tolist() == [[0, 1], [128, 255]]
 
 
 def test_nothing_is_mapped_into_memory(tmp_path, monkeypatch):
@@ -119,7 +119,7 @@ def test_nothing_is_mapped_into_memory(tmp_path, monkeypatch):
         raise AssertionError
     monkeypatch.setattr(mmap, 'mmap', mapped)
     (tmp_path / 'x.bmp').write_bytes(content('BMP', Image.new('L', (20, 12), 7)))
-    assert pictures.read_picture(str(tmp_path / 'x.bmp')).getpixel((3, 3)) == (7, 7, 7)
+    assert image_set.read_image(str(tmp_path / 'x.bmp')).getpixel((3, 3)) == (7, 7, 7)
 
 
 # What is no regular file
@@ -133,31 +133,31 @@ def open_socket(file):
 @pytest.mark.parametrize('make', ['pipe', open_socket, lambda file: file.symlink_to('/dev/zero'),
                                   lambda file: file.symlink_to('/dev/ptmx'), lambda file: file.symlink_to('/dev/null')])
 @pytest.mark.parametrize('place', [*LOADERS, 'aug', 'mask', 'meta'])
-def test_what_is_no_regular_file_is_named(picture_folder, tmp_path, monkeypatch, pipe, make, place):
+def test_what_is_no_regular_file_is_named(image_folder, tmp_path, monkeypatch, pipe, make, place):
     monkeypatch.chdir(tmp_path)
     make = pipe if make == 'pipe' else make
-    root = picture_folder()
+    root = image_folder()
     if place in LOADERS:
         make(root / 'red' / 'x.png')
-        with pytest.raises(UserError, match='x.png: not a readable picture .not a regular file'):
+        with pytest.raises(UserError, match='x.png: not a readable image .not a regular file'):
             read(root, place)
     elif place == 'aug':
         make(tmp_path / 'red-0-0.png')
         part = augmentation_folder(tmp_path, ['red'], -1, '--aug_name_id')
-        with pytest.raises(UserError, match='red-0-0.png: not a readable picture .not a regular file'):
+        with pytest.raises(UserError, match='red-0-0.png: not a readable image .not a regular file'):
             part.load(0)
     elif place == 'mask':
         make(tmp_path / 'x_mask_gen.png')
-        with pytest.raises(UserError, match='x_mask_gen.png: not a readable picture .not a regular file'):
-            pictures.read_picture(tmp_path / 'x_mask_gen.png', 'L')
+        with pytest.raises(UserError, match='x_mask_gen.png: not a readable image .not a regular file'):
+            image_set.read_image(tmp_path / 'x_mask_gen.png', 'L')
     else:
         make(tmp_path / 'meta.json')
         with pytest.raises(UserError, match='meta.json: not readable .*not a regular file'):
             super_classes(tmp_path)
 
 
-def test_a_pipe_among_caches_is_made_a_cache(picture_folder, tmp_path, pipe, capsys):
-    root, folder = picture_folder(), tmp_path / 'cache'
+def test_a_pipe_among_caches_is_made_a_cache(image_folder, tmp_path, pipe, capsys):
+    root, folder = image_folder(), tmp_path / 'cache'
     read(root, mean=None, std=None, cache_dir=str(folder))
     names = sorted(file.name for file in folder.iterdir())
     for name in names:
@@ -165,7 +165,7 @@ def test_a_pipe_among_caches_is_made_a_cache(picture_folder, tmp_path, pipe, cap
         pipe(folder / name)
     pipe(folder / f'{names[0]}.x.partial')
     read(root, mean=None, std=None, cache_dir=str(folder))
-    assert capsys.readouterr().out.count('not a whole cache, made again') == 2
+    assert capsys.readouterr().out.count('not a valid cache, made again') == 2
     assert all((folder / name).is_file() for name in names)
 
 
@@ -173,8 +173,8 @@ def test_files_too_large_for_an_image_are_rejected(tmp_path):
     """Pillow reads a whole WebP file, here three gigabytes of it, into memory."""
     (tmp_path / 'x.webp').write_bytes(content('WEBP'))
     os.truncate(tmp_path / 'x.webp', 3 * 2**30)
-    with pytest.raises(UserError, match='x.webp: not a readable picture .3221225472 bytes, expected 1 to 2147483648'):
-        pictures.read_picture(str(tmp_path / 'x.webp'))
+    with pytest.raises(UserError, match='x.webp: not a readable image .3221225472 bytes, expected 1 to 2147483648'):
+        image_set.read_image(str(tmp_path / 'x.webp'))
 
 
 @pytest.mark.parametrize('text', [
@@ -192,9 +192,9 @@ def test_odd_descriptions_of_mvip_are_one_short_line(tmp_path, text):
 # Memory
 
 @pytest.mark.parametrize('loader', LOADERS)
-def test_too_little_memory_is_not_blamed_on_an_image(picture_folder, monkeypatch, loader):
+def test_too_little_memory_is_not_blamed_on_an_image(image_folder, monkeypatch, loader):
     """The error still tells which file it was."""
-    root = picture_folder()
+    root = image_folder()
 
     def convert(*args):
         raise MemoryError('Unable to allocate 24 GiB')
@@ -226,7 +226,7 @@ def test_too_little_memory_is_not_blamed_on_a_cache(tmp_path, monkeypatch):
 def worker_loader(n=40, workers=1):
     opt = arguments.defaults(loader='per_sample', device='cpu', num_workers=workers, size=8, batch_size=4)
     array = np.zeros((n, 8, 8, 3), dtype=np.uint8)
-    images = pictures.Pictures(array, torch.arange(n) % 2, ['a', 'b'])
+    images = image_set.ImageSet(array, torch.arange(n) % 2, ['a', 'b'])
     return make_loader(images, View(8, (0.,) * 3, (1.,) * 3), opt)
 
 
@@ -236,7 +236,7 @@ def fast_check(monkeypatch):
     monkeypatch.setattr(dataloader._MultiProcessingDataLoaderIter._try_get_data, '__defaults__', (0.3,))
 
 
-def test_a_worker_that_is_killed_ends_no_step_and_is_told(fast_check, capfd):
+def test_a_worker_that_is_killed_ends_no_step_and_is_reported(fast_check, capfd):
     """Of a worker without memory: the step is not interrupted, the next batches are one line."""
     loader = worker_loader()
     batches = iter(loader)
@@ -278,9 +278,9 @@ def test_what_workers_lack_is_one_line(monkeypatch, error):
         def __iter__(self):
             raise error
     loader.loader = Failing()
-    with pytest.raises(UserError, match=r'^--num_workers 1: worker processes failed \([^\n]+ulimit -n\S*\Z') as told:
+    with pytest.raises(UserError, match=r'^--num_workers 1: worker processes failed \([^\n]+ulimit -n\S*\Z') as error:
         list(loader)
-    assert 'Traceback' not in str(told.value)
+    assert 'Traceback' not in str(error.value)
     loader.loader.num_workers = 0                       # none are to blame there
     with pytest.raises(type(error)):
         list(loader)
@@ -297,9 +297,9 @@ def test_errors_of_the_program_in_workers_keep_their_traceback(monkeypatch):
 # Folders
 
 @pytest.mark.parametrize('place', ['class', 'folder in a class', 'augmentations'])
-def test_folders_that_cannot_be_listed_are_named(picture_folder, monkeypatch, place):
+def test_folders_that_cannot_be_listed_are_named(image_folder, monkeypatch, place):
     """os.walk leaves out what it cannot list."""
-    root = picture_folder(classes={'a': 3, 'b': 3})
+    root = image_folder(classes={'a': 3, 'b': 3})
     (root / 'a' / 'more').mkdir()
     secret = str({'class': root / 'a', 'folder in a class': root / 'a' / 'more', 'augmentations': root}[place])
     listing = {'scandir': os.scandir, 'listdir': os.listdir}
@@ -313,14 +313,14 @@ def test_folders_that_cannot_be_listed_are_named(picture_folder, monkeypatch, pl
         if place == 'augmentations':
             augmentation_folder(root, ['a'], -1, '--aug_name_id')
         else:
-            load_pictures(options(root))
+            load_images(options(root))
 
 
 def names_and_numbers(folder, super_class):
     """What is made of the names in a folder: of classes, images, MVIP's super-classes, augmentations."""
     def as_bytes(files):
         return [os.fsencode(file).hex() for file in files]
-    images = pictures.folder(Path(folder) / 'images')
+    images = sources.folder(Path(folder) / 'images')
     train, _ = mvip(arguments.defaults(data_folder=f'{folder}/sets', mvip_super_class=super_class, mvip_num_classes=9))
     augs = augmentation_folder(Path(folder) / 'augs', images.classes, -1, '')
     for part in (images, train, augs):
@@ -381,8 +381,8 @@ def test_what_killed_writers_left_is_removed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('name', ['x' * 300, 'file/cache', 'itself'])
-def test_caches_that_cannot_be_written_are_gone_without(picture_folder, tmp_path, capsys, name):
-    root = picture_folder()
+def test_caches_that_cannot_be_written_are_gone_without(image_folder, tmp_path, capsys, name):
+    root = image_folder()
     (tmp_path / 'file').touch()
     (tmp_path / 'itself').symlink_to('itself')
     opt = dict(mean=None, std=None, cache_dir=str(tmp_path / name))
@@ -397,13 +397,13 @@ def test_caches_that_cannot_be_written_are_gone_without(picture_folder, tmp_path
 
 def test_images_that_would_mostly_be_padding(tmp_path, monkeypatch, capsys):
     """One image of 1x700 beside one of 700x1: auto leaves them to workers, batched tells what it takes."""
-    monkeypatch.setattr(pictures, 'PADDING_MATTERS', 2**20)
+    monkeypatch.setattr(image_set, 'PADDING_MATTERS', 2**20)
     for label in 'ab':
         (tmp_path / 'images' / label).mkdir(parents=True)
         for i in range(4):
             Image.new('RGB', (1, 700) if label == 'a' else (700, 1)).save(tmp_path / 'images' / label / f'{i}.png')
     opt = options(tmp_path / 'images', loader='auto')
-    train = load_pictures(opt).train
+    train = load_images(opt).train
     assert isinstance(make_loader(train, View(16, opt.mean, opt.std), opt), loaders.WorkerLoader)
     assert 'padded' not in capsys.readouterr().out
     opt.loader = 'batched'
@@ -413,7 +413,7 @@ def test_images_that_would_mostly_be_padding(tmp_path, monkeypatch, capsys):
     for file in (tmp_path / 'images' / 'a').iterdir():
         Image.new('RGB', (690, 1)).save(file)
     opt.loader, opt.loader_chosen = 'auto', None
-    train = load_pictures(opt).train
+    train = load_images(opt).train
     assert isinstance(make_loader(train, View(16, opt.mean, opt.std), opt), loaders.BatchedLoader)
     assert 'padded' not in capsys.readouterr().out
 
@@ -426,7 +426,7 @@ def test_statistics_of_large_images_take_little_memory(tmp_path):
     for i, array in enumerate(arrays):
         Image.fromarray(array).save(tmp_path / 'a' / f'{i}.png')
     tracemalloc.start()
-    mean, std = pictures.folder(tmp_path).statistics()
+    mean, std = sources.folder(tmp_path).statistics()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 3 * 700 * 500

@@ -1,4 +1,4 @@
-"""What ImageNet scale needs: gradient caching, momentum contrast, heads, views, folders, launch files, export."""
+"""What ImageNet scale needs: gradient caching, momentum contrast, heads, views, folders, launch scripts, export."""
 import copy
 import json
 import subprocess
@@ -19,9 +19,10 @@ import main_ce
 import main_linear
 import main_supcon
 import methods
-from datasets import classification_view, evaluation_view, load_pictures, make_loader, pretraining_view, views
+from datasets import classification_view, evaluation_view, load_images, make_loader, pretraining_view, views
+from datasets.image_set import ImageSet
 from datasets.loader import WorkerLoader
-from datasets.pictures import Pictures, folder
+from datasets.sources import folder
 from datasets.views import View
 from losses import SupConLoss
 from networks.moco import NOBODY, MomentumContrast
@@ -47,7 +48,7 @@ def options(*arguments):
 # Gradient caching
 
 class Small(nn.Module):
-    """A network without batch norm, whose pieces are then those of the whole batch; gives one output or two."""
+    """A network without batch norm, whose micro-batches are then those of the whole batch; gives one output or two."""
 
     def __init__(self, two=False, dropout=0.):
         super().__init__()
@@ -69,8 +70,8 @@ def in_parts(model, images, accum_steps):
 
 
 @pytest.mark.parametrize('two', [False, True])
-@pytest.mark.parametrize('bsz, pieces', [(4096, 64), (37, 5)])
-def test_pieces_give_the_loss_and_gradient_of_the_whole_batch(two, bsz, pieces):
+@pytest.mark.parametrize('bsz, number', [(4096, 64), (37, 5)])
+def test_micro_batches_give_the_loss_and_gradient_of_the_whole_batch(two, bsz, number):
     model = Small(two).double()
     images, labels = torch.randn(2 * bsz, 6, dtype=torch.float64), torch.randint(3, (bsz,))
 
@@ -85,8 +86,8 @@ def test_pieces_give_the_loss_and_gradient_of_the_whole_batch(two, bsz, pieces):
         training.update(loss, optimizer, scaler)
         return loss, [p.grad for p in network.parameters()], network.rows
     whole, gradients, _ = step(1)
-    loss, cached, rows = step(pieces)
-    assert max(rows) == 2 * -(-bsz // pieces) and sum(rows) == 2 * 2 * bsz          # twice through, in pieces
+    loss, cached, rows = step(number)
+    assert max(rows) == 2 * -(-bsz // number) and sum(rows) == 2 * 2 * bsz          # twice through
     torch.testing.assert_close(loss, whole, rtol=1e-12, atol=0)
     for ours, theirs in zip(cached, gradients):
         if theirs is not None:
@@ -111,7 +112,7 @@ def test_dropout_is_the_same_in_both_passes():
     torch.testing.assert_close((network.second.weight.grad * direction).sum(), expected, rtol=1e-6, atol=1e-9)
 
 
-def test_pieces_move_the_statistics_of_batch_norms_once():
+def test_micro_batches_move_the_statistics_of_batch_norms_once():
     model, images = SupConResNet('resnet18', width=0.0625), torch.randn(16, 3, 8, 8)
     model.train()
     output = in_parts(model, images, 4)
@@ -121,8 +122,8 @@ def test_pieces_move_the_statistics_of_batch_norms_once():
 
 
 @pytest.mark.parametrize('program, more', [(main_supcon, ['--ce_weight', '0.5']), (main_ce, ['--mix', 'mixup'])])
-def test_programs_in_pieces(call, program, more):
-    """Pieces of two or more pictures, whatever the size of the last batch."""
+def test_programs_in_micro_batches(call, program, more):
+    """Pieces of two or more images, whatever the size of the last batch."""
     out = ok(call, program, *TINY, '--max_samples', 37, '--epochs', 1, '--accum_steps', 7, *more, '--print_freq', 1)
     assert out.count('Train: ') >= 2
 
@@ -169,7 +170,7 @@ def test_empty_places_are_seen_by_nobody():
 
 @pytest.mark.parametrize('method', ['SupCon', 'SimCLR'])
 def test_pretraining_with_momentum_contrast(call, interrupt, monkeypatch, method):
-    """Queries are the first views, keys the second, the queue holds the batches before; resumed, it goes on exactly."""
+    """Queries are the first views, keys the second, the queue holds the batches before; resumed, it resumes exactly."""
     arguments = [*TINY, '--method', method, '--moco', '--moco_k', 64, '--moco_m', 0.5, '--epochs', 3, '--moco_t', 0.2]
     seen = []
     original = SupConLoss.forward
@@ -190,8 +191,8 @@ def test_pretraining_with_momentum_contrast(call, interrupt, monkeypatch, method
     ok(call, main_linear, *DATA, '--epochs', 1, '--pretrained', 'whole')
 
 
-def test_keys_are_those_of_the_second_views_of_their_pictures():
-    """The copy moves first; the pictures are shuffled for its batch norms, in pieces, the keys put back in order."""
+def test_keys_are_those_of_the_second_views_of_their_images():
+    """The copy moves first; images are shuffled for its batch norms, in micro-batches, keys put back in order."""
     class Network(nn.Module):
         def __init__(self):
             super().__init__()
@@ -236,7 +237,7 @@ def test_the_second_views_are_given_to_the_copy(call, spy):
     assert torch.equal(queries[0], images[:32])
 
 
-def test_momentum_contrast_with_pieces_and_classifier(call):
+def test_momentum_contrast_with_micro_batches_and_classifier(call):
     ok(call, main_supcon, *TINY, '--epochs', 1, '--moco', '--moco_k', 64, '--accum_steps', 4, '--ce_weight', 1,
        '--output_name', 'a')
 
@@ -265,49 +266,49 @@ def test_head_options(call):
 # Views and folders
 
 def test_blur_is_torchvision_s():
-    pictures, sigmas = torch.rand(5, 3, 40, 40), torch.tensor([0.1, 0.5, 1., 1.7, 2.])
-    x = views.blur(pictures, sigmas, 4)
-    expected = torch.stack([tv.gaussian_blur(picture, 9, sigma.item()) for picture, sigma in zip(pictures, sigmas)])
+    images, sigmas = torch.rand(5, 3, 40, 40), torch.tensor([0.1, 0.5, 1., 1.7, 2.])
+    x = views.blur(images, sigmas, 4)
+    expected = torch.stack([tv.gaussian_blur(image, 9, sigma.item()) for image, sigma in zip(images, sigmas)])
     torch.testing.assert_close(x, expected, rtol=0, atol=1e-6)
     assert View(224, (0,) * 3, (1,) * 3).blur_radius == 11                  # 23 pixels, as SimCLR
-    drawn = views.draw(View(32, (0,) * 3, (1,) * 3, blur=0.3), *[torch.full((5000,), 32)] * 2,
+    params = views.sample_params(View(32, (0,) * 3, (1,) * 3, blur=0.3), *[torch.full((5000,), 32)] * 2,
                        torch.Generator().manual_seed(0))
-    blurred = drawn.sigmas > 0
+    blurred = params.sigmas > 0
     assert blurred.float().mean() == pytest.approx(0.3, abs=0.03)
-    low, high = drawn.sigmas[blurred].aminmax()
+    low, high = params.sigmas[blurred].aminmax()
     assert low == pytest.approx(0.1, abs=0.01) and high == pytest.approx(2, abs=0.01)
 
 
 @pytest.mark.parametrize('h, w', [(40, 40), (60, 45), (33, 70)])
-def test_evaluation_of_large_pictures_is_torchvision_s(h, w):
+def test_evaluation_of_large_images_is_torchvision_s(h, w):
     """Resize(36) and CenterCrop(32), in one product."""
-    picture = torch.rand(3, h, w).mul(255).byte()
+    image = torch.rand(3, h, w).mul(255).byte()
     view = View(32, (0., 0., 0.), (1., 1., 1.), resize=36)
-    drawn = views.draw(view, torch.tensor([h]), torch.tensor([w]), None)
-    x = views.apply(view, picture.transpose(1, 2)[None], drawn)[0]
-    expected = tv.center_crop(tv.resize(picture.float() / 255, 36, antialias=True), 32)
+    params = views.sample_params(view, torch.tensor([h]), torch.tensor([w]), None)
+    x = views.apply(view, image.transpose(1, 2)[None], params)[0]
+    expected = tv.center_crop(tv.resize(image.float() / 255, 36, antialias=True), 32)
     torch.testing.assert_close(x, expected, rtol=0, atol=1e-5)
     assert [type(step).__name__ for step in views.per_sample(view).transforms[:2]] == ['Resize', 'CenterCrop']
 
 
 @pytest.fixture
 def jpegs(tmp_path):
-    """An ImageNet-like folder of smooth pictures of many sizes: train/<class>/ and val/<class>/."""
+    """An ImageNet-like folder of smooth images of many sizes: train/<class>/ and val/<class>/."""
     rng = np.random.default_rng(0)
     for part, count in (('train', 12), ('val', 4)):
         for i in range(count):
             size = [(500, 375), (375, 500), (640, 480), (120, 90)][i % 4]
             small = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
-            (tmp_path / 'pictures' / part / 'ab'[i % 2]).mkdir(parents=True, exist_ok=True)
+            (tmp_path / 'images' / part / 'ab'[i % 2]).mkdir(parents=True, exist_ok=True)
             Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(
-                tmp_path / 'pictures' / part / 'ab'[i % 2] / f'{i:02}.jpg', quality=95)
-    return tmp_path / 'pictures'
+                tmp_path / 'images' / part / 'ab'[i % 2] / f'{i:02}.jpg', quality=95)
+    return tmp_path / 'images'
 
 
 def test_imagenet_is_shown_as_published(jpegs):
     opt = options('--dataset', 'imagenet', '--data_folder', jpegs, '--augment_policy', 'stacked_rand', '--blur_p', 0.5,
                   '--jitter_strength', 1)
-    train = load_pictures(opt).train
+    train = load_images(opt).train
     assert train.classes == ['a', 'b'] and (opt.size, opt.stem, opt.mean) == (224, 'imagenet', (0.485, 0.456, 0.406))
     view = pretraining_view(opt)
     assert (view.crop, view.flip, view.rand) == ((0.08, 1.), 0.5, (1, 2))
@@ -316,58 +317,58 @@ def test_imagenet_is_shown_as_published(jpegs):
     opt.size, opt.mean, opt.std = 224, (0,) * 3, (1,) * 3
     assert classification_view(opt).crop == (0.3, 1.) and evaluation_view(opt).resize == 256
     opt = options('--dataset', 'path', '--data_folder', jpegs, '--stem', 'imagenet')
-    load_pictures(opt)
+    load_images(opt)
     assert opt.size == 224 and opt.mean != (0.485, 0.456, 0.406) and pretraining_view(opt).crop == (0.08, 1.)
 
 
-def test_imagenet_without_its_folders(refused, tmp_path):
+def test_imagenet_without_its_folders(rejected, tmp_path):
     (tmp_path / 'x' / 'train').mkdir(parents=True)
-    refused(main_ce.main, '--dataset', 'imagenet', '--data_folder', 'x', words=['--data_folder x', 'no val/'])
-    refused(main_ce.main, '--dataset', 'imagenet', words=['data/imagenet', 'no train/'])
+    rejected(main_ce.main, '--dataset', 'imagenet', '--data_folder', 'x', words=['--data_folder x', 'no val/'])
+    rejected(main_ce.main, '--dataset', 'imagenet', words=['data/imagenet', 'no train/'])
 
 
-def worker_views(pictures, view, n_views=2):
-    opt = options('--loader', 'workers', '--batch_size', len(pictures), '--num_workers', 0)
-    return next(iter(make_loader(pictures, view, opt, n_views, train=False)))
+def worker_views(images, view, n_views=2):
+    opt = options('--loader', 'workers', '--batch_size', len(images), '--num_workers', 0)
+    return next(iter(make_loader(images, view, opt, n_views, train=False)))
 
 
 @pytest.mark.parametrize('view', [
     View(32, (0.5,) * 3, (0.2,) * 3, crop=(0.2, 1.), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2),
     View(32, (0.5,) * 3, (0.2,) * 3, crop=(0.2, 1.), rotation=15., blur=0.5),
     View(32, (0.5,) * 3, (0.2,) * 3, flip=0.5, padding=4, rand=(2, 9), cutout=(1, 8))])
-def test_workers_draw_from_the_same_distribution(real_pictures, view):
+def test_workers_draw_from_the_same_distribution(real_images, view):
     from test_views import compare
     transform = views.per_sample(view)
-    expected = torch.stack([transform(real_pictures.load(i)) for i in range(len(real_pictures))])
-    compare(worker_views(real_pictures, view, n_views=1)[0], expected)
+    expected = torch.stack([transform(real_images.load(i)) for i in range(len(real_images))])
+    compare(worker_views(real_images, view, n_views=1)[0], expected)
 
 
-def test_workers_give_both_views_of_the_same_pictures(jpegs):
+def test_workers_give_both_views_of_the_same_images(jpegs):
     """Evaluation views: view after view, in order, as the batched loader has them; and on the half way of a GPU."""
-    pictures = folder(jpegs / 'train')
+    image_set = folder(jpegs / 'train')
     view = View(64, (0.5,) * 3, (0.2,) * 3, resize=72)
-    images, labels = worker_views(pictures, view)
-    assert labels.tolist() == pictures.labels.tolist() and torch.equal(images[:12], images[12:])
+    images, labels = worker_views(image_set, view)
+    assert labels.tolist() == image_set.labels.tolist() and torch.equal(images[:12], images[12:])
     opt = options('--loader', 'batched', '--batch_size', 12)
-    expected, _ = next(iter(make_loader(pictures, view, opt, 1, train=False)))
+    expected, _ = next(iter(make_loader(image_set, view, opt, 1, train=False)))
     torch.testing.assert_close(images[:12], expected, rtol=0, atol=4 / 255 / 0.2)           # JPEG's own scales round
     assert (images[:12] - expected).abs().mean() < 0.02
     opt = options('--loader', 'workers', '--batch_size', 12, '--num_workers', 0)
-    loader = make_loader(pictures, view, opt, 2, train=False)
-    draw = loader.loader.dataset.draw
-    draw.finish, loader.rest = False, draw.rest
+    loader = make_loader(image_set, view, opt, 2, train=False)
+    augment = loader.loader.dataset.sample
+    augment.finish, loader.rest = False, augment.rest
     torch.testing.assert_close(next(iter(loader))[0], images)
 
 
 def test_jpegs_are_decoded_at_the_scale_that_is_needed(jpegs):
-    pictures = folder(jpegs / 'train')
-    i = next(i for i, file in enumerate(pictures.source) if Image.open(file).size == (640, 480))
-    assert pictures.load(i).size == (640, 480)
+    images = folder(jpegs / 'train')
+    i = next(i for i, file in enumerate(images.source) if Image.open(file).size == (640, 480))
+    assert images.load(i).size == (640, 480)
     for needed, expected in (((641, 481), (640, 480)), ((320, 240), (320, 240)), ((321, 240), (640, 480)),
                              ((81, 60), (160, 120)), ((80, 60), (80, 60))):
-        assert pictures.load(i, lambda w, h, needed=needed: needed).size == expected
+        assert images.load(i, lambda w, h, needed=needed: needed).size == expected
     view = View(16, (0.,) * 3, (1.,) * 3, crop=(0.9, 1.))
-    assert isinstance(make_loader(pictures, view, options('--loader', 'workers'), 2), WorkerLoader)
+    assert isinstance(make_loader(images, view, options('--loader', 'workers'), 2), WorkerLoader)
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -395,9 +396,9 @@ def test_seeds_of_workers_leave_the_programs_numbers_alone(jpegs):
         assert torch.equal(torch.rand(3), expected)
 
 
-def test_pictures_in_memory_go_through_workers():
-    pictures = Pictures(np.full((6, 20, 20, 3), 51, np.uint8), torch.zeros(6).long(), ['a'])
-    images, _ = worker_views(pictures, View(8, (0.,) * 3, (1.,) * 3, crop=(0.2, 1.)))
+def test_images_in_memory_go_through_workers():
+    image_set = ImageSet(np.full((6, 20, 20, 3), 51, np.uint8), torch.zeros(6).long(), ['a'])
+    images, _ = worker_views(image_set, View(8, (0.,) * 3, (1.,) * 3, crop=(0.2, 1.)))
     torch.testing.assert_close(images, torch.full((12, 3, 8, 8), 0.2))
 
 
@@ -411,7 +412,7 @@ def test_programs_read_an_imagenet_folder(call, jpegs):
 
 # Evaluation and export
 
-def logits_of(program_name, pictures):
+def logits_of(program_name, images):
     """The logits that the network of a run's last.ckpt gives."""
     checkpoint = checkpoints.load_checkpoint(f'output/{program_name}/trial=0/last.ckpt')
     from networks.resnet_big import LinearProbe, SupCEResNet, make_encoder
@@ -422,16 +423,16 @@ def logits_of(program_name, pictures):
     else:
         model = LinearProbe(make_encoder(opt['model'], **settings), 10)
     model.load_state_dict(checkpoint['model'])
-    return model.eval()(pictures).detach()
+    return model.eval()(images).detach()
 
 
 FRESH = """
 import json, sys, torch
-pictures = torch.load('pictures.pt')
+images = torch.load('images.pt')
 extra = {'info.json': ''}
 program = torch.export.load(sys.argv[1], extra_files=extra)
 info = json.loads(extra['info.json'])
-torch.save((program.module()(pictures), info), 'result.pt')
+torch.save((program.module()(images), info), 'result.pt')
 """
 
 
@@ -447,11 +448,11 @@ def test_export_gives_the_same_logits_in_a_fresh_process(call, linear_run, tmp_p
         ok(call, main_ce, *TINY, '--epochs', 1, '--output_name', 'ce', '--export', 'x.pt2')
     else:
         ok(call, main_linear, *DATA, '--pretrained', 'a', '--output_name', 'linear', '--evaluate', '--export', 'x.pt2')
-    pictures = torch.randn(5, 3, 8, 8)
-    torch.save(pictures, 'pictures.pt')
+    images = torch.randn(5, 3, 8, 8)
+    torch.save(images, 'images.pt')
     subprocess.run([sys.executable, '-c', FRESH, 'x.pt2'], check=True, cwd=tmp_path)
     logits, info = torch.load('result.pt')
-    torch.testing.assert_close(logits, logits_of(name, pictures), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits, logits_of(name, images), rtol=1e-4, atol=1e-5)
     opt = checkpoints.load_checkpoint(f'output/{name}/trial=0/last.ckpt')['opt']
     assert info['classes'] == [str(i) for i in range(10)] and info['size'] == 8
     assert info['mean'] == list(opt['mean']) and info['std'] == list(opt['std']) != info['mean']
@@ -462,9 +463,9 @@ def test_exported_onnx_gives_the_same_logits(call):
     onnxruntime = pytest.importorskip('onnxruntime')
     pytest.importorskip('onnxscript')
     ok(call, main_ce, *TINY, '--epochs', 1, '--output_name', 'ce', '--export', 'x.onnx')
-    session, pictures = onnxruntime.InferenceSession('x.onnx'), torch.randn(5, 3, 8, 8)
-    logits = session.run(None, {session.get_inputs()[0].name: pictures.numpy()})[0]
-    torch.testing.assert_close(torch.from_numpy(logits), logits_of('ce', pictures), rtol=1e-4, atol=1e-5)
+    session, images = onnxruntime.InferenceSession('x.onnx'), torch.randn(5, 3, 8, 8)
+    logits = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(logits), logits_of('ce', images), rtol=1e-4, atol=1e-5)
     assert json.loads(session.get_modelmeta().custom_metadata_map['classes']) == [str(i) for i in range(10)]
 
 
@@ -474,8 +475,8 @@ def test_exported_state_dict_is_torchvision_s():
     ours = SupCEResNet('resnet50', 10, stem='imagenet').eval()
     theirs = models.resnet50(num_classes=10).eval()
     theirs.load_state_dict(named_as_elsewhere(*plain_parts(ours)))
-    picture = torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(theirs(picture), ours(picture), rtol=1e-4, atol=1e-5)
+    image = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(theirs(image), ours(image), rtol=1e-4, atol=1e-5)
 
 
 def test_exported_state_dict_of_timm(call, tmp_path):
@@ -485,8 +486,8 @@ def test_exported_state_dict_of_timm(call, tmp_path):
     exported = torch.load('x.pth', weights_only=True)
     model = timm.create_model(exported['model'].removeprefix('timm/'), num_classes=10).eval()
     model.load_state_dict(exported['state_dict'])
-    picture = torch.randn(2, 3, 16, 16)
-    torch.testing.assert_close(model(picture), logits_of('a', picture), rtol=1e-4, atol=1e-5)
+    image = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(model(image), logits_of('a', image), rtol=1e-4, atol=1e-5)
 
 
 def test_export_at_the_end_of_a_run(linear_run):
@@ -495,17 +496,17 @@ def test_export_at_the_end_of_a_run(linear_run):
     assert 'layer2.0.downsample.0.weight' in exported['state_dict']
 
 
-def test_export_refuses_before_it_trains(refused, tmp_path, monkeypatch):
+def test_export_refuses_before_it_trains(rejected, tmp_path, monkeypatch):
     monkeypatch.setattr(export.importlib.util, 'find_spec', lambda name: None)
     (tmp_path / 'folder.pth').mkdir()
     for file, words in (('x.pt', 'ends in .pth, .pt2, .onnx'), ('nowhere/x.pth', 'nowhere'),
                         ('x.onnx', 'onnxscript is missing'), ('x' * 300 + '.pth', 'cannot be written'),
                         ('/proc/x.pth', 'cannot be written'), ('folder.pth', 'found a folder')):
-        refused(main_ce.main, *TINY, '--epochs', 1, '--export', file, words=[f'--export {file}', words])
+        rejected(main_ce.main, *TINY, '--epochs', 1, '--export', file, words=[f'--export {file}', words])
 
 
-def test_evaluation_alone(call, refused, linear_run, tmp_path):
-    refused(main_ce.main, *TINY, '--evaluate', '--output_name', 'b', words=['output/b/trial=0/last.ckpt', 'no such'])
+def test_evaluation_alone(call, rejected, linear_run, tmp_path):
+    rejected(main_ce.main, *TINY, '--evaluate', '--output_name', 'b', words=['output/b/trial=0/last.ckpt', 'no such'])
     run = tmp_path / 'output/linear/trial=0'
     before = {file: file.read_bytes() for file in run.iterdir()}
     accuracy = [line for line in (run / 'log.txt').read_text().splitlines() if 'Acc@1 ' in line]
@@ -514,38 +515,38 @@ def test_evaluation_alone(call, refused, linear_run, tmp_path):
     assert before == {file: file.read_bytes() for file in run.iterdir()}
 
 
-def test_evaluation_is_of_the_same_run(call, refused, picture_folder, linear_run):
+def test_evaluation_is_of_the_same_run(call, rejected, image_folder, linear_run):
     out = ok(call, main_linear, *DATA, '--pretrained', 'a', '--output_name', 'linear', '--evaluate', '--seed', 3)
     assert '--evaluate: not as in output/linear/trial=0/last.ckpt: --seed 3, was 0' in out
-    picture_folder('one', {'a': 10, 'b': 10})
-    picture_folder('two', {'x': 10, 'y': 10})
+    image_folder('one', {'a': 10, 'b': 10})
+    image_folder('two', {'x': 10, 'y': 10})
     arguments = ['--dataset', 'path', *TINY[2:6], '--epochs', 1, '--mean', '(0.5, 0.5, 0.5)', '--std',
                  '(0.5, 0.5, 0.5)', '--output_name', 'c']
     ok(call, main_ce, *arguments, '--data_folder', 'one')
-    refused(main_ce.main, *arguments, '--data_folder', 'two', '--evaluate', words=['--evaluate', 'other classes'])
+    rejected(main_ce.main, *arguments, '--data_folder', 'two', '--evaluate', words=['--evaluate', 'other classes'])
     out = ok(call, main_ce, *arguments, '--data_folder', 'one', '--evaluate', '--overwrite')
     assert '--overwrite has no effect with --evaluate' in out
 
 
-def test_backbones_that_cannot_be_exported(call, refused):
+def test_backbones_that_cannot_be_exported(call, rejected):
     model = ['--dataset', 'digits', '--size', 32, '--max_samples', 20, '--epochs', 1, '--model',
              'timm/deit_tiny_distilled_patch16_224', '--stem', 'imagenet', '--batch_size', 10]
-    refused(main_ce.main, *model, '--export', 'x.pth', words=['--export x.pth', 'several classifiers'])
+    rejected(main_ce.main, *model, '--export', 'x.pth', words=['--export x.pth', 'several classifiers'])
 
 
 def test_batches_that_wait_are_bounded(monkeypatch):
     import datasets.loader as loaders
-    pictures = Pictures(np.zeros((40, 8, 8, 3), np.uint8), torch.zeros(40).long(), ['a'])
+    images = ImageSet(np.zeros((40, 8, 8, 3), np.uint8), torch.zeros(40).long(), ['a'])
     view = View(8, (0.,) * 3, (1.,) * 3, crop=(0.2, 1.))
     for free, workers, prefetch in ((10**9, 2, 4), (4 * 2 * 40 * 2 * 3 * 64 * 4, 2, 1), (10, 1, 1)):
         monkeypatch.setattr(loaders, 'available_memory', lambda free=free: free)
         opt = options('--loader', 'workers', '--batch_size', 40)
         opt.num_workers = 2
-        loader = make_loader(pictures, view, opt, 2).loader
+        loader = make_loader(images, view, opt, 2).loader
         assert (loader.num_workers, loader.prefetch_factor) == (workers, prefetch)
 
 
-def test_evaluation_goes_through_the_network_in_pieces(call, monkeypatch):
+def test_evaluation_goes_through_the_network_in_micro_batches(call, monkeypatch):
     sizes = []
     forward = main_supcon.SupConResNet.forward
     from networks.resnet_big import ResNet
@@ -553,7 +554,7 @@ def test_evaluation_goes_through_the_network_in_pieces(call, monkeypatch):
     monkeypatch.setattr(ResNet, 'forward', lambda self, x: (sizes.append(len(x)), encode(self, x))[1])
     monkeypatch.setattr(main_supcon.SupConResNet, 'forward', forward)
     ok(call, main_supcon, *TINY, '--epochs', 1, '--accum_steps', 8)
-    assert max(sizes) == 8                                                  # two views of four pictures
+    assert max(sizes) == 8                                                  # two views of four images
 
 
 # Mistakes
@@ -580,15 +581,15 @@ def test_evaluation_goes_through_the_network_in_pieces(call, monkeypatch):
     (['--augment_policy', 'no', '--blur_p', '0.5'], ['--blur_p', '--augment_policy sim or stacked_rand']),
     (['--accum_steps', '0'], ['--accum_steps', 'at least 1']),
     (['--crop_min', '0'], ['--crop_min', "'0'"])])
-def test_bad_combinations(refused, arguments, words):
-    refused(main_supcon.main, *TINY, *arguments, words=words)
+def test_bad_combinations(rejected, arguments, words):
+    rejected(main_supcon.main, *TINY, *arguments, words=words)
 
 
-def test_one_class_has_no_negatives(refused, picture_folder):
-    picture_folder('one', {'a': 12})
+def test_one_class_has_no_negatives(rejected, image_folder):
+    image_folder('one', {'a': 12})
     data = ['--dataset', 'path', '--data_folder', 'one', '--model', 'resnet18', '--width', '0.0625']
     for location in ('in', 'out'):
-        refused(main_supcon.main, *data, '--summation_location', location, '--denominator_mode', 'only_negatives',
+        rejected(main_supcon.main, *data, '--summation_location', location, '--denominator_mode', 'only_negatives',
                 words=['--denominator_mode only_negatives', 'one class'])
 
 
@@ -600,5 +601,5 @@ def test_methods_and_recipes_can_be_overridden():
     assert options('--dataset', 'mvip', '--jitter_strength', 0.3).jitter_strength == 0.3
 
 
-def test_base_learning_rate_is_for_256_pictures():
+def test_base_learning_rate_is_for_256_images():
     assert options('--base_lr', 0.4, '--batch_size', 6144).learning_rate == pytest.approx(9.6)

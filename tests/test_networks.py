@@ -94,7 +94,7 @@ def test_linear_probe_leaves_the_encoder_as_it_is():
 
 @pytest.mark.parametrize('build', [lambda: ResNet('resnet19'), lambda: ResNet('resnet18', stem='large'),
                                    lambda: SupConResNet('resnet18', head='round'), lambda: ResNet(width=0.001)])
-def test_unknown_settings_are_refused(build):
+def test_unknown_settings_are_rejected(build):
     with pytest.raises(ValueError):
         build()
 

@@ -101,7 +101,7 @@ def test_method_of_cross_entropy_is_said_to_be_unused(call):
 
 
 @pytest.mark.parametrize('program', PROGRAMS)
-def test_help_is_grouped_and_says_defaults(capsys, program):
+def test_help_is_grouped_and_reports_defaults(capsys, program):
     with pytest.raises(SystemExit) as stop:
         arguments.parse(program, 'What it does.', ['--help'])
     text = capsys.readouterr().out
@@ -146,19 +146,19 @@ def test_help_is_grouped_and_says_defaults(capsys, program):
     (['--dataset', 'path', '--data_folder', 'nowhere'], ['nowhere', 'no such folder']),
     (['--resume', '--overwrite'], ['--resume', '--overwrite']),
 ])
-def test_wrong_options_are_refused_in_one_line(refused, arguments, words):
-    refused(main_supcon.main, *arguments, words=words)
+def test_wrong_options_are_refused_in_one_line(rejected, arguments, words):
+    rejected(main_supcon.main, *arguments, words=words)
 
 
-def test_linear_needs_a_checkpoint(refused):
-    refused(main_linear.main, words=['--ckpt'])
-    refused(main_linear.main, '--ckpt', 'nowhere.pth', words=['nowhere.pth', 'no such checkpoint'])
+def test_linear_needs_a_checkpoint(rejected):
+    rejected(main_linear.main, words=['--ckpt'])
+    rejected(main_linear.main, '--ckpt', 'nowhere.pth', words=['nowhere.pth', 'no such checkpoint'])
 
 
 @pytest.mark.parametrize('typed, suggested', [
     ('--gpu', None), ('--device', None), ('--local_rank', None), ('--epoch', '--epochs'),
     ('--batchsize', '--batch_size'),
     ('--learning-rat', '--learning_rate'), ('--temperatur', '--temperature')])
-def test_only_options_of_like_names_are_suggested(refused, call, typed, suggested):
-    refused(main_supcon.main, typed, '0', words=[f'did you mean {suggested}?' if suggested else 'unrecognized'])
+def test_only_options_of_like_names_are_suggested(rejected, call, typed, suggested):
+    rejected(main_supcon.main, typed, '0', words=[f'did you mean {suggested}?' if suggested else 'unrecognized'])
     assert ('did you mean' in call(main_supcon.main, typed, '0')[2]) == bool(suggested)

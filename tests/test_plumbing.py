@@ -19,7 +19,7 @@ import main_linear
 import main_supcon
 import methods
 from datasets import make_loader, views
-from datasets.pictures import Pictures
+from datasets.image_set import ImageSet
 from datasets.views import View
 from losses import SupConLoss
 from util import arguments, checkpoints, runs, training
@@ -69,8 +69,8 @@ def test_temperature_and_method_reach_the_loss(call, spy, method, positives):
     assert features.shape[:2] == (32, 2) and len(labels) == 32
 
 
-def test_both_views_of_a_picture_stand_side_by_side(call, spy, monkeypatch):
-    """Without random views, the two views of each picture give the same features."""
+def test_both_views_of_a_image_stand_side_by_side(call, spy, monkeypatch):
+    """Without random views, the two views of each image give the same features."""
     from datasets import evaluation_view
     monkeypatch.setattr(main_supcon, 'pretraining_view', evaluation_view)
     monkeypatch.setattr(main_supcon.SupConResNet, 'train', lambda self, mode=True: torch.nn.Module.train(self, False))
@@ -120,10 +120,10 @@ def test_compile_compiles_the_encoder(call, spy):
     assert not any('_orig_mod' in name for name in model.state_dict())
 
 
-def test_compile_on_several_gpus_is_refused(refused, monkeypatch):
+def test_compile_on_several_gpus_is_rejected(rejected, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    refused(main_ce.main, *SMALL, '--compile', words=['--compile', 'found 2'])
+    rejected(main_ce.main, *SMALL, '--compile', words=['--compile', 'found 2'])
 
 
 def test_network_options(call):
@@ -154,11 +154,11 @@ def test_ce_weight_scales_the_gradient_of_the_classifier(call, spy):
     assert seen[0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_knn_remembers_training_pictures_and_asks_validation_pictures(call, spy):
+def test_knn_remembers_training_images_and_asks_validation_images(call, spy):
     calls = spy(main_supcon, 'knn_accuracy')
     run(call, main_supcon, '--max_samples', 30, '--batch_size', 8)
     memory, memory_labels, features, labels = calls[0][0]
-    data = main_supcon.load_pictures(arguments.defaults(dataset='digits', max_samples=30))
+    data = main_supcon.load_images(arguments.defaults(dataset='digits', max_samples=30))
     assert memory_labels.tolist() == data.train.labels.tolist() and labels.tolist() == data.val.labels.tolist()
     assert not torch.equal(memory, features)
 
@@ -186,18 +186,18 @@ def test_frequencies(call, tmp_path):
     assert out.count('kNN accuracy') == 1
 
 
-def folder_of_colours(root, size=(20, 20), count=20):
+def folder_of_colors(root, size=(20, 20), count=20):
     for c, name in enumerate(('a', 'b')):
         (root / name).mkdir(parents=True)
         for i in range(count):
             Image.new('RGB', size, (120 * c + i, 250 - 9 * i, 7 * i)).save(root / name / f'{i:02}.png')
 
 
-def test_linear_evaluation_sees_the_pictures_as_pretraining_did(call, tmp_path):
-    """Size, statistics and the held-out pictures come from the checkpoint, whatever this program's --seed."""
-    folder_of_colours(tmp_path / 'pictures')
+def test_linear_evaluation_sees_the_images_as_pretraining_did(call, tmp_path):
+    """Size, statistics and the held-out images come from the checkpoint, whatever this program's --seed."""
+    folder_of_colors(tmp_path / 'images')
     network = ['--model', 'resnet18', '--width', 0.0625]
-    data = ['--dataset', 'path', '--data_folder', 'pictures', '--epochs', 1, '--batch_size', 8]
+    data = ['--dataset', 'path', '--data_folder', 'images', '--epochs', 1, '--batch_size', 8]
     assert call(main_supcon.main, *data, *network, '--size', 16, '--seed', 5, '--output_name', 'a',
                 '--mean', '(0.1, 0.2, 0.3)')[0] == 0
     status, _, err = call(main_linear.main, *data, '--ckpt', 'output/a/trial=0/last.ckpt', '--seed', 6,
@@ -209,7 +209,7 @@ def test_linear_evaluation_sees_the_pictures_as_pretraining_did(call, tmp_path):
     assert ours['split_seed'] == 5 and theirs['seed'] == 6
 
 
-def test_a_last_batch_of_one_picture_joins_the_one_before(call):
+def test_a_last_batch_of_one_image_joins_the_one_before(call):
     out = run(call, main_ce, '--max_samples', 41, '--batch_size', 10, '--print_freq', 1)
     assert '[1][4/4]' in out
 
@@ -221,21 +221,21 @@ def test_a_last_batch_of_one_picture_joins_the_one_before(call):
     (['--weight_decay', '1e300'], ['--weight_decay', 'at most']),
     (['--epochs', '9' * 30], ['--epochs', 'at most']),
     (['--output_name', 'é' * 150], ['--output_name', 'at most 200']),
-    (['--max_samples', '1'], ['1 training picture', 'at least 2'])])
-def test_extreme_options_are_refused(refused, arguments, words):
-    refused(main_ce.main, *TINY, *arguments, words=words)
+    (['--max_samples', '1'], ['1 training image', 'at least 2'])])
+def test_extreme_options_are_rejected(rejected, arguments, words):
+    rejected(main_ce.main, *TINY, *arguments, words=words)
 
 
-def test_a_file_in_the_place_of_the_run(refused, tmp_path):
+def test_a_file_in_the_place_of_the_run(rejected, tmp_path):
     (tmp_path / 'output' / 'a').mkdir(parents=True)
     (tmp_path / 'output' / 'a' / 'trial=0').write_text('x')
-    refused(main_ce.main, *SMALL, words=['output/a/trial=0'])
+    rejected(main_ce.main, *SMALL, words=['output/a/trial=0'])
 
 
-def test_resume_keeps_earlier_checkpoints(call, refused, tmp_path):
+def test_resume_keeps_earlier_checkpoints(call, rejected, tmp_path):
     run(call, main_ce, '--save_freq', 1)
     (tmp_path / 'output/a/trial=0/last.ckpt').unlink()
-    refused(main_ce.main, *SMALL, '--resume', words=['--resume', 'last.ckpt: no such', 'ckpt_epoch_1.ckpt'])
+    rejected(main_ce.main, *SMALL, '--resume', words=['--resume', 'last.ckpt: no such', 'ckpt_epoch_1.ckpt'])
     (tmp_path / 'output/a/trial=0/ckpt_epoch_1.ckpt').unlink()
     run(call, main_ce, '--resume')                              # stopped before its first checkpoint: from the start
 
@@ -285,12 +285,12 @@ def test_training_waits_for_the_device_only_to_print(monkeypatch, program, argum
 
 def test_a_long_run_draws_compiled_views(monkeypatch, spy):
     monkeypatch.setattr(views, 'compiled_operations', lambda device: 'compiled')
-    pictures = Pictures(torch.zeros(2**10, 32, 32, 3, dtype=torch.uint8).numpy(), torch.zeros(2**10).long(), ['a'])
+    images = ImageSet(torch.zeros(2**10, 32, 32, 3, dtype=torch.uint8).numpy(), torch.zeros(2**10).long(), ['a'])
     for epochs, train, expected in ((2**12, True, 'compiled'), (2**12, False, views.OPERATIONS),
                                     (2**12 - 1, True, views.OPERATIONS)):
         opt = arguments.defaults(device='cpu', loader='batched', epochs=epochs, num_workers=0)
         view = View(32, (0.5,) * 3, (0.2,) * 3, crop=(0.2, 1.))
-        assert make_loader(pictures, view, opt, 2, train).operations is expected
+        assert make_loader(images, view, opt, 2, train).operations is expected
 
 
 def test_convolutions_have_the_channels_side_by_side(call, spy):

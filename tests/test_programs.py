@@ -1,4 +1,4 @@
-"""The three programs from end to end: on digits, on real pictures, interrupted, and with what users do wrong."""
+"""The three programs from end to end: on digits, on real images, interrupted, and with what users do wrong."""
 import argparse
 import json
 import re
@@ -60,11 +60,11 @@ def test_pretraining_run(call, tmp_path, method):
     assert json.loads((folder / 'options.json').read_text())['method'] == method
 
     shown = events(folder)
-    assert {'loss', 'learning_rate', 'contrastive_acc', 'knn_acc', 'pictures_per_second'} <= set(
+    assert {'loss', 'learning_rate', 'contrastive_acc', 'knn_acc', 'images_per_second'} <= set(
         shown.Tags()['scalars'])
     assert [event.step for event in shown.Scalars('loss')] == [1, 2]
-    picture = shown.Images('views')[0]
-    assert (picture.width, picture.height) == Image.open(folder / 'views.png').size
+    image = shown.Images('views')[0]
+    assert (image.width, image.height) == Image.open(folder / 'views.png').size
     checkpoint = torch.load(folder / 'last.ckpt', weights_only=True)
     assert checkpoint['epoch'] == 2 and checkpoint['classes'] == [str(i) for i in range(10)]
     assert {key.split('.')[0] for key in checkpoint['model']} == {'encoder', 'head'}
@@ -98,13 +98,13 @@ def test_linear_evaluation_run(call, pretrained, tmp_path):
     assert 'classifier.fc.weight' in after
 
 
-def test_linear_evaluation_of_cached_features(call, pretrained, spy, refused, monkeypatch, tmp_path):
-    """The encoder sees each picture once; the result is that of training on pictures without augmentation."""
+def test_linear_evaluation_of_cached_features(call, pretrained, spy, rejected, monkeypatch, tmp_path):
+    """The encoder sees each image once; the result is that of training on images without augmentation."""
     encoded = spy(main_linear.LinearProbe, 'forward')
     arguments = [*LINEAR, '--ckpt', PRETRAINED, '--epochs', 3, '--learning_rate', 1, '--batch_size', 32]
     status, out, err = call(main_linear.main, *arguments, '--cache_features', '--output_name', 'cached')
     assert status == 0, err
-    assert out.count('--cache_features: 96 pictures') == 2          # of training, of validation
+    assert out.count('--cache_features: 96 images') == 2          # of training, of validation
     assert all(args[1].dim() == 2 for args, _ in encoded)
     cached = parameters(tmp_path / 'output/cached/trial=0/last.ckpt')
 
@@ -118,7 +118,7 @@ def test_linear_evaluation_of_cached_features(call, pretrained, spy, refused, mo
     best = re.search(r'Acc@1 (\S+)', call(main_linear.main, *arguments, '--cache_features', '--output_name', 'cached',
                                           '--evaluate')[1])[1]
     assert best == re.findall(r'Acc@1 (\S+) Acc@5', out)[-1]
-    refused(main_linear.main, *arguments, '--cache_features', '--cutout', words=['--cutout', '--cache_features'])
+    rejected(main_linear.main, *arguments, '--cache_features', '--cutout', words=['--cutout', '--cache_features'])
 
 
 def test_cross_entropy_run(call, tmp_path):
@@ -130,12 +130,12 @@ def test_cross_entropy_run(call, tmp_path):
     assert 'fc.weight' in parameters(folder / 'last.ckpt')
 
 
-def test_real_pictures_from_end_to_end(call, cifar_jpeg, tmp_path):
+def test_real_images_from_end_to_end(call, cifar_jpeg, tmp_path):
     data = ['--dataset', 'path', '--data_folder', cifar_jpeg, '--max_samples', 512, '--batch_size', 128]
     network = ['--model', 'resnet18', '--width', 0.125]
     status, out, err = call(main_supcon.main, *data, *network, '--epochs', 4, '--temp', 0.1, '--output_name', 'a')
     assert status == 0, err
-    assert 'Measured on the training pictures: --mean' in out
+    assert 'Measured on the training images: --mean' in out
     losses = scalars(tmp_path / 'output/a/trial=0', 'loss')
     assert losses[-1] < losses[0]
     status, out, err = call(main_linear.main, *data, '--ckpt', PRETRAINED, '--epochs', 4, '--learning_rate', 1)
@@ -165,10 +165,10 @@ def test_interrupted_and_resumed_is_the_same_run(call, interrupt, program, extra
         whole['optimizer']['state'].values(), halves['optimizer']['state'].values()))
 
 
-def test_a_run_is_not_overwritten_unasked(call, refused, pretrained, tmp_path):
+def test_a_run_is_not_overwritten_unasked(call, rejected, pretrained, tmp_path):
     arguments = [*TINY, '--output_name', 'a', '--epochs', 1]
-    refused(main_supcon.main, *arguments, words=['output/a/trial=0', '--overwrite'])
-    refused(main_supcon.main, *arguments, '--resume', '--epochs', 2, '--width', 0.125, '--seed', 3, words=[
+    rejected(main_supcon.main, *arguments, words=['output/a/trial=0', '--overwrite'])
+    rejected(main_supcon.main, *arguments, '--resume', '--epochs', 2, '--width', 0.125, '--seed', 3, words=[
         '--width 0.125, was 0.0625', '--seed 3, was 0'])
     assert call(main_supcon.main, *arguments, '--trial', 1)[0] == 0
     status, out, _ = call(main_supcon.main, *arguments, '--overwrite')
@@ -195,10 +195,10 @@ def test_checkpoint_of_the_original_programs(call, tmp_path):
     assert torch.equal(saved['encoder.layer1.0.conv1.weight'], model.encoder.layer1[0].conv1.weight)
 
 
-def test_checkpoint_of_the_original_with_its_own_types(call, picture_folder, tmp_path):
+def test_checkpoint_of_the_original_with_its_own_types(call, image_folder, tmp_path):
     """mean and std of --dataset path are texts there, and the learning rate is a NumPy number after its first decay."""
     save_original(tmp_path / 'original.pth')
-    picture_folder()
+    image_folder()
     with torch.serialization.safe_globals([argparse.Namespace]):
         checkpoint = torch.load(tmp_path / 'original.pth', weights_only=True)
     checkpoint['opt'] = argparse.Namespace(model='resnet18', dataset='path', size=16, mean='(0.1, 0.2, 0.3)',
@@ -206,7 +206,7 @@ def test_checkpoint_of_the_original_with_its_own_types(call, picture_folder, tmp
     checkpoint['optimizer']['param_groups'] = [{'lr': 0.05 * 0.1 ** np.sum(np.asarray([700, 800, 900]) < 701)}]
     assert isinstance(checkpoint['optimizer']['param_groups'][0]['lr'], np.float64)
     torch.save(checkpoint, tmp_path / 'original.pth')
-    status, _, err = call(main_linear.main, '--dataset', 'path', '--data_folder', 'pictures', '--ckpt', 'original.pth',
+    status, _, err = call(main_linear.main, '--dataset', 'path', '--data_folder', 'images', '--ckpt', 'original.pth',
                           '--epochs', 1, '--output_name', 'a')
     assert status == 0, err
     opt = json.loads((tmp_path / 'output/a/trial=0/options.json').read_text())
@@ -225,58 +225,58 @@ class Evil:
     ({'model': {3: torch.zeros(3)}}, ['not a checkpoint of these programs']),
     ({'model': {'encoder.conv1.weight': 'text'}}, ['not a checkpoint of these programs']),
     ({'model': {'encoder.conv1.weight': torch.zeros(3).to_sparse()}}, ['not a readable checkpoint']),
-    ({'model': {}, 'opt': 'text'}, ['options are damaged']),
-    ({'model': {}, 'opt': {'model': 'resnet19'}}, ['options are damaged', 'resnet19']),
-    ({'model': {}, 'opt': {'model': 'resnet18', 'width': -1}}, ['options are damaged', '-1']),
+    ({'model': {}, 'opt': 'text'}, ['options are corrupted']),
+    ({'model': {}, 'opt': {'model': 'resnet19'}}, ['options are corrupted', 'resnet19']),
+    ({'model': {}, 'opt': {'model': 'resnet18', 'width': -1}}, ['options are corrupted', '-1']),
     ({'model': {}, 'opt': Evil()}, ['not a readable checkpoint'])])
-def test_what_is_no_checkpoint_is_refused(refused, tmp_path, content, words):
+def test_what_is_no_checkpoint_is_rejected(rejected, tmp_path, content, words):
     if isinstance(content, bytes):
         (tmp_path / 'x.ckpt').write_bytes(content)
     else:
         torch.save(content, tmp_path / 'x.ckpt')
-    refused(main_linear.main, *LINEAR, '--ckpt', 'x.ckpt', words=['x.ckpt', *words])
+    rejected(main_linear.main, *LINEAR, '--ckpt', 'x.ckpt', words=['x.ckpt', *words])
 
 
-def test_damaged_checkpoints_are_refused(refused, pretrained, tmp_path):
+def test_corrupted_checkpoints_are_rejected(rejected, pretrained, tmp_path):
     """Bytes cut off or changed: one line, whatever PyTorch makes of them."""
     whole = (tmp_path / PRETRAINED).read_bytes()
     rng = np.random.default_rng(0)
     for i in range(40):
-        damaged = bytearray(whole[:rng.integers(1, len(whole))] if i % 2 else whole)
+        corrupted = bytearray(whole[:rng.integers(1, len(whole))] if i % 2 else whole)
         if not i % 2:                                           # the first part holds the pickle
             for position in rng.integers(0, 4000, 20):
-                damaged[position] = rng.integers(256)
-        (tmp_path / 'x.ckpt').write_bytes(bytes(damaged))
-        refused(main_linear.main, *LINEAR, '--ckpt', 'x.ckpt', words=['x.ckpt'])
+                corrupted[position] = rng.integers(256)
+        (tmp_path / 'x.ckpt').write_bytes(bytes(corrupted))
+        rejected(main_linear.main, *LINEAR, '--ckpt', 'x.ckpt', words=['x.ckpt'])
 
 
-def test_linear_evaluation_finds_the_encoder_s_dataset(call, picture_folder, spy, monkeypatch, tmp_path):
+def test_linear_evaluation_finds_the_encoder_s_dataset(call, image_folder, spy, monkeypatch, tmp_path):
     """Without --dataset: no download of CIFAR-10 instead."""
-    picture_folder()
+    image_folder()
     small = ['--size', 8, '--batch_size', 8, '--num_workers', 0]
-    status, _, err = call(main_supcon.main, *small, '--dataset', 'path', '--data_folder', 'pictures', '--model',
+    status, _, err = call(main_supcon.main, *small, '--dataset', 'path', '--data_folder', 'images', '--model',
                           'resnet18', '--width', 0.0625, '--epochs', 1, '--output_name', 'a')
     assert status == 0, err
     status, _, err = call(main_linear.main, *small, '--ckpt', PRETRAINED, '--epochs', 1, '--output_name', 'b')
     assert status == 0, err
     opt = json.loads((tmp_path / 'output/b/trial=0/options.json').read_text())
-    assert (opt['dataset'], opt['data_folder']) == ('path', 'pictures')
-    for arguments in ([], ['--dataset', 'path', '--data_folder', 'pictures']):
+    assert (opt['dataset'], opt['data_folder']) == ('path', 'images')
+    for arguments in ([], ['--dataset', 'path', '--data_folder', 'images']):
         opt, _ = main_linear.parse_option(['--ckpt', PRETRAINED, *arguments])
-        assert (opt.dataset, opt.data_folder) == ('path', 'pictures')
+        assert (opt.dataset, opt.data_folder) == ('path', 'images')
     opt, _ = main_linear.parse_option(['--ckpt', PRETRAINED, '--dataset', 'cifar100'])
     assert (opt.dataset, opt.data_folder, opt.model, opt.width) == ('cifar100', './data', 'resnet18', 0.0625)
-    (tmp_path / 'pictures').rename(tmp_path / 'moved')
+    (tmp_path / 'images').rename(tmp_path / 'moved')
     status, _, err = call(main_linear.main, '--ckpt', PRETRAINED)
-    assert status == 2 and 'pictures: no such folder' in err
+    assert status == 2 and 'images: no such folder' in err
 
 
-def test_recorded_dataset_that_cannot_be_used(refused, pretrained, tmp_path):
+def test_recorded_dataset_that_cannot_be_used(rejected, pretrained, tmp_path):
     checkpoint = torch.load(PRETRAINED, weights_only=True)
     for name, value in (('dataset', 'nothing'), ('mvip_num_classes', 'x'), ('data_folder', '')):
         dataset = {'dataset': 'path'} if name == 'data_folder' else {}
         torch.save({**checkpoint, 'opt': {**checkpoint['opt'], **dataset, name: value}}, tmp_path / 'x.ckpt')
-        refused(main_linear.main, '--ckpt', 'x.ckpt', words=['x.ckpt: its recorded options', name])
+        rejected(main_linear.main, '--ckpt', 'x.ckpt', words=['x.ckpt: its recorded options', name])
 
 
 def test_checkpoint_of_cifar_from_another_machine(pretrained, tmp_path):
@@ -288,15 +288,15 @@ def test_checkpoint_of_cifar_from_another_machine(pretrained, tmp_path):
 
 
 @pytest.mark.parametrize('program', [main_supcon, main_ce])
-def test_cifar_is_not_downloaded_among_other_files_unasked(refused, picture_folder, tmp_path, program):
-    picture_folder()
-    refused(program.main, '--data_folder', 'pictures', words=['--data_folder pictures', '--dataset path'])
-    (tmp_path / 'pictures' / 'cifar-10-batches-py').mkdir()
-    assert program.parse_option(['--data_folder', 'pictures']).dataset == 'cifar10'
+def test_cifar_is_not_downloaded_among_other_files_unasked(rejected, image_folder, tmp_path, program):
+    image_folder()
+    rejected(program.main, '--data_folder', 'images', words=['--data_folder images', '--dataset path'])
+    (tmp_path / 'images' / 'cifar-10-batches-py').mkdir()
+    assert program.parse_option(['--data_folder', 'images']).dataset == 'cifar10'
     assert program.parse_option(['--data_folder', 'new']).dataset == 'cifar10'
 
 
-def test_evaluation_takes_the_options_of_the_run(call, refused, pretrained, tmp_path):
+def test_evaluation_takes_the_options_of_the_run(call, rejected, pretrained, tmp_path):
     """--evaluate needs the run's name alone, whatever rate, batch size and image size it was trained with."""
     trained = ['--learning_rate', 3, '--batch_size', 48, '--epochs', 1, '--output_name', 'b']
     status, out, err = call(main_ce.main, *TINY, *trained)
@@ -313,8 +313,8 @@ def test_evaluation_takes_the_options_of_the_run(call, refused, pretrained, tmp_
         found = call(main_linear.main, *extra, '--output_name', 'c', '--evaluate', '--export', 'c.pth')
         assert found[0] == 0 and re.search(r' \* Acc@1 \S+', out)[0] in found[1], found
     assert (tmp_path / 'c.pth').exists()
-    refused(main_ce.main, '--output_name', 'b', '--evaluate', '--width', 1, words=['holds another network'])
-    refused(main_linear.main, '--evaluate', words=['--ckpt FILE or --pretrained NAME'])
+    rejected(main_ce.main, '--output_name', 'b', '--evaluate', '--width', 1, words=['holds another network'])
+    rejected(main_linear.main, '--evaluate', words=['--ckpt FILE or --pretrained NAME'])
 
 
 def test_default_names_tell_runs_apart(call, pretrained):
@@ -336,51 +336,51 @@ def test_default_names_tell_runs_apart(call, pretrained):
 def test_settings_without_effect_are_printed(call, program):
     status, out, err = call(program.main, *TINY, '--batch_size', 128, '--epochs', 1, '--warm')
     assert status == 0, err
-    assert out.count('--batch_size 128: found 96 training pictures') == 1
+    assert out.count('--batch_size 128: found 96 training images') == 1
     assert 'No warm-up: a run of one epoch is too short' in out and 'over 0 epochs' not in out
 
 
-def test_timm_models_start_from_random_weights(call, refused):
+def test_timm_models_start_from_random_weights(call, rejected):
     status, out, err = call(main_ce.main, *TINY[:2], *TINY[8:], '--size', 32, '--model', 'timm/mobilenetv3_small_050',
                             '--epochs', 1)
     assert status == 0, err
     assert '--model timm/mobilenetv3_small_050: starts from random weights' in out
-    refused(main_ce.main, '--model', 'timm/resnet18.a1_in1k', words=['a1_in1k', 'pretrained', 'random weights'])
+    rejected(main_ce.main, '--model', 'timm/resnet18.a1_in1k', words=['a1_in1k', 'pretrained', 'random weights'])
 
 
-def test_checkpoint_of_another_architecture(refused, pretrained, tmp_path):
-    refused(main_linear.main, *LINEAR, '--ckpt', PRETRAINED, '--model', 'resnet50', words=[
+def test_checkpoint_of_another_architecture(rejected, pretrained, tmp_path):
+    rejected(main_linear.main, *LINEAR, '--ckpt', PRETRAINED, '--model', 'resnet50', words=[
         '--model resnet50', 'resnet18'])
-    refused(main_linear.main, *LINEAR, '--ckpt', PRETRAINED, '--width', 1, words=['--width', '0.0625'])
+    rejected(main_linear.main, *LINEAR, '--ckpt', PRETRAINED, '--width', 1, words=['--width', '0.0625'])
     checkpoint = torch.load(PRETRAINED, weights_only=True)
     del checkpoint['opt']                                       # nothing says what network it is
     torch.save(checkpoint, tmp_path / 'bare.ckpt')
-    refused(main_linear.main, *LINEAR, '--ckpt', 'bare.ckpt', '--model', 'resnet34', words=[
+    rejected(main_linear.main, *LINEAR, '--ckpt', 'bare.ckpt', '--model', 'resnet34', words=[
         'bare.ckpt holds another network', 'layer', 'expected'])
 
 
 @pytest.mark.parametrize('program', [main_supcon, main_ce])
-def test_wrong_folders_are_refused(refused, picture_folder, tmp_path, program):
+def test_wrong_folders_are_rejected(rejected, image_folder, tmp_path, program):
     def data(folder):
         return ['--dataset', 'path', '--data_folder', folder, '--model', 'resnet18']
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'file').write_text('x')
-    (tmp_path / 'no_pictures' / 'a').mkdir(parents=True)
-    (tmp_path / 'no_pictures' / 'a' / 'notes.txt').write_text('x')
-    broken = picture_folder('broken')
-    (broken / 'red' / '003.png').write_bytes(b'no picture')
-    picture_folder('few', {'a': 5, 'b': 1})
-    picture_folder('alone/train')
-    picture_folder('unknown/train', {'a': 2})
-    picture_folder('unknown/val', {'z': 2})
-    refused(program.main, *data('empty'), words=['empty', '<class>/<picture>'])
-    refused(program.main, *data('file'), words=['--data_folder file', 'no such folder'])
-    refused(program.main, *data('no_pictures'), words=['no_pictures', 'a'])
-    refused(program.main, *data('broken'), words=['broken/red/003.png', 'not a readable picture'])
-    refused(program.main, *data('broken'), '--loader', 'per_sample', words=['broken/red/003.png'])
-    refused(program.main, *data('few'), words=["class 'b' has 1 picture", 'at least 2'])
-    refused(program.main, *data('alone'), words=['alone', 'train/ alone', 'val/'])
-    refused(program.main, *data('unknown'), words=["'z'", 'no training pictures'])
+    (tmp_path / 'no_images' / 'a').mkdir(parents=True)
+    (tmp_path / 'no_images' / 'a' / 'notes.txt').write_text('x')
+    broken = image_folder('broken')
+    (broken / 'red' / '003.png').write_bytes(b'no image')
+    image_folder('few', {'a': 5, 'b': 1})
+    image_folder('alone/train')
+    image_folder('unknown/train', {'a': 2})
+    image_folder('unknown/val', {'z': 2})
+    rejected(program.main, *data('empty'), words=['empty', '<class>/<image>'])
+    rejected(program.main, *data('file'), words=['--data_folder file', 'no such folder'])
+    rejected(program.main, *data('no_images'), words=['no_images', 'a'])
+    rejected(program.main, *data('broken'), words=['broken/red/003.png', 'not a readable image'])
+    rejected(program.main, *data('broken'), '--loader', 'per_sample', words=['broken/red/003.png'])
+    rejected(program.main, *data('few'), words=["class 'b' has 1 image", 'at least 2'])
+    rejected(program.main, *data('alone'), words=['alone', 'train/ alone', 'val/'])
+    rejected(program.main, *data('unknown'), words=["'z'", 'no training images'])
 
 
 def test_output_that_cannot_be_written(call, tmp_path):
@@ -397,8 +397,8 @@ def test_loss_that_is_not_finite(call, program, tmp_path):
     assert not (tmp_path / PRETRAINED).exists()                 # no checkpoint of such weights
 
 
-def test_collapse_is_told_once_in_words(call, tmp_path):
-    for label in 'ab':                                          # views of black pictures are all the same
+def test_collapse_is_reported_once_in_words(call, tmp_path):
+    for label in 'ab':                                          # views of black images are all the same
         (tmp_path / 'black' / label).mkdir(parents=True)
         for i in range(10):
             Image.new('RGB', (8, 8)).save(tmp_path / 'black' / label / f'{i}.png')
@@ -408,7 +408,7 @@ def test_collapse_is_told_once_in_words(call, tmp_path):
     assert out.count('the network has collapsed') == 1 and '--warm' in out
 
 
-def test_no_collapse_is_told_where_there_is_none(call):
+def test_no_collapse_is_reported_where_there_is_none(call):
     assert 'collapsed' not in call(main_supcon.main, *TINY, '--epochs', 2)[1]
 
 
@@ -446,11 +446,11 @@ def test_gpu(call, loader):
     assert call(main_linear.main, *LINEAR, '--ckpt', PRETRAINED, '--epochs', 1)[0] == 0
 
 
-def test_views_picture_shows_the_pictures(call, tmp_path):
+def test_views_image_shows_the_images(call, tmp_path):
     """Denormalized: a grid of digits is black and white, not washed out."""
     assert call(main_ce.main, *TINY, '--epochs', 1, '--output_name', 'a')[0] == 0
-    picture = np.asarray(Image.open(tmp_path / 'output/a/trial=0/views.png'))
-    assert picture.min() == 0 and picture.max() > 200 and picture.shape == (2 + 66, 2 + 16 * 66, 3)
+    image = np.asarray(Image.open(tmp_path / 'output/a/trial=0/views.png'))
+    assert image.min() == 0 and image.max() > 200 and image.shape == (2 + 66, 2 + 16 * 66, 3)
 
 
 def test_progress_bar_on_a_terminal(call, monkeypatch):

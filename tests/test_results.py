@@ -1,4 +1,4 @@
-"""The tables of scripts/results: rows that run once, resume and refuse; their numbers; damaged pictures."""
+"""The tables of scripts/results: rows that run once, resume and reject; their numbers; corrupted images."""
 import os
 import re
 import runpy
@@ -49,7 +49,7 @@ if '--output_name' in words:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / 'log.txt').write_text('\\n'.join(lines) + '\\n')
 if '--output' in words:
-    Path(words[words.index('--output') + 1]).write_bytes(b'picture')
+    Path(words[words.index('--output') + 1]).write_bytes(b'image')
 if '--aug_root' in words:
     Path(words[words.index('--aug_root') + 1], words[words.index('--aug_output_name') + 1]).mkdir(
         parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ print('\\n'.join(lines))
 
 @pytest.fixture
 def fake(copy):  # noqa: F811
-    """A copy of the repository without results, whose programs are all FAKE, with a folder of pictures."""
+    """A copy of the repository without results, whose programs are all FAKE, with a folder of images."""
     for name in (*PROGRAMS, 'scripts/evaluate.py', 'scripts/plot_features.py', 'scripts/make_augs.py'):
         (copy / name).write_text(FAKE)
     for budget in ('cpu', 'gpu'):
@@ -91,7 +91,7 @@ def test_a_table_runs_once_and_fills_the_row_that_is_deleted(fake, table):
     done, again = fill(fake, table)
     assert done.returncode == 0 and again == [] and (folder / f'{table}.md').read_text() == text
     shutil.rmtree(fake / 'output')                                      # as in a fresh clone
-    kinds = ['cifar-genscl-kd-1', 'digits-features-0', 'cifar-simclr-damaged-2'] if table == 'methods' else [
+    kinds = ['cifar-genscl-kd-1', 'digits-features-0', 'cifar-simclr-corrupted-2'] if table == 'methods' else [
         logs[0].stem]
     for log in (folder / table / f'{name}.log' for name in kinds):
         commands = commands_in(log)
@@ -109,7 +109,7 @@ def test_a_table_runs_once_and_fills_the_row_that_is_deleted(fake, table):
             assert opt.eval_freq == 0                                   # the accuracy is that of the last epoch
 
 
-def test_rows_of_other_commands_and_failures_are_told(fake):
+def test_rows_of_other_commands_and_failures_are_reported(fake):
     assert fill(fake, 'labels')[0].returncode == 0
     folder = fake / 'scripts' / 'results' / 'cpu'
     done, ran = fill(fake, 'labels', '--with', '--width 0.5')
@@ -117,7 +117,7 @@ def test_rows_of_other_commands_and_failures_are_told(fake):
     assert 'no logs of this table' in done.stderr
     for log in (folder / 'labels').glob('supcon*'):
         log.unlink()
-    done, ran = fill(fake, 'labels', '--with', '--width 0.5')           # what has begun goes on only as it began
+    done, ran = fill(fake, 'labels', '--with', '--width 0.5')           # what has begun resumes only as it began
     assert done.returncode == 1 and ran == [] and 'is of another command' in done.stderr
     (folder / 'labels' / 'ce-labels-25-0.log').unlink()
     shutil.rmtree(fake / 'output')
@@ -137,7 +137,7 @@ def test_rows_of_other_commands_and_failures_are_told(fake):
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_table_that_is_stopped_waits_for_checkpoints_and_goes_on(fake, number):
+def test_a_table_that_is_stopped_waits_for_checkpoints_and_resumes(fake, number):
     """As `timeout` and Ctrl-C stop it: with a signal to the whole process group."""
     waits = '''
 import signal, sys, time
@@ -162,7 +162,7 @@ if not Path('saved').exists():
         time.sleep(0.05)
     os.killpg(process.pid, number)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and (fake / 'saved').exists() and b'the same command goes on' in said
+    assert process.returncode == 128 + number and (fake / 'saved').exists() and b'the same command resumes' in said
     assert not list(fake.glob('scripts/results/cpu/labels/*'))
     assert shell(command, fake).returncode == 0
     assert [file.name for file in fake.glob('scripts/results/cpu/labels/*')] == ['ce-labels-10-0.log']
@@ -201,7 +201,7 @@ if 'trial=1' in str(folder):
 
 @pytest.mark.parametrize('left', [[], ['command.partial']])
 def test_a_row_that_was_killed_before_it_began_begins(tmp_path, monkeypatch, left):
-    """Between making the folder of its run and writing the command in it; a folder of something else stays refused."""
+    """Between making the folder of its run and writing the command in it; a folder of something else stays rejected."""
     monkeypatch.chdir(tmp_path)
     row = runpy.run_path(str(RESULTS / 'row.py'))
     folder = tmp_path / 'output' / 'a' / 'trial=0'
@@ -218,16 +218,16 @@ def test_a_row_that_was_killed_before_it_began_begins(tmp_path, monkeypatch, lef
         row['claim'](command)
 
 
-def test_a_row_with_a_wrong_command_is_told_in_one_line(tmp_path):
+def test_a_row_with_a_wrong_command_is_reported_in_one_line(tmp_path):
     for words, expected in ((['a.log'], 'expected a log'), (['a.log', "main_ce.py 'x"], 'quotation')):
         done = shell([sys.executable, RESULTS / 'row.py', *words], tmp_path, CUDA_VISIBLE_DEVICES='')
         assert done.returncode == 1 and expected in done.stderr and done.stderr.count('\n') == 1, done.stderr
 
 
-def test_damaged_images_of_a_run_that_has_diverged(tmp_path):
+def test_corrupted_images_of_a_run_that_has_diverged(tmp_path):
     report = runpy.run_path(str(RESULTS / 'report.py'))
     values = {'clean': 50., **{kind: [5., 4., 3., 2., 1.] for kind in evaluate.STRENGTHS}}
-    rows = {'cifar-ce-damaged': {0: values, 1: {'diverged': True}}, 'cifar-simclr-damaged': {0: {'diverged': True}}}
+    rows = {'cifar-ce-corrupted': {0: values, 1: {'diverged': True}}, 'cifar-simclr-corrupted': {0: {'diverged': True}}}
     *_, first, second = report['methods'](rows, tmp_path)
     assert first.startswith('| cross-entropy | 50.00 (1 of 2 runs) | 3.00 (1 of 2 runs) |')
     assert second == '| SimCLR |' + ' diverged |' * 5 and (tmp_path / 'corruptions.png').exists()
@@ -294,7 +294,7 @@ def test_figures_of_the_results_are_shown():
 
 
 def test_a_row_with_the_real_programs(copy):  # noqa: F811
-    """Pretraining, linear stage and damaged pictures; finished runs are not trained again."""
+    """Pretraining, linear evaluation and corrupted images; finished runs are not trained again."""
     run = '--seed 1 --trial 1 --eval_freq 0 --resume --epochs 1'
     commands = [f"main_supcon.py {' '.join(TINY)} {run} --samples_per_class 5 --output_name a",
                 f"main_linear.py {' '.join([*TINY[:2], *TINY[6:]])} {run} --ckpt output/a/trial=1/last.ckpt "
@@ -322,7 +322,7 @@ def classifier(call):
 
 
 def test_evaluation_is_that_of_the_run(call, monkeypatch):
-    """Top-1 as validation has it, kNN as the plain function on the pictures of the run, clean without corruptions."""
+    """Top-1 as validation has it, kNN as the plain function on the images of the run, clean without corruptions."""
     ckpt = classifier(call)
     out = call(main_ce.main, *TINY, '--output_name', 'a', '--samples_per_class', 4, '--evaluate')[1]
     monkeypatch.setattr(sys, 'argv', ['evaluate.py', '--ckpt', ckpt])
@@ -377,26 +377,26 @@ def test_a_checkpoint_does_not_tell_where_to_write(tmp_path, monkeypatch):
 
 def test_damages_of_the_smallest_images():
     for size in ((1, 1), (2, 3), (5, 1)):
-        picture = np.random.default_rng(0).uniform(0, 255, (*size, 3))
+        image = np.random.default_rng(0).uniform(0, 255, (*size, 3))
         for strength in evaluate.STRENGTHS['blur']:
-            blurred = evaluate.blur(picture, strength, None)
-            assert blurred.shape == picture.shape and np.isfinite(blurred).all()
+            blurred = evaluate.blur(image, strength, None)
+            assert blurred.shape == image.shape and np.isfinite(blurred).all()
 
 
-def damaged(pictures, kind, strength):
-    source = [evaluate.Damaged(pictures, i, kind, strength) for i in range(len(pictures))]
-    return replace(pictures, source=source, cache_dir=None, _decoded={})
+def corrupted(images, kind, strength):
+    source = [evaluate.Corrupted(images, i, kind, strength) for i in range(len(images))]
+    return replace(images, source=source, cache_dir=None, _decoded={})
 
 
-def test_damages_are_what_they_say(real_pictures):
-    pictures = real_pictures.sample(20, 0)
-    clean = np.stack([np.asarray(pictures.load(i)) for i in range(20)]).astype(float)
+def test_damages_are_what_they_say(real_images):
+    images = real_images.sample(20, 0)
+    clean = np.stack([np.asarray(images.load(i)) for i in range(20)]).astype(float)
     for kind, strengths in evaluate.STRENGTHS.items():
         changes = []
         for strength in strengths:
-            part = damaged(pictures, kind, strength)
+            part = corrupted(images, kind, strength)
             values = np.stack([np.asarray(part.load(i)) for i in range(20)]).astype(float)
-            assert np.array_equal(values[3], np.asarray(damaged(pictures, kind, strength).load(3)))     # every time
+            assert np.array_equal(values[3], np.asarray(corrupted(images, kind, strength).load(3)))     # every time
             changes.append(np.abs(values - clean).mean())
             if kind == 'noise':
                 inner = (clean > 80) & (clean < 175)            # nothing is cut off there
@@ -412,7 +412,7 @@ def test_damages_are_what_they_say(real_pictures):
 
 def test_samples_per_class(call):
     def load(**changes):
-        return main_ce.load_pictures(arguments.defaults(dataset='digits', **changes))
+        return main_ce.load_images(arguments.defaults(dataset='digits', **changes))
     data, whole = load(samples_per_class=7), load()
     assert data.train.labels.bincount().tolist() == [7] * 10 and len(data.val) == len(whole.val)
     assert torch.equal(data.train.labels, load(samples_per_class=7).train.labels)

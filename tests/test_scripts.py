@@ -1,4 +1,4 @@
-"""The scripts: launch files, quickstart, benchmarks and the plot, each through its own command line."""
+"""The scripts: launch scripts, quickstart, benchmarks and the plot, each through its own command line."""
 import json
 import os
 import re
@@ -109,9 +109,9 @@ def test_linear_launch_scripts_find_the_pretraining_run(script, tmp_path, words)
         assert [word for word in arguments if re.match('--(ckpt|pretrained)', word)] == [f'{option}=mine']
 
 
-def test_launch_scripts_run(call, picture_folder, tmp_path):
+def test_launch_scripts_run(call, image_folder, tmp_path):
     """Each to its end, with a small network and little data added to its command; later ones find earlier runs."""
-    picture_folder('path', {'a': 6, 'b': 6})
+    image_folder('path', {'a': 6, 'b': 6})
     programs = {'main_supcon.py': main_supcon, 'main_ce.py': main_ce, 'main_linear.py': main_linear}
     for script in sorted(LAUNCH, key=lambda name: (not name.endswith('_teacher'), name.endswith('_linear'))):
         small = [*(TINY[2:] if script == 'simclr_path' else TINY), '--epochs', '1', '--overwrite']
@@ -125,7 +125,7 @@ def test_launch_scripts_run(call, picture_folder, tmp_path):
 
 
 PROGRAMS = {'main_supcon.py': main_supcon, 'main_ce.py': main_ce, 'main_linear.py': main_linear}
-# batch, epochs, rate for 256 pictures, optimizer, weight decay of pretraining (or cross-entropy), then of linear.
+# batch, epochs, rate for 256 images, optimizer, weight decay of pretraining (or cross-entropy), then of linear.
 TABLE = {
     'supcon_imagenet_resnet50': [(6144, 350, 0.4, 'LARS', 1e-3), (6144, 90, 0.05, 'RMSPropTF', 1e-6)],
     'supcon_imagenet_resnet101': [(4096, 350, 0.4, 'LARS', 1e-4), (4096, 90, 0.05, 'RMSPropTF', 1e-6)],
@@ -290,7 +290,7 @@ def test_words_that_a_program_knows():
 
 
 def test_quickstart_in_miniature(copy):
-    """From its command line to its last three lines, the picture included, in an environment that is there already."""
+    """From its command line to its last three lines, the image included, in an environment that is there already."""
     venv = copy / '.venv'
     (venv / 'bin').mkdir(parents=True)
     (venv / 'bin' / 'activate').write_text(f'export PATH="{venv}/bin:$PATH"\n')
@@ -321,8 +321,8 @@ def test_the_three_experiments_in_miniature(copy):
     modes = [json.loads((copy / 'output' / f'mvip-{name}' / 'trial=0' / 'options.json').read_text())['aug_mode']
              for name in ('1-real-pre', '1-real-lin', '2-id-pre', '2-id-lin', '3-id-ood-pre', '3-id-ood-lin')]
     assert modes == ['none', 'none', 'with_id', 'with_id', 'with_both', 'with_id']
-    picture = [sys.executable, 'scripts/plot_features.py', '--ckpt', 'output/mvip-3-id-ood-pre/trial=0/last.ckpt']
-    assert shell(picture, copy).returncode == 0 and (copy / 'features.png').exists()
+    image = [sys.executable, 'scripts/plot_features.py', '--ckpt', 'output/mvip-3-id-ood-pre/trial=0/last.ckpt']
+    assert shell(image, copy).returncode == 0 and (copy / 'features.png').exists()
 
 
 def test_plot_refuses_in_one_line(tmp_path):
@@ -348,12 +348,12 @@ def benchmark(tmp_path, script, *arguments):
     return result.stdout.splitlines()
 
 
-BENCHMARKS = ['bench_mvip.py --pictures 8 --size 16',
-              'bench_folder.py --pictures 70 --size 16 --repeat 1 --policies sim auto',
-              'bench_views.py --pictures 300 --size 16 --batch_size 100 --repeat 1',
+BENCHMARKS = ['bench_mvip.py --images 8 --size 16',
+              'bench_folder.py --images 70 --size 16 --repeat 1 --policies sim auto',
+              'bench_views.py --images 300 --size 16 --batch_size 100 --repeat 1',
               'bench_step.py --batch_size 4 --size 8 --steps 1 --repeat 1 --forms original amp',
-              'bench_linear.py --pictures 64 --batch_size 32 --repeat 1', 'bench_start.py --pictures 60 --repeat 1',
-              'bench_epoch.py --pictures 16 --batch_size 8', 'plot_cost.py --largest 11 --pictures 128']
+              'bench_linear.py --images 64 --batch_size 32 --repeat 1', 'bench_start.py --images 60 --repeat 1',
+              'bench_epoch.py --images 16 --batch_size 8', 'plot_cost.py --largest 11 --images 128']
 
 
 @pytest.mark.parametrize('command', BENCHMARKS)

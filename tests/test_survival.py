@@ -156,7 +156,7 @@ def test_a_signal_stops_after_the_step_and_resuming_is_the_same_run(call, stop_a
         assert scalars('a', tag) == pytest.approx(scalars('whole', tag))        # of whole epochs
 
 
-def test_linear_evaluation_goes_on_inside_an_epoch(call, stop_at):
+def test_linear_evaluation_resumes_inside_an_epoch(call, stop_at):
     assert call(main_supcon.main, *TINY, '--epochs', 1, '--output_name', 'encoder')[0] == 0
     arguments = ['--dataset', 'digits', '--size', 8, '--max_samples', 96, '--batch_size', 32, '--epochs', 3, '--ckpt',
                  'output/encoder/trial=0/last.ckpt', '--cache_features', '--num_workers', 0]
@@ -278,28 +278,29 @@ def test_a_full_disk_stops_curves_and_log_too(monkeypatch, tmp_path):
     assert 'cannot be written' in line
 
 
-def test_a_truncated_checkpoint_is_named_and_a_whole_one_offered(call, refused, stop_at):
+def test_a_truncated_checkpoint_is_named_and_a_whole_one_offered(call, rejected, stop_at):
     arguments = [*RUN, '--epochs', 5, '--save_freq', 1]
     assert call(main_ce.main, *arguments)[0] == 0
     whole = states()
     for name in ('last', 'ckpt_epoch_5', 'ckpt_epoch_4'):
         file = FOLDER / f'{name}.ckpt'
         file.write_bytes(file.read_bytes()[:-1000])
-    refused(main_ce.main, *arguments, '--resume', words=[
+    rejected(main_ce.main, *arguments, '--resume', words=[
         f'{FOLDER}/last.ckpt: not a readable checkpoint', f'--resume {FOLDER}/ckpt_epoch_3.ckpt'])
     assert call(main_ce.main, *arguments, '--resume', FOLDER / 'ckpt_epoch_3.ckpt')[0] == 0
     assert same(states(), whole)
 
     (FOLDER / 'last.ckpt').unlink()
-    refused(main_ce.main, *arguments, '--resume', words=['last.ckpt: no such checkpoint', 'ckpt_epoch_5.ckpt'])
-    refused(main_ce.main, *arguments, '--resume', 'nowhere.ckpt', words=['nowhere.ckpt', 'holds another run'])
-    refused(main_ce.main, *TINY, '--output_name', 'b', '--resume', 'nowhere.ckpt', words=['nowhere.ckpt: no such'])
+    rejected(main_ce.main, *arguments, '--resume', words=['last.ckpt: no such checkpoint', 'ckpt_epoch_5.ckpt'])
+    rejected(main_ce.main, *arguments, '--resume', 'nowhere.ckpt', words=['nowhere.ckpt', 'holds another run'])
+    rejected(main_ce.main, *TINY, '--output_name', 'b', '--resume', 'nowhere.ckpt', words=['nowhere.ckpt: no such'])
     for file in FOLDER.glob('*.ckpt'):
         file.write_bytes(b'')
-    refused(main_ce.main, *arguments, '--resume', FOLDER / 'ckpt_epoch_3.ckpt', words=['ckpt_epoch_3.ckpt: not a read'])
+    rejected(main_ce.main, *arguments, '--resume', FOLDER / 'ckpt_epoch_3.ckpt',
+             words=['ckpt_epoch_3.ckpt: not a read'])
 
 
-def test_a_run_that_goes_on_from_an_earlier_epoch_keeps_its_own_checkpoints(call):
+def test_a_run_that_resumes_from_an_earlier_epoch_keeps_its_own_checkpoints(call):
     assert call(main_ce.main, *RUN, '--epochs', 5, '--save_freq', 1)[0] == 0
     assert call(main_ce.main, *RUN, '--epochs', 4, '--save_freq', 1, '--keep_ckpts', 1, '--resume',
                 FOLDER / 'ckpt_epoch_2.ckpt')[0] == 0
@@ -319,7 +320,7 @@ def test_another_process_that_was_faster_is_not_overwritten(call, monkeypatch):
     assert (FOLDER / 'last.ckpt').read_bytes() == b'of the other'
 
 
-def test_a_run_goes_on_with_the_loader_it_began_with(call, stop_at, monkeypatch):
+def test_a_run_resumes_with_the_loader_it_began_with(call, stop_at, monkeypatch):
     """Whatever memory is free then: another loader draws other views."""
     arguments = [*TINY, '--epochs', 2]
     assert call(main_ce.main, *arguments, '--output_name', 'whole')[0] == 0
@@ -331,37 +332,37 @@ def test_a_run_goes_on_with_the_loader_it_began_with(call, stop_at, monkeypatch)
     assert checkpoints.load_checkpoint(FOLDER / 'last.ckpt')['opt']['loader_chosen'] == 'batched'
 
 
-def test_forced_options_begin_the_epoch_again(call, refused, stop_at):
+def test_forced_options_begin_the_epoch_again(call, rejected, stop_at):
     stop_at(5, signal.SIGTERM)
     assert call(main_ce.main, *RUN, '--epochs', 2)[0] == 143
-    refused(main_ce.main, *RUN, '--epochs', 1, '--resume', words=['has 2 epochs', '--epochs'])      # one and a part
+    rejected(main_ce.main, *RUN, '--epochs', 1, '--resume', words=['has 2 epochs', '--epochs'])      # one and a part
     forced = '--resume', '--force', '--batch_size', 48, '--print_freq', 1
     status, out, err = call(main_ce.main, *RUN, '--epochs', 2, *forced)
     assert status == 0, err
     assert '--force: epoch 2 begins again' in out and 'Train: [2][1/2]' in out
 
 
-def test_a_run_goes_on_in_another_folder(call):
+def test_a_run_resumes_in_another_folder(call):
     assert call(main_ce.main, *RUN, '--epochs', 2)[0] == 0
     assert call(main_ce.main, *TINY, '--epochs', 3, '--output_name', 'b', '--resume', FOLDER / 'last.ckpt')[0] == 0
     assert states('b')['epoch'] == 3 and states()['epoch'] == 2
 
 
-def test_other_options_are_listed_and_forced(call, refused):
+def test_other_options_are_listed_and_forced(call, rejected):
     assert call(main_ce.main, *RUN, '--epochs', 1)[0] == 0
     other = [*RUN, '--epochs', 2, '--resume', '--weight_decay', 0.5, '--momentum', 0.5]
-    refused(main_ce.main, *other, words=['--weight_decay 0.5, was 0.0001', '--momentum 0.5, was 0.9', '--force'])
+    rejected(main_ce.main, *other, words=['--weight_decay 0.5, was 0.0001', '--momentum 0.5, was 0.9', '--force'])
     status, out, err = call(main_ce.main, *other, '--force', '--print_freq', 1, '--save_freq', 1)
     assert status == 0, err
     assert '--weight_decay 0.5, was 0.0001' in out and '--print_freq' not in out
     group, = states()['optimizer']['param_groups']
     assert (group['weight_decay'], group['momentum']) == (0.5, 0.5)
-    refused(main_ce.main, *RUN, '--resume', '--force', '--width', 0.125, words=['holds another network'])
-    refused(main_ce.main, *RUN, '--force', words=['--force', '--resume is missing'])
-    refused(main_ce.main, *RUN, '--resume', '--force', '--epochs', 1, words=['has 2 epochs', '--epochs of at least'])
+    rejected(main_ce.main, *RUN, '--resume', '--force', '--width', 0.125, words=['holds another network'])
+    rejected(main_ce.main, *RUN, '--force', words=['--force', '--resume is missing'])
+    rejected(main_ce.main, *RUN, '--resume', '--force', '--epochs', 1, words=['has 2 epochs', '--epochs of at least'])
 
 
-def test_a_finished_run_resumed_tells_its_result_and_exports(call, tmp_path):
+def test_a_finished_run_resumed_reports_its_result_and_exports(call, tmp_path):
     _, out, _ = call(main_ce.main, *RUN, '--epochs', 2)
     status, again, err = call(main_ce.main, *RUN, '--epochs', 2, '--resume', '--export', 'x.pth')
     assert status == 0, err
@@ -371,7 +372,7 @@ def test_a_finished_run_resumed_tells_its_result_and_exports(call, tmp_path):
     assert status == 0 and re.search(r'kNN accuracy \d+\.\d\d', out), err
 
 
-def test_two_processes_do_not_write_one_run(monkeypatch, refused, tmp_path):
+def test_two_processes_do_not_write_one_run(monkeypatch, rejected, tmp_path):
     monkeypatch.chdir(tmp_path)
     child = forked(main_ce.main, *RUN, '--epochs', 100000, '--save_freq', 1000000)
     try:
@@ -379,8 +380,8 @@ def test_two_processes_do_not_write_one_run(monkeypatch, refused, tmp_path):
             time.sleep(0.05)
         os.kill(child, signal.SIGSTOP)                  # it still has the folder
         for how in ('--resume', '--overwrite'):
-            refused(main_ce.main, *RUN, '--epochs', 5, how, words=[FOLDER, 'another process is writing'])
-        refused(main_ce.main, *RUN, words=[FOLDER, 'holds another run'])
+            rejected(main_ce.main, *RUN, '--epochs', 5, how, words=[FOLDER, 'another process is writing'])
+        rejected(main_ce.main, *RUN, words=[FOLDER, 'holds another run'])
     finally:
         os.kill(child, signal.SIGKILL)
         ended(child)
@@ -393,7 +394,7 @@ def stop_soon():
     training.update = lambda *args: os.kill(os.getpid(), signal.SIGTERM) or update(*args)
 
 
-def test_a_damaged_state_is_no_whole_checkpoint(call, refused):
+def test_a_corrupted_state_is_no_whole_checkpoint(call, rejected):
     """A checkpoint that can be read, of which something is missing or of another kind."""
     assert call(main_ce.main, *RUN, '--epochs', 1)[0] == 0
     whole = torch.load(FOLDER / 'last.ckpt', weights_only=True)
@@ -406,9 +407,9 @@ def test_a_damaged_state_is_no_whole_checkpoint(call, refused):
                     {'optimizer': {**optimizer, 'state': {0: 5}}}, {'optimizer': {**optimizer, 'state': moved}},
                     {'scaler': {'scale': 'x'}} if torch.cuda.is_available() else {'step': 'x'}):
         torch.save({**whole, **changed}, FOLDER / 'last.ckpt')
-        refused(main_ce.main, *RUN, '--epochs', 2, '--resume', words=[FOLDER / 'last.ckpt', 'no whole checkpoint'])
+        rejected(main_ce.main, *RUN, '--epochs', 2, '--resume', words=[FOLDER / 'last.ckpt', 'no valid checkpoint'])
     torch.save({**whole, 'classes': ['a'] * 10}, FOLDER / 'last.ckpt')
-    refused(main_ce.main, *RUN, '--epochs', 2, '--resume', words=['other classes'])
+    rejected(main_ce.main, *RUN, '--epochs', 2, '--resume', words=['other classes'])
 
 
 def test_a_thousand_steps_take_no_more_memory(monkeypatch, tmp_path):
@@ -464,7 +465,7 @@ def test_a_kept_checkpoint_is_there_before_the_last_one(call, monkeypatch):
 
 
 @pytest.mark.parametrize('rotate', [lambda file: file.unlink(), lambda file: file.rename(file.with_name('old.txt'))])
-def test_a_run_is_held_without_its_log(monkeypatch, refused, tmp_path, rotate):
+def test_a_run_is_held_without_its_log(monkeypatch, rejected, tmp_path, rotate):
     """log.txt removed or rotated while the run is written."""
     monkeypatch.chdir(tmp_path)
     child = forked(main_ce.main, *RUN, '--epochs', 100000, '--save_freq', 1000000)
@@ -473,7 +474,7 @@ def test_a_run_is_held_without_its_log(monkeypatch, refused, tmp_path, rotate):
             time.sleep(0.05)
         os.kill(child, signal.SIGSTOP)
         rotate(FOLDER / 'log.txt')
-        refused(main_ce.main, *RUN, '--epochs', 100000, '--resume', words=[FOLDER, 'another process is writing'])
+        rejected(main_ce.main, *RUN, '--epochs', 100000, '--resume', words=[FOLDER, 'another process is writing'])
     finally:
         os.kill(child, signal.SIGKILL)
         ended(child)
@@ -559,11 +560,12 @@ def test_ctrl_c_while_the_program_is_imported(tmp_path, seconds):
     assert not (tmp_path / 'output').exists()
 
 
-def test_compile_that_does_not_work_is_rejected(refused, monkeypatch):
+def test_compile_that_does_not_work_is_rejected(rejected, monkeypatch):
     def no_compiler(*args, **settings):
         raise RuntimeError('No working C++ compiler found\nSet TORCHDYNAMO_VERBOSE=1 for more')
     monkeypatch.setattr(torch, 'compile', no_compiler)
-    refused(main_ce.main, *RUN, '--compile', words=['--compile: torch.compile does not work here (No working C++ comp'])
+    rejected(main_ce.main, *RUN, '--compile',
+             words=['--compile: torch.compile does not work here (No working C++ comp'])
 
 
 def test_a_compiler_s_cache_that_cannot_be_made(shell, tmp_path):

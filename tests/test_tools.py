@@ -41,7 +41,7 @@ case "$1 $2 $3" in
 esac''')
 
 
-def test_environment_is_made_once_and_errors_are_told(copy, python):
+def test_environment_is_made_once_and_errors_are_reported(copy, python):
     record = copy / 'record'
     for _ in range(2):
         assert shell(['bash', '-c', INSTALL], copy, PYTHON=str(python)).returncode == 0
@@ -126,11 +126,11 @@ def test_names_of_classes_are_shown_as_they_are(tmp_path):
 
 
 @pytest.fixture
-def augs(call, monkeypatch, picture_folder, tmp_path):
+def augs(call, monkeypatch, image_folder, tmp_path):
     """augs(classes, *arguments): run make_augs.py on a folder with these classes."""
     def augs(classes, *arguments):
         if not (tmp_path / 'data').exists():
-            picture_folder('data', dict.fromkeys(classes, 4))
+            image_folder('data', dict.fromkeys(classes, 4))
         words = ['--dataset', 'path', '--data_folder', 'data', '--patches', '2', '--per_class', '2', '--variants', '2',
                  '--aug_root', 'augs', '--aug_output_name', 'o', *arguments]
         monkeypatch.setattr(sys, 'argv', ['make_augs.py', *words])
@@ -146,7 +146,7 @@ def augs(call, monkeypatch, picture_folder, tmp_path):
     ('a,b', '--aug_root data --aug_output_name a --aug_name_id 000.png', 'holds files already'),
     ('a,b', '--aug_root . --aug_output_name data --aug_name_ood b', 'holds files already'),
 ])
-def test_synthetic_images_that_cannot_be_written_are_refused(augs, tmp_path, classes, words, expected):
+def test_synthetic_images_that_cannot_be_written_are_rejected(augs, tmp_path, classes, words, expected):
     status, _, err = augs(classes.split(','), *words.split())
     assert status == 2 and expected in err and err.count('\n') == 1, err
     assert [path.name for path in tmp_path.iterdir()] == ['data'] and len(list(tmp_path.rglob('*.png'))) == 8
@@ -179,4 +179,4 @@ def test_synthetic_images_appear_when_they_are_whole(augs, tmp_path, monkeypatch
     assert (tmp_path / 'elsewhere' / 'é∕-1-1.png').exists()
     opt = arguments.defaults(dataset='path', data_folder='data', aug_root='augs', aug_output_name='o',
                              aug_name_id='augs-id')
-    assert len(main_ce.load_pictures(opt).id) == 16
+    assert len(main_ce.load_images(opt).id) == 16

@@ -8,7 +8,7 @@ from util import options
 from util.errors import UserError
 from util.options import DATA, EVALUATION, NETWORK, as_text
 
-# Options that tell runs apart although the published names of runs do not hold them.
+# Options that distinguish runs although the published names of runs do not hold them.
 NAMED = ('model', 'width', 'stem', 'size', 'head', 'moco', 'ce_weight', 'mix', 'augment_policy', 'samples_per_class',
          'aug_mode', 'cache_features')
 DOWNLOADED = {'cifar10': 'cifar-10-batches-py', 'cifar100': 'cifar-100-python'}     # their folders in --data_folder

@@ -1,4 +1,4 @@
-"""Checkpoints: plain tensors, numbers and texts, written whole or not at all, and read without executing anything."""
+"""Checkpoints: plain tensors, numbers and texts, written completely or not at all, read without executing anything."""
 import argparse
 import math
 import os
@@ -15,7 +15,7 @@ from util.unpickling import plain_values, read_pickled
 
 
 def write_checkpoint(state, file):
-    """Save a dict; at any moment `file` is the old checkpoint or the new one, whole. UserError where it cannot."""
+    """Save a dict; at any moment `file` is the old checkpoint or the complete new one. UserError where it cannot."""
     partial = file.with_name(f'{file.name}.partial')
     try:
         with open(partial, 'wb') as stream:
@@ -37,7 +37,7 @@ def kept_checkpoints(folder, up_to=math.inf):
     return [file for epoch, file in sorted(found, reverse=True) if epoch <= up_to]
 
 
-def newest_whole_checkpoint(folder):
+def newest_valid_checkpoint(folder):
     """The newest of a run's kept checkpoints that can be read, or None."""
     for file in kept_checkpoints(folder):
         try:
@@ -83,10 +83,10 @@ def load_parameters(model, state, source):
             raise UserError(f'{source}: {name} is not finite everywhere, expected a network that has not diverged')
 
 
-def load_optimizer(optimizer, saved, begun=True, optional=()):
+def load_optimizer(optimizer, saved, started=True, optional=()):
     """Load an optimizer's state_dict(): what it holds of the parameters, and the learning rate, which a schedule sets.
 
-    Its other settings stay those of the options. After the first step (`begun`) every parameter must have a state but
+    Its other settings stay those of the options. After the first step (`started`) every parameter must have a state but
     the `optional` ones, which may never have had a gradient. Raises an exception of some kind where it does not fit.
     """
     groups, states = optimizer.state_dict()['param_groups'], {}
@@ -97,7 +97,7 @@ def load_optimizer(optimizer, saved, begun=True, optional=()):
         _state_after_a_step(optimizer, now, expected)                   # fails where --force needs more than there is
         for index, parameter in zip(group['params'], now['params']):
             state = saved['state'].pop(index, {})
-            if state or begun and expected and parameter not in optional:
+            if state or started and expected and parameter not in optional:
                 states[index] = _checked_state(state, expected, parameter.shape, f'parameter {index}')
         group['lr'] = float(old['lr'])
         if not 0 <= group['lr'] < math.inf:
@@ -183,7 +183,7 @@ def load_checkpoint(file):
     try:
         whole_number(plain_values(checkpoint.get('epoch', 0)), 'epoch')
     except ValueError as error:
-        raise UserError(f'{file} is no whole checkpoint of a run ({error})') from error
+        raise UserError(f'{file} is no valid checkpoint of a run ({error})') from error
     return {**checkpoint, 'opt': check_recorded(checkpoint, file), 'model': model}
 
 
@@ -211,11 +211,11 @@ def check_recorded(checkpoint, file):
         unknown = {name for name in ('model', 'stem', 'width') if opt.get(name) is None}        # as if not there
         return {name: value for name, value in opt.items() if name not in unknown}
     except (UserError, argparse.ArgumentTypeError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f'{file}: its recorded options are damaged ({error!s:.300})') from error
+        raise UserError(f'{file}: its recorded options are corrupted ({error!s:.300})') from error
 
 
 def load_encoder(checkpoint, opt, source):
-    """The encoder of a checkpoint, built as opt.model, stem, width and size say; `source` names it in errors."""
+    """The encoder of a checkpoint, built of opt.model, stem, width and size; `source` names it in errors."""
     def build():
         return make_encoder(opt.model, size=opt.size, stem=opt.stem, width=opt.width)
     prefix = 'encoder.'

@@ -1,10 +1,10 @@
-"""Several processes, as torchrun starts them: which one this is, its share of a batch, and what all of them have.
+"""Several processes, as torchrun starts them: which one this is, its slice of a batch, and collectives.
 
 Every function also serves a single process, and sends nothing there.
 
-Each process calls backward on the same number, the loss of the whole batch. What `gather` and `total` pass back is the
-sum of what the processes pass to them, so that the gradients of the parameters have to be averaged afterwards, which is
-what DistributedDataParallel does: the average is the gradient of that loss.
+Each process calls backward on the same number, the loss of the whole batch. What `gather` and `all_reduce_sum` pass
+back is the sum of what the processes pass to them, so that the gradients of the parameters have to be averaged
+afterwards, as DistributedDataParallel does: the average is the gradient of that loss.
 """
 import os
 
@@ -15,14 +15,14 @@ from util.errors import UserError
 
 
 def start_processes(cuda):
-    """Meet the other processes, if torchrun started several: NCCL for what lies on GPUs, gloo for the rest."""
+    """Rendezvous with the other processes, if torchrun started several: NCCL for GPUs, gloo for the CPU."""
     if _number('WORLD_SIZE', 1) == 1 or _started():
         return
     try:
         dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo')
     except (ValueError, RuntimeError) as error:
-        raise UserError(f'WORLD_SIZE is {_number("WORLD_SIZE", 1)}, but the processes do not meet ({error}): expected '
-                        'torchrun to start them') from error
+        raise UserError(f'WORLD_SIZE is {_number("WORLD_SIZE", 1)}, but the rendezvous failed ({error}): expected '
+                        'torchrun to start the processes') from error
 
 
 def _number(name, default):
@@ -35,7 +35,7 @@ def _number(name, default):
 
 
 def expected_processes():
-    """How many processes there will be when they have met."""
+    """How many processes there will be after the rendezvous."""
     return _number('WORLD_SIZE', 1)
 
 
@@ -65,14 +65,14 @@ def local_processes():
     return _number('LOCAL_WORLD_SIZE', 1) if expected_processes() > 1 else 1
 
 
-def share(n):
-    """The slice of a batch of n pictures that is this process's: at least two, which batch norm needs, or none."""
+def local_slice(n):
+    """The slice of a batch of n images that is this process's: at least two, which batch norm needs, or none."""
     active = max(1, min(world_size(), n // 2))
     bounds = [n * min(i, active) // active for i in (rank(), rank() + 1)]
     return slice(*bounds)
 
 
-def sizes_of(n):
+def all_sizes(n):
     """The numbers n of all processes, a list."""
     if world_size() == 1:
         return [n]
@@ -82,9 +82,9 @@ def sizes_of(n):
     return torch.cat(numbers).tolist()
 
 
-def largest(n):
+def all_max(n):
     """The largest of the numbers n of all processes; waits for all of them."""
-    return max(sizes_of(n))
+    return max(all_sizes(n))
 
 
 def _device_of_numbers():
@@ -94,7 +94,7 @@ def _device_of_numbers():
 
 
 def gather(x, sizes):
-    """The rows of all processes, with gradient: [n, ...] -> [sum(sizes), ...]; sizes as `sizes_of(n)`."""
+    """The rows of all processes, with gradient: [n, ...] -> [sum(sizes), ...]; sizes as `all_sizes(n)`."""
     return x if len(sizes) == 1 else _Gather.apply(x, sizes)
 
 
@@ -116,12 +116,12 @@ class _Gather(torch.autograd.Function):
         return grad[ctx.rows], None
 
 
-def total(x):
+def all_reduce_sum(x):
     """The sum of x over all processes, with gradient."""
-    return x if world_size() == 1 else _Total.apply(x)
+    return x if world_size() == 1 else _AllReduceSum.apply(x)
 
 
-class _Total(torch.autograd.Function):
+class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         x = x.clone(memory_format=torch.contiguous_format)
@@ -131,30 +131,30 @@ class _Total(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return _Total.forward(ctx, grad)
+        return _AllReduceSum.forward(ctx, grad)
 
 
-def mean(values, counted=None):
+def global_mean(values, counted=None):
     """The mean of the values [n] of all processes, or of those that are `counted` ([n] bool); 0 where there is none."""
     if counted is None:
         counted = torch.ones_like(values, dtype=torch.bool)
-    both = total(torch.stack([torch.where(counted, values, 0).sum(), counted.sum().to(values.dtype)]))
+    both = all_reduce_sum(torch.stack([torch.where(counted, values, 0).sum(), counted.sum().to(values.dtype)]))
     return both[0] / both[1].clamp(min=1)
 
 
-def moved(x, device):
+def to_device(x, device):
     """A tensor on a device; a GPU is not waited for."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' != x.device.type else x.to(device)
 
 
-def exchanged(x, order, sizes):
+def all_to_all_rows(x, order, sizes):
     """Of the rows of all processes, put into another order, those that come to this process.
 
     x [n, ...], its rows of the whole batch; order [sum(sizes)], a permutation that is the same everywhere; sizes as
-    `sizes_of(n)` -> [n, ...]. Each row is sent only to where it is wanted.
+    `all_sizes(n)` -> [n, ...]. Each row is sent only to where it is wanted.
     """
     if len(sizes) == 1:
-        return x[moved(order, x.device)]
+        return x[to_device(order, x.device)]
     ends = torch.tensor(sizes).cumsum(0)
     owner = torch.bucketize(order, ends, right=True)                    # of the row that is wanted at each place
     first = int(ends[rank()]) - sizes[rank()]
@@ -162,17 +162,17 @@ def exchanged(x, order, sizes):
     sent = [part[of == rank()] - first for part, of in zip(order.split(sizes), wanted)]
     mine = wanted[rank()]
     received = x.new_empty(len(mine), *x.shape[1:])
-    dist.all_to_all_single(received, x[moved(torch.cat(sent), x.device)],
+    dist.all_to_all_single(received, x[to_device(torch.cat(sent), x.device)],
                            torch.bincount(mine, minlength=len(sizes)).tolist(), [len(part) for part in sent])
-    return received[moved(mine.argsort(stable=True).argsort(), x.device)]
+    return received[to_device(mine.argsort(stable=True).argsort(), x.device)]
 
 
-def in_turn(make):
+def rank_zero_first(make):
     """make(), in process 0 first, then in the first of every other machine, then in the others: where the first finds
     what all need and writes it down, the others read that."""
     mine = 0 if rank() == 0 else 1 if local_rank() == 0 else 2
     for turn in range(3):
         if turn == mine:
             made = make()
-        largest(0)
+        all_max(0)
     return made

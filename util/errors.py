@@ -54,12 +54,12 @@ def _explained(error):
             'out of memory' in text or 'allocate memory' in text)):
         return 'out of memory: try a smaller --batch_size, --size or --model, or --amp' + f' ({text})' * bool(text)
     if isinstance(error, RuntimeError) and is_peer_failure(error):
-        return f'another process has ended: its own lines tell why ({error})'
+        return f'another process has ended: see its own lines for the reason ({error})'
     return None
 
 
 def _process_group():
-    """torch.distributed where the processes of torchrun have met, else None."""
+    """torch.distributed after the rendezvous of torchrun's processes, else None."""
     dist = sys.modules.get('torch.distributed')                 # not imported, not started
     return dist if dist and dist.is_available() and dist.is_initialized() else None
 

@@ -21,12 +21,12 @@ SUFFIXES = ('.pth', '.pt2', '.onnx')
 class Exporter:
     """Writes a network of main_ce.py or main_linear.py to --export.
 
-    The file takes pictures [bsz, 3, size, size] of 0..1, minus mean, divided by std, and gives logits. It holds
+    The file takes images [bsz, 3, size, size] of 0..1, minus mean, divided by std, and gives logits. It holds
     `classes`, `mean`, `std`, `size`, `model`, `stem` and `width` too:
 
     - .pth: beside `state_dict`; a ResNet's parameters have torchvision's names (with stem cifar conv1 is 3x3 of stride
       1 and there is no max-pool), another backbone's timm's.
-    - .pt2: as JSON in the extra file info.json: torch.export.load(file, extra_files=extra).module()(pictures).
+    - .pt2: as JSON in the extra file info.json: torch.export.load(file, extra_files=extra).module()(images).
     - .onnx: as JSON in the metadata; needs the packages onnx and onnxscript.
 
     Raises UserError for a file that it could not write, when it is made and when it writes.
@@ -51,7 +51,7 @@ class Exporter:
             raise UserError(f'--export {self.file}: cannot be written ({error})') from error
 
     def write(self):
-        """Write the file; its name is there only when it is whole."""
+        """Write the file; its name appears only when it is complete."""
         contents = self._contents()
         try:
             self.partial.write_bytes(contents)
@@ -68,14 +68,14 @@ class Exporter:
                 torch.save({'state_dict': named_as_elsewhere(encoder, fc), **self.info}, buffer)
             else:
                 self._trace(nn.Sequential(encoder, fc), buffer)
-        except Exception as error:                      # not every backbone can be traced, and each says it otherwise
+        except Exception as error:                      # not every backbone can be traced; they raise anything
             raise UserError(f'--export {self.file}: {self.opt.model} cannot be exported so ({error})') from error
         return buffer.getvalue()
 
     def _trace(self, network, buffer):
-        pictures = torch.zeros(2, 3, self.opt.size, self.opt.size)
+        images = torch.zeros(2, 3, self.opt.size, self.opt.size)
         batch = torch.export.Dim('batch', min=1)
-        program = torch.export.export(network.eval(), (pictures,), dynamic_shapes=({0: batch},))
+        program = torch.export.export(network.eval(), (images,), dynamic_shapes=({0: batch},))
         if self.file.suffix == '.pt2':
             torch.export.save(program, buffer, extra_files={'info.json': json.dumps(self.info)})
             return

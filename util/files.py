@@ -1,6 +1,8 @@
-"""Files of a run: written whole or not at all, never through links, in a folder that one process holds."""
+"""Files: a run's are written completely or not at all, never through links, in a folder that one process holds; of
+others only regular files are read, and their names are the same in every locale."""
 import contextlib
 import os
+import stat
 import zipfile
 
 from util.distributed import rank
@@ -84,3 +86,38 @@ def stored_bytes(file):
     size = sum(member.file_size for member in members)
     stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
     return size if stored and size <= os.path.getsize(file) else None
+
+
+def open_regular(file, largest):
+    """A binary stream of a regular file, links followed; ValueError for a pipe or device, of which reading may never
+    end, and for a file of no bytes (also those of the kernel in /proc) or more than `largest`."""
+    status = os.stat(file)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError('not a regular file')
+    if not 0 < status.st_size <= largest:
+        raise ValueError(f'{status.st_size} bytes, expected 1 to {largest}')
+    return open(file, 'rb')
+
+
+def as_text(name):
+    """The name of a file or folder decoded as UTF-8, whatever the locale: the same names and order everywhere."""
+    return os.fsencode(name).decode('utf-8', 'surrogateescape')
+
+
+def files_below(folder):
+    """All files below a folder but hidden ones; links are followed, each folder is visited once, none above it.
+
+    Raises OSError where a folder cannot be listed.
+    """
+    def stop(error):
+        raise error
+
+    start, visited = os.path.realpath(folder), set()
+    for parent, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        folders.sort(key=as_text)                       # of several links to a folder the same one every time
+        real = os.path.realpath(parent)
+        if real in visited or start.startswith(os.path.join(real, '')):
+            folders.clear()
+            continue
+        visited.add(real)
+        yield from (os.path.join(parent, name) for name in names if not name.startswith('.'))

@@ -4,7 +4,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from util.distributed import mean, share, total
+from util.distributed import all_reduce_sum, global_mean, local_slice
 from util.errors import UserError
 
 
@@ -29,7 +29,7 @@ class AverageMeter:
 
     @property
     def state(self):
-        """What the constructor takes to go on from here."""
+        """The arguments with which the constructor resumes from here."""
         return float(self._sum), self.count
 
 
@@ -43,11 +43,11 @@ def check_finite(losses, epoch, step):
 def accuracy(output, target):
     """Top-1 accuracy (%) of logits [bsz, num_classes] for classes [bsz], over all processes: a scalar tensor.
 
-    For label distributions [bsz, num_classes], the mean share (%) of the predicted class.
+    For label distributions [bsz, num_classes], the mean fraction (%) of the predicted class.
     """
     predicted = output.argmax(1)
     right = predicted == target if target.dim() == 1 else target.gather(1, predicted[:, None])
-    return 100 * mean(right.flatten().float())
+    return 100 * global_mean(right.flatten().float())
 
 
 @torch.no_grad()
@@ -61,11 +61,11 @@ def feature_spread(features):
 
 
 def ood_metrics(val_logits, id_logits, ood_logits):
-    """How a classifier's confidence, its largest softmax probability, tells near-ood pictures; logits [n, num_classes].
+    """How a classifier's confidence, its largest softmax probability, separates ood images; logits [n, num_classes].
 
-    Mean confidence on id and on ood pictures and their difference; and for telling validation pictures, which no one
-    was trained on, from ood pictures: AUROC (%), and the share (%) of ood pictures that are taken for validation
-    pictures at the threshold where 95 % of these are (Hendrycks and Gimpel, 2017, https://arxiv.org/abs/1610.02136).
+    Mean confidence on id and on ood images and their difference; and for telling validation images, which no one
+    was trained on, from ood images: AUROC (%), and the fraction (%) of ood images that are taken for validation
+    images at the threshold where 95 % of these are (Hendrycks and Gimpel, 2017, https://arxiv.org/abs/1610.02136).
     """
     from sklearn.metrics import roc_auc_score, roc_curve
     val, id, ood = (logits.softmax(1).amax(1).double().cpu() for logits in (val_logits, id_logits, ood_logits))
@@ -85,14 +85,14 @@ def ood_report(values):
 
 @torch.no_grad()
 def knn_accuracy(memory, memory_labels, features, labels, k=200, temperature=0.1):
-    """Top-1 accuracy (%) of the weighted k-nearest-neighbour classifier.
+    """Top-1 accuracy (%) of the weighted k-nearest-neighbor classifier.
 
     Each of the k most cosine-similar of memory [n, dim] votes for its class with exp(similarity / temperature)
-    (Wu et al., 2018, https://arxiv.org/abs/1805.01978). Of several processes, which all have everything, each
-    classifies its share.
+    (Wu et al., 2018, https://arxiv.org/abs/1805.01978). Of several processes, which all have all features,
+    each classifies a slice.
     """
-    mine = share(len(labels))
-    everything, features, labels = len(labels), features[mine], labels[mine]
+    mine = local_slice(len(labels))
+    n_total, features, labels = len(labels), features[mine], labels[mine]
     memory, features = F.normalize(memory, dim=1), F.normalize(features, dim=1)
     num_classes = int(memory_labels.max()) + 1
     correct = torch.zeros((), dtype=torch.long, device=features.device)
@@ -101,4 +101,4 @@ def knn_accuracy(memory, memory_labels, features, labels, k=200, temperature=0.1
         votes = torch.zeros(len(part), num_classes, device=part.device)
         votes.scatter_add_(1, memory_labels[nearest], (similarity / temperature).exp())
         correct += (votes.argmax(1) == target).sum()
-    return 100 * int(total(correct)) / everything
+    return 100 * int(all_reduce_sum(correct)) / n_total

@@ -111,60 +111,60 @@ OPTIONS = {
         ('--data_folder --data_dir', dict(metavar='FOLDER', help='folder of the data; needed by --dataset path; '
                                           'default: ./data, ./data/imagenet, ./data/MVIP/sets')),
         ('--mean', dict(type=channels(number(float, -math.inf)), metavar='"(R, G, B)"',
-                        help="channel means; default: the dataset's, or measured on the training pictures")),
+                        help="channel means; default: the dataset's, or measured on the training images")),
         ('--std', dict(type=channels(POSITIVE), metavar='"(R, G, B)"',
                        help='channel standard deviations; default: as --mean')),
         ('--size --image_size', dict(type=number(int, 8, 4096), metavar='PIXELS',
                                      help='side of the views; default: 32, digits 16, imagenet and mvip 224')),
-        ('--max_samples', dict(type=COUNT, metavar='N', help='use at most N training and N validation pictures, '
+        ('--max_samples', dict(type=COUNT, metavar='N', help='use at most N training and N validation images, '
                                'spread over the classes; default: all')),
-        ('--samples_per_class', dict(type=COUNT, metavar='N', help='train on at most N pictures of each class, drawn '
-                                     'with --seed; validation and augmentation folders stay whole; default: all')),
+        ('--samples_per_class', dict(type=COUNT, metavar='N', help='train on at most N images of each class, sampled '
+                                     'with --seed; not of validation and augmentation folders; default: all')),
         ('--loader', dict(choices=('auto', 'batched', 'workers', 'per_sample'), default='auto',
-                          help='batched: all pictures in memory, views drawn on the device; workers: worker processes '
-                               'read and crop, colours on the device; per_sample: torchvision transforms in worker '
-                               'processes; auto: batched where the pictures fit, else workers')),
-        ('--cache_dir', dict(metavar='FOLDER', help='keep decoded pictures of folders there, for the next start; '
+                          help='batched: all images in memory, views sampled on the device; workers: worker processes '
+                               'read and crop, colors on the device; per_sample: torchvision transforms in worker '
+                               'processes; auto: batched where the images fit, else workers')),
+        ('--cache_dir', dict(metavar='FOLDER', help='keep decoded images of folders there, for the next start; '
                              'default: nowhere')),
-        ('--num_workers', dict(type=COUNT_OR_ZERO, metavar='N', help='worker processes that read and draw; default, '
+        ('--num_workers', dict(type=COUNT_OR_ZERO, metavar='N', help='worker processes that read and sample; default, '
                                'and never more than: the cores there are')),
     ],
     'views': [
         ('--augment_policy', dict(choices=('no', 'sim', 'auto', 'rand', 'stacked_rand'), help='training views beside '
-                                  'cropping and flipping: no: nothing; sim: colour jitter and grayscale; auto: '
+                                  'cropping and flipping: no: nothing; sim: color jitter and grayscale; auto: '
                                   'AutoAugment; rand: RandAugment; stacked_rand: RandAugment and sim (default: sim in '
                                   'pretraining and for mvip, else no)')),
-        ('--crop_min', dict(type=number(float, 1e-3, 1), metavar='SHARE', help='smallest share of the area of a random '
-                            'crop; default: 0.2, digits 0.4, imagenet 0.08, mvip 0.6 and 0.8')),
-        ('--jitter_strength', dict(type=number(float, 0, 2), default=0.5, metavar='S', help='of the colours of sim')),
+        ('--crop_min', dict(type=number(float, 1e-3, 1), metavar='FRACTION', help='smallest fraction of the area of a '
+                            'random crop; default: 0.2, digits 0.4, imagenet 0.08, mvip 0.6 and 0.8')),
+        ('--jitter_strength', dict(type=number(float, 0, 2), default=0.5, metavar='S', help='of the colors of sim')),
         ('--blur_p', dict(type=number(float, 0, 1), default=0., metavar='P', help='probability of blur in sim')),
         ('--rand_n', dict(type=number(int, 1, 20), default=1, metavar='N', help='operations of RandAugment')),
         ('--rand_m', dict(type=number(int, 0, 30), default=2, metavar='M', help='their magnitude')),
-        ('--cutout', dict(FLAG, help='set squares of training views to the mean colour')),
+        ('--cutout', dict(FLAG, help='set squares of training views to the mean color')),
         ('--n_holes', dict(type=number(int, 1, 100), default=1, metavar='N', help='squares of --cutout')),
         ('--cutout_length', dict(type=COUNT, default=16, metavar='PIXELS', help='their side')),
-        ('--erasing', dict(FLAG, help='set a rectangle of training views to the mean colour'), CE + LINEAR),
+        ('--erasing', dict(FLAG, help='set a rectangle of training views to the mean color'), CE + LINEAR),
         ('--erasing_p', dict(type=number(float, 0, 1), default=0.5, metavar='P', help='probability of --erasing'),
          CE + LINEAR),
-        ('--mix', dict(choices=('mixup', 'cutmix', 'mixup_cutmix'), help='mix the pictures of a batch and their '
+        ('--mix', dict(choices=('mixup', 'cutmix', 'mixup_cutmix'), help='mix the images of a batch and their '
                        'labels; mixup_cutmix tosses a coin for each batch and view; pretraining: for GenSCL (default: '
                        'none)')),
         ('--mix_alpha', dict(type=number(float, 0, 1e3, open_low=True), default=1., metavar='ALPHA',
-                             help='the share of each picture is drawn from Beta(ALPHA, ALPHA)')),
+                             help='the fraction of each image is sampled from Beta(ALPHA, ALPHA)')),
     ],
     'mvip and augmentation folders': [
         ('--mvip_super_class', dict(default='CarComponent', metavar='NAME', help='super-class whose classes are used')),
         ('--mvip_num_classes', dict(type=COUNT, default=20, metavar='N', help='use its first N classes, by name')),
         ('--aug_mode', dict(choices=('none', 'with_id', 'with_both', 'id_only', 'ood_only'), default='none',
-                            help='with_id: in-distribution pictures join the training pictures; with_both: and, in '
+                            help='with_id: in-distribution images join the training images; with_both: and, in '
                             'pretraining, near-out-of-distribution ones as hard negatives; id_only, ood_only: train on '
                             'neither, evaluate on one kind')),
         ('--aug_root', dict(default='./da_fusion/output', metavar='FOLDER', help='root of the augmentation folders')),
         ('--aug_output_name', dict(metavar='NAME', help='folder in it; default: no augmentation folders')),
-        ('--aug_name_id', dict(metavar='NAME', help='folder of in-distribution pictures in that; default: none')),
-        ('--aug_name_ood', dict(metavar='NAME', help='folder of near-out-of-distribution pictures; default: none')),
+        ('--aug_name_id', dict(metavar='NAME', help='folder of in-distribution images in that; default: none')),
+        ('--aug_name_ood', dict(metavar='NAME', help='folder of near-out-of-distribution images; default: none')),
         ('--aug_ex_id', dict(type=number(int, -1), default=-1, metavar='N',
-                             help='use at most N source pictures of each class; -1: all')),
+                             help='use at most N source images of each class; -1: all')),
         ('--aug_ex_ood', dict(type=number(int, -1), default=-1, metavar='N', help='the same for the others')),
     ],
     'network': [
@@ -191,13 +191,13 @@ OPTIONS = {
         ('--base_temperature', dict(type=number(float, 1e-4, 1e4), default=0.07, metavar='T', help='the loss is '
                                     'multiplied by temp / T'), SUPCON),
         ('--contrast_mode', dict(choices=('all', 'one'), default='all', help='anchors: all views, or the first of each '
-                                 'picture'), SUPCON),
+                                 'image'), SUPCON),
         ('--summation_location', dict(choices=('out', 'in'), default='out', help='mean over the positives outside or '
                                       'inside the log'), SUPCON),
         ('--denominator_mode', dict(choices=('all', 'one_positive', 'only_negatives'), default='all',
                                     help='what the denominator sums over'), SUPCON),
         ('--positives_cap', dict(type=number(int, -1, 2**31), default=-1, metavar='N', help='positives of other '
-                                 'pictures that count, a multiple of 2; -1: all'), SUPCON),
+                                 'images that count, a multiple of 2; -1: all'), SUPCON),
         ('--moco', dict(FLAG, help='momentum contrast: contrasts are keys of a momentum copy, and a queue of earlier '
                         'ones'), SUPCON),
         ('--moco_k', dict(type=number(int, 1, 2**24), default=65536, metavar='N', help='keys in the queue, a multiple '
@@ -217,11 +217,11 @@ OPTIONS = {
         ('--teacher_ckpt', dict(metavar='FILE', help='the checkpoint in it; default: ckpt_best.pth, in a run of '
                                 'main_ce.py last.ckpt'), SUPCON),
         ('--teacher_kind', dict(metavar='NAME', help='model of timm that it holds, default: '
-                                'efficientnetv2_rw_m; one of main_ce.py or main_linear.py tells itself'), SUPCON),
+                                'efficientnetv2_rw_m; one of main_ce.py or main_linear.py records its own'), SUPCON),
         ('--ckpt', dict(metavar='FILE', help='checkpoint of the pretrained encoder; needed, or:'), LINEAR),
         ('--pretrained', dict(type=folder_name, metavar='NAME', help='the run output/NAME, of the same --trial, needed '
                               'where --ckpt is not given'), LINEAR),
-        ('--cache_features', dict(FLAG, help='compute the features of all pictures once, without augmentation, and '
+        ('--cache_features', dict(FLAG, help='compute the features of all images once, without augmentation, and '
                                   'train the classifier on these: another protocol, and many times faster'), LINEAR),
         ('--pretrained_ckpt', dict(type=folder_name, default='last.ckpt', metavar='FILE',
                                    help='checkpoint of that run'), LINEAR),
@@ -229,13 +229,13 @@ OPTIONS = {
     'optimization': [
         ('--epochs', dict(type=COUNT, metavar='N', help='epochs')),
         ('--batch_size', dict(type=number(int, 2, 2**20), default=256, metavar='N',
-                              help='pictures in a batch, over all devices')),
+                              help='images in a batch, over all devices')),
         ('--learning_rate --lr', dict(type=number(float, 0, 1e6, open_low=True), metavar='LR',
                                       help='learning rate')),
         ('--base_lr', dict(type=number(float, 0, 1e6, open_low=True), metavar='LR', help='learning rate for 256 '
-                           'pictures: replaces --lr by LR * batch size / 256; default: --lr')),
-        ('--accum_steps', dict(type=COUNT, default=1, metavar='N', help='pieces that a batch goes through the network '
-                               'in; the loss is that of the whole batch')),
+                           'images: replaces --lr by LR * batch size / 256; default: --lr')),
+        ('--accum_steps', dict(type=COUNT, default=1, metavar='N', help='micro-batches that a batch goes through the '
+                               'network in; the loss is that of the whole batch')),
         ('--lr_decay_epochs', dict(type=epochs_list, metavar='E,E,...',
                                    help='after these epochs the rate decays (without --cosine)')),
         ('--lr_decay_rate', dict(type=number(float, 0, 1), default=0.1, metavar='RATE',
@@ -258,20 +258,20 @@ OPTIONS = {
         ('--weight_decay', dict(type=number(float, 0, 1e3), default=1e-4, metavar='WD',
                                 help='weight decay')),
         ('--momentum', dict(type=number(float, 0, 1), default=0.9, metavar='M', help='momentum of SGD and RMSProp')),
-        ('--label_smoothing', dict(type=number(float, 0, 1), default=0., metavar='S', help='share of each label that '
-                                   'is spread over all classes'), CE + LINEAR),
+        ('--label_smoothing', dict(type=number(float, 0, 1), default=0., metavar='S', help='fraction of each label '
+                                   'that is spread over all classes'), CE + LINEAR),
         ('--amp', dict(action=Switch, help='mixed precision: bfloat16, or float16 on GPUs without it')),
         ('--compile', dict(FLAG, help='torch.compile the encoder')),
     ],
     'run': [
         ('--output_name --desc', dict(type=folder_name, metavar='NAME', help='the run is output/NAME/trial=TRIAL; '
                                       'default: named after the settings')),
-        ('--trial', dict(type=folder_name, default='0', metavar='TRIAL', help='tells repeated runs apart')),
+        ('--trial', dict(type=folder_name, default='0', metavar='TRIAL', help='distinguishes repeated runs')),
         ('--seed', dict(type=number(int, 0, 2**31), default=0, metavar='N', help='of weights, views and splits')),
         ('--resume', dict(nargs='?', const='auto', metavar='auto|FILE', help="continue from the run's last.ckpt, if "
                           'there is one, or from another checkpoint of it; default: no')),
-        ('--force', dict(FLAG, help='resume with other options than the run was begun with')),
-        ('--overwrite', dict(FLAG, help='begin anew where the folder holds another run')),
+        ('--force', dict(FLAG, help='resume with other options than the run was started with')),
+        ('--overwrite', dict(FLAG, help='restart where the folder holds another run')),
         ('--print_freq', dict(type=COUNT, default=10, metavar='N', help='steps between lines')),
         ('--save_freq', dict(type=COUNT, default=50, metavar='N', help='epochs between kept checkpoints')),
         ('--keep_ckpts', dict(type=COUNT, metavar='N', help='keep only the newest N of these; default: all')),
@@ -287,7 +287,7 @@ OPTIONS = {
                           '--evaluate those of last.ckpt: .pth a state dict with the names of torchvision or timm, '
                           '.pt2 a program of torch.export, or .onnx; default: no'), CE + LINEAR),
         ('--debug', dict(FLAG, help='one epoch only')),
-        ('--wandb', dict(FLAG, help='send curves and pictures to Weights & Biases too (pip install wandb)')),
+        ('--wandb', dict(FLAG, help='send curves and images to Weights & Biases too (pip install wandb)')),
         ('--wandb_entity', dict(metavar='NAME', help='its user or team; default: yours')),
         ('--wandb_project', dict(default='supcon', metavar='NAME', help='its project')),
     ],
@@ -334,7 +334,7 @@ EVALUATION = (*DATA, 'size', 'mean', 'std', 'max_samples', 'samples_per_class', 
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that refuses in one line."""
+    """An ArgumentParser that reports errors in one line."""
 
     def error(self, message):
         unknown = re.match(r'unrecognized arguments: --([\w-]+)', message)
@@ -467,9 +467,9 @@ def underscores(word):
 def _complete(opt, program, given, info):
     """Check what depends on several options, and fill in what follows from them."""
     if opt.dataset == 'path' and not opt.data_folder:
-        raise UserError('--dataset path: --data_folder is missing, expected a folder of pictures')
+        raise UserError('--dataset path: --data_folder is missing, expected a folder of images')
     if opt.loader == 'batched' and opt.augment_policy in ('auto', 'rand', 'stacked_rand'):
-        raise UserError(f'--augment_policy {opt.augment_policy} is drawn one picture at a time, expected --loader '
+        raise UserError(f'--augment_policy {opt.augment_policy} is sampled one image at a time, expected --loader '
                         'auto, workers or per_sample')
     for name in ('cosine', 'LARS', 'nesterov', 'amp'):
         setattr(opt, name, bool(getattr(opt, name)))
@@ -479,10 +479,10 @@ def _complete(opt, program, given, info):
         if one in given and other in given and getattr(opt, one) and getattr(opt, other):
             raise UserError(f'--{one} and --{other} are both given, expected at most one')
     if 'cache_dir' in given and opt.dataset in ('digits', 'cifar10', 'cifar100'):
-        raise UserError(f'--cache_dir has no effect: --dataset {opt.dataset} is no folder of pictures')
+        raise UserError(f'--cache_dir has no effect: --dataset {opt.dataset} is no folder of images')
     for name in ('augment_policy', 'crop_min', 'jitter_strength', 'blur_p', 'cutout', 'erasing', 'mix'):
         if getattr(opt, 'cache_features', False) and name in given and getattr(opt, name) not in ('no', False):
-            raise UserError(f'--{name} has no effect: --cache_features shows each picture as evaluation does')
+            raise UserError(f'--{name} has no effect: --cache_features shows each image as evaluation does')
     if opt.exp_decay:                                   # a method may have --cosine as its default
         opt.cosine = False
     if opt.nesterov and not opt.momentum:
@@ -500,7 +500,7 @@ def _complete(opt, program, given, info):
     opt.data_folder = opt.data_folder or info.folder
     from util.distributed import expected_processes, local_processes  # here: --help does not wait for torch
     if opt.batch_size < 2 * expected_processes():
-        raise UserError(f'--batch_size {opt.batch_size}: expected at least 2 pictures for each of '
+        raise UserError(f'--batch_size {opt.batch_size}: expected at least 2 images for each of '
                         f'{expected_processes()} processes')
     cores = max(1, (os.cpu_count() or 1) // local_processes())
     opt.num_workers = cores if opt.num_workers is None else min(opt.num_workers, cores)
@@ -521,7 +521,7 @@ def _check_generalized(opt):
 
 def _check_loss(opt):
     if opt.positives_cap > 0 and opt.positives_cap % 2:
-        raise UserError(f'--positives_cap {opt.positives_cap}: expected a multiple of 2, the views of a picture')
+        raise UserError(f'--positives_cap {opt.positives_cap}: expected a multiple of 2, the views of an image')
     changed = [name for name, default in (('summation_location', 'out'), ('denominator_mode', 'all'),
                                           ('positives_cap', -1)) if getattr(opt, name) != default]
     if opt.method == 'GenSCL' and (changed or opt.moco):

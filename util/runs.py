@@ -17,14 +17,14 @@ from util.checkpoints import (
     load_optimizer,
     load_parameters,
     load_scaler,
-    newest_whole_checkpoint,
+    newest_valid_checkpoint,
     plain_values,
     strip_wrappers,
     whole_number,
     write_checkpoint,
 )
 from util.curves import Curves, grid_of_views
-from util.distributed import largest, rank
+from util.distributed import all_max, rank
 from util.errors import UserError
 from util.files import FolderLock, check_locks, replace_file, writing
 from util.log import log, progress
@@ -90,7 +90,7 @@ class Run:
                 self.checkpoint = self._checkpoint_to_resume(used)
             elif used and not opt.overwrite:
                 raise UserError(f'{self.folder} holds another run, expected --resume to continue it, --overwrite to '
-                                'begin anew, or another --trial or --output_name')
+                                'restart, or another --trial or --output_name')
             if (self.folder / '.lock').exists() and not getattr(opt, 'evaluate', False):
                 self.lock.acquire()
                 self.lock.release()
@@ -98,7 +98,7 @@ class Run:
             raise UserError(f'{self.folder}: not a folder of a run ({error})') from error
 
     def _last_written(self):
-        """When last.ckpt was written, as far as the file system tells, or None."""
+        """When last.ckpt was written, in the precision of the file system, or None."""
         try:
             status = self.last.stat()
         except OSError:
@@ -118,9 +118,9 @@ class Run:
             self.opt.loader_chosen = checkpoint['opt'].get('loader_chosen')     # it decides how views are sampled
             return checkpoint
         except UserError as error:
-            whole = newest_whole_checkpoint(self.folder)
-            raise UserError(f'--resume: {error}' + f'; the newest whole checkpoint is {whole}: continue with --resume '
-                            f'{whole}' * bool(whole)) from error
+            valid = newest_valid_checkpoint(self.folder)
+            raise UserError(f'--resume: {error}' + f'; the newest valid checkpoint is {valid}: continue with --resume '
+                            f'{valid}' * bool(valid)) from error
 
     def restore(self, model, optimizer, scaler):
         """Load the checkpoint into model, optimizer and scaler, if the run resumes: -> the epoch to continue with."""
@@ -128,7 +128,7 @@ class Run:
         if self.checkpoint is not None:
             changed = self._changed_options(vars(self.opt).keys() - RESUME_MAY_CHANGE)
             if changed:
-                message = f"--resume: {self.source} was begun with other options: {'; '.join(changed)}"
+                message = f"--resume: {self.source} was started with other options: {'; '.join(changed)}"
                 if not self.opt.force:
                     raise UserError(f'{message}; expected the same, or --force')
                 log(message)
@@ -136,12 +136,12 @@ class Run:
             if changed and self.step:                   # its steps may have other batches now
                 log(f'--force: epoch {epoch + 1} begins again')
                 self.step, self.saved_meters = 0, {}
-        if largest(epoch) != -largest(-epoch) or largest(self.step) != -largest(-self.step):
+        if all_max(epoch) != -all_max(-epoch) or all_max(self.step) != -all_max(-self.step):
             raise UserError('--resume: the processes see different checkpoints, expected output/ on a file system that '
                             'all machines share')
-        begun = epoch + (self.step > 0)
-        if begun > self.opt.epochs:
-            raise UserError(f'--resume: {self.source} has {begun} epochs, expected --epochs of at least that')
+        started = epoch + (self.step > 0)
+        if started > self.opt.epochs:
+            raise UserError(f'--resume: {self.source} has {started} epochs, expected --epochs of at least that')
         return epoch + 1
 
     def _load_state(self):
@@ -162,13 +162,13 @@ class Run:
             scaler = saved.get('scaler') or {}
             load_scaler(self.scaler, scaler)
             # The first steps of float16 may all have been skipped; not every parameter of timm's has gradients.
-            begun = bool((epoch or self.step) and (saved['optimizer']['state'] or not scaler))
+            started = bool((epoch or self.step) and (saved['optimizer']['state'] or not scaler))
             optional = {parameter for name, parameter in self.model.named_parameters() if 'backbone.' in name}
-            load_optimizer(self.optimizer, saved['optimizer'], begun, optional)
+            load_optimizer(self.optimizer, saved['optimizer'], started, optional)
         except UserError:
             raise
         except Exception as error:                      # what is missing or of another kind can raise anything
-            raise UserError(f'--resume: {self.source} is no whole checkpoint of a run ({error!r:.300})') from error
+            raise UserError(f'--resume: {self.source} is no valid checkpoint of a run ({error!r:.300})') from error
         del self.checkpoint['model'], self.checkpoint['optimizer']      # their memory is not needed twice
         return epoch
 
@@ -177,7 +177,7 @@ class Run:
         if changed := self._changed_options(EVALUATION):
             log(f"--evaluate: not as in {self.last}: {'; '.join(changed)}")
         if self.checkpoint.get('classes', classes) != classes:
-            raise UserError(f'--evaluate: {self.last} knows other classes than the pictures have')
+            raise UserError(f'--evaluate: {self.last} has other classes than the images')
         load_parameters(model, self.checkpoint['model'], str(self.last))
 
     def _changed_options(self, names):
@@ -189,7 +189,7 @@ class Run:
         """Make the folder and what is in it: -> this run, as a context that signals end after the next step."""
         self.classes = classes
         if self.checkpoint and self.checkpoint.get('classes', classes) != classes:
-            raise UserError(f'--resume: {self.source} knows other classes than the pictures have')
+            raise UserError(f'--resume: {self.source} has other classes than the images')
         if rank() == 0:
             try:
                 self._make_folder()
@@ -260,7 +260,7 @@ class Run:
         averages = {name: meter.avg for name, meter in self.meters.items()}
         self.seconds = time.time() - self.started
         images = sum(self.sizes) - self.images_before
-        return {**averages, 'pictures_per_second': images / max(self.seconds, 1e-9)}
+        return {**averages, 'images_per_second': images / max(self.seconds, 1e-9)}
 
     def _print_step(self, epoch, step, steps, batch_time, data_time):
         losses, *others = self.meters.values()
@@ -273,7 +273,7 @@ class Run:
 
     def _after_step(self, epoch, step):
         """Save every --save_steps, and end the run after a signal."""
-        stop = largest(self.signals.number)
+        stop = all_max(self.signals.number)
         if stop or self.opt.save_steps and step % self.opt.save_steps == 0:
             self._write(['last.ckpt'], epoch - 1, step, self.meters)
         self._stop(stop, epoch, f'step {step} of ')
@@ -285,7 +285,7 @@ class Run:
         kept = [f'ckpt_epoch_{epoch}.ckpt'] if epoch % self.opt.save_freq == 0 else []
         self._write([*kept, 'last.ckpt'], epoch, 0, {})
         self.step = 0
-        self._stop(largest(self.signals.number), epoch)
+        self._stop(all_max(self.signals.number), epoch)
 
     def _stop(self, signal_number, epoch, step=''):
         if signal_number:

@@ -13,9 +13,9 @@ from util.training import precision, spread
 
 
 class Teacher(nn.Module):
-    """A frozen classifier in eval mode: pictures [n, 3, size, size] -> logits [n, num_classes], without gradient.
+    """A frozen classifier in eval mode: images [n, 3, size, size] -> logits [n, num_classes], without gradient.
 
-    mean and std of the channels are those it was trained with, student_mean and student_std those of the pictures.
+    mean and std of the channels are those it was trained with, student_mean and student_std those of the images.
     Set `precision` to a dtype to compute in mixed precision.
     """
 
@@ -42,7 +42,7 @@ class Teacher(nn.Module):
 def read_teacher(opt):
     """The checkpoint in --teacher_path, checked as far as it can be alone; None without --KD.
 
-    Where it is of one of these programs and of the same dataset, opt.split_seed becomes the teacher's: pictures that
+    Where it is of one of these programs and of the same dataset, opt.split_seed becomes the teacher's: images that
     the student holds out must not be those that the teacher learnt. Raises UserError.
     """
     if not opt.KD:
@@ -63,7 +63,7 @@ def read_teacher(opt):
 
 
 def load_teacher(checkpoint, opt, classes):
-    """The teacher of read_teacher's checkpoint for pictures of these classes, on opt.device, spread over the GPUs.
+    """The teacher of read_teacher's checkpoint for images of these classes, on opt.device, spread over the GPUs.
 
     Raises UserError as load_classifier.
     """
@@ -75,25 +75,25 @@ def load_teacher(checkpoint, opt, classes):
 
 
 def load_classifier(checkpoint, opt, classes):
-    """A frozen classifier for pictures of these classes, on opt.device.
+    """A frozen classifier for images of these classes, on opt.device.
 
     checkpoint: {'file': its name, 'opt': the options of its run or {}, 'model': its parameters, 'classes': their names
-    or None}. One of main_ce.py or main_linear.py tells what network it holds; any other must hold the parameters of
-    timm's --teacher_kind, with the stem of --stem, trained on pictures with the statistics of this run. Raises
+    or None}. One of main_ce.py or main_linear.py records its network; any other must hold the parameters of
+    timm's --teacher_kind, with the stem of --stem, trained on images with the statistics of this run. Raises
     UserError where it does not fit.
     """
     file, recorded, state = checkpoint['file'], checkpoint['opt'], checkpoint['model']
     if recorded and opt.teacher_kind:
-        raise UserError(f'--teacher_kind {opt.teacher_kind}: {file} tells itself what it is, {recorded.get("model")}')
+        raise UserError(f'--teacher_kind {opt.teacher_kind}: {file} records its network, {recorded.get("model")}')
     def build():
         return _ours(recorded, state, len(classes), opt) if recorded else _timm(len(classes), opt)
-    with torch.device('meta'):                          # takes no memory, however large the file says that it is
+    with torch.device('meta'):                          # takes no memory, however large the recorded network
         kind, classifier, fc = build()
     if fc and fc not in state:
         raise UserError(f'{file} holds no classifier of {kind}: {fc} is missing')
     known = state[fc].shape[0] if fc and state[fc].dim() else 0
     if fc and known != len(classes):
-        raise UserError(f'{file}: the teacher knows {known} classes, the pictures have {len(classes)}')
+        raise UserError(f'{file}: the teacher knows {known} classes, the images have {len(classes)}')
     if checkpoint['classes'] and checkpoint['classes'] != list(classes):
         raise UserError(f'{file}: the teacher knows other classes, or in another order: '
                         f"{_names(checkpoint['classes'])}, expected {_names(classes)}")
@@ -127,8 +127,8 @@ def _timm(num_classes, opt):
 def _try(teacher, opt, num_classes, name):
     try:
         logits = teacher(torch.zeros(1, 3, opt.size, opt.size))
-    except Exception as error:                                  # what a model says to a wrong size is its own affair
-        raise UserError(f'{name} takes no pictures of {opt.size} pixels ({error})') from error
+    except Exception as error:                                  # models raise anything for a wrong size
+        raise UserError(f'{name} takes no images of {opt.size} pixels ({error})') from error
     if not torch.is_tensor(logits) or logits.shape != (1, num_classes) or not logits.isfinite().all():
         raise UserError(f'{name} does not give {num_classes} finite logits')
 

@@ -11,23 +11,23 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from networks.sync_bn import average_statistics, synchronized
-from util.distributed import gather, local_rank, rank, sizes_of, start_processes, world_size
+from util.distributed import all_sizes, gather, local_rank, rank, start_processes, world_size
 from util.errors import UserError
 from util.log import log, progress
 from util.memory import keep_freed_memory
 
-# What tells DistributedDataParallel not to send all buffers in each step; it has another name in newer PyTorch.
+# The argument of DistributedDataParallel by which it does not send all buffers in each step; PyTorch renamed it.
 BUFFERS = next(name for name in ('forward_sync_buffers', 'broadcast_buffers')
                if name in inspect.signature(DistributedDataParallel).parameters)
 
 
 def set_device(opt):
-    """Seed everything, meet the other processes of torchrun and choose opt.device: the visible GPUs, or the CPU with a
-    line that says so."""
+    """Seed all random numbers, rendezvous with torchrun's other processes and choose opt.device: the visible GPUs, or
+    the CPU, which is reported."""
     opt.device = 'cuda' if torch.cuda.is_available() else 'cpu'
     start_processes(opt.device == 'cuda')
     if world_size() > 1:
-        log(f'{world_size()} processes, each with its share of every batch')
+        log(f'{world_size()} processes, each with its slice of every batch')
         if opt.device == 'cuda' and local_rank() >= torch.cuda.device_count():
             raise UserError(f'LOCAL_RANK is {local_rank()}: found {torch.cuda.device_count()} GPUs, expected torchrun '
                             'with --nproc_per_node of at most that')
@@ -146,7 +146,7 @@ def spread(network, opt):
 
 
 def precision(opt, mixed=None):
-    """The dtype of mixed precision (of --amp, unless told): bfloat16, which needs no loss scaling, or float16 on GPUs
+    """The dtype of mixed precision (of --amp, unless given): bfloat16, which needs no loss scaling, or float16 on GPUs
     that lack it. None without.
     """
     if not (opt.amp if mixed is None else mixed):
@@ -156,7 +156,7 @@ def precision(opt, mixed=None):
 
 @contextlib.contextmanager
 def autocast(opt, images):
-    """The context in which networks see pictures: --amp; without --compile for an empty part, which fails compiled."""
+    """The context in which networks see images: --amp; without --compile for an empty part, which fails compiled."""
     eager = opt.compile and len(images) == 0
     with (torch.compiler.set_stance('force_eager') if eager else contextlib.nullcontext(),
           torch.autocast(opt.device, precision(opt), enabled=opt.amp)):
@@ -211,7 +211,7 @@ def split_into_micro_batches(images, opt, n_views=1):
     """Images [n_views * bsz, ...] in opt.accum_steps parts [n_views, part of bsz, ...] of at least two images, which
     batch norm needs; as many in all processes."""
     views = images.unflatten(0, (n_views, -1))
-    smallest = min(sizes_of(views.shape[1])) if opt.accum_steps > 1 else 0
+    smallest = min(all_sizes(views.shape[1])) if opt.accum_steps > 1 else 0
     return views.tensor_split(max(1, min(opt.accum_steps, smallest // 2)), 1)
 
 
@@ -245,7 +245,7 @@ def update(loss, optimizer, scaler):
 def seed_step(opt, epoch, step):
     """The random numbers of a training step, the same in all processes, so that a run can continue there.
 
-    Seeds what Python, NumPy and PyTorch draw in the step too, in each process otherwise.
+    Seeds what Python, NumPy and PyTorch sample in the step too, in each process otherwise.
     """
     rng = np.random.default_rng([opt.seed, epoch, step])
     seed = int(rng.integers(2**62)) + rank()
@@ -296,13 +296,13 @@ def set_learning_rate(optimizer, lr):
 
 @torch.no_grad()
 def forward_all(model, loader, opt):
-    """Outputs [n, dim] float32 of a network in eval mode for all pictures of a loader, and their labels [n]; all
+    """Outputs [n, dim] float32 of a network in eval mode for all images of a loader, and their labels [n]; all
     processes get those of all."""
     average_statistics(model)
     model.eval()
     outputs, labels = [], []
     for images, target in progress(loader, 'evaluation'):
-        sizes = sizes_of(len(target))
+        sizes = all_sizes(len(target))
         outputs.append(gather(in_micro_batches(model, images, opt).float(), sizes))
         labels.append(gather(target, sizes))
     return torch.cat(outputs), torch.cat(labels)

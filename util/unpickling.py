@@ -107,7 +107,7 @@ def _usual(name, taken):
 def zipped_pickles(file):
     """The pickles in a zip file. ValueError where they could be others for PyTorch, or something could inflate.
 
-    PyTorch takes the list of members from where the end of the file says, Python from directly before that.
+    PyTorch takes the list of members from the offset at the end of the file, Python from directly before that.
     """
     if stored_bytes(file) is None:
         raise ValueError('it is cut off, or parts of it are compressed')        # PyTorch's own are not

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Table 2: the three experiments with synthetic pictures (../mvip_experiments.sh) on CIFAR-10, with as many steps in each, so
-# that only the pictures differ. Out-of-distribution detection is measured on ood pictures that are made of other pictures
+# Table 2: the three experiments with synthetic images (../mvip_experiments.sh) on CIFAR-10, with as many steps in each, so
+# that only the images differ. Out-of-distribution detection is measured on ood images that are made of other images
 # than those of pretraining.
-#   bash scripts/results/hard_negatives.sh --budget cpu  100 pictures of each class, 16 of them with 4 synthetic ones each
+#   bash scripts/results/hard_negatives.sh --budget cpu  100 images of each class, 16 of them with 4 synthetic ones each
 #   bash scripts/results/hard_negatives.sh --budget gpu  1,000 of each class, 160 of them; `timeout 9m bash ...` for parts
-# Options, and what is written where: rows.sh. A seed draws the pictures, the synthetic ones made of them, weights and views.
+# Options, and what is written where: rows.sh. A seed selects the images, the synthetic ones made of them, weights and views.
 source "$(dirname "$0")/rows.sh"
 
 experiments='1-real 2-id 3-id-ood'
-if [ $budget = cpu ]; then              # epochs of pretraining and of the linear stage, for 1000, 1640 and 2280 pictures
+if [ $budget = cpu ]; then              # epochs of pretraining and of the linear evaluation, for 1000, 1640 and 2280 images
     seeds='0 1 2' count=100 sources=16 epochs=(182 111 80) linear_epochs=(49 30 30)
     data=$cifar_small train=$train_small linear=${linear_small#--epochs 30 }
 else
@@ -17,12 +17,12 @@ else
     train='--batch_size 256 --lr 0.2 --cosine --warm' linear='--batch_size 256 --lr 0.1 --cosine --no_warm'
 fi
 
-make_augs() {       # seed of the pictures, names of the folders, where
-    python scripts/make_augs.py $pictures --samples_per_class $count --per_class $sources --seed "$1" \
+make_augs() {       # seed of the images, names of the folders, where
+    python scripts/make_augs.py $images --samples_per_class $count --per_class $sources --seed "$1" \
         --aug_name_id "$2" --aug_name_ood "$3" --aug_root data/augs --aug_output_name "$4"
 }
 
-synthetic() {       # seed: make the pictures, unless they are there or no row needs them
+synthetic() {       # seed: make the images, unless they are there or no row needs them
     local experiment folder=$(augs_of "$1")
     for experiment in $experiments; do
         if [ ! -e "$into/$table/$experiment-$1.log" ] && [ ! -d "data/augs/$folder" ]; then
@@ -34,9 +34,9 @@ synthetic() {       # seed: make the pictures, unless they are there or no row n
     done
 }
 
-augs_of() { echo "$runs-$1-$(cksum <<< "$pictures $count $sources" | cut -d ' ' -f 1)"; }
+augs_of() { echo "$runs-$1-$(cksum <<< "$images $count $sources" | cut -d ' ' -f 1)"; }
 
-experiment() {      # name, seed, --aug_mode of pretraining, of the linear stage, epochs of both
+experiment() {      # name, seed, --aug_mode of pretraining, of the linear evaluation, epochs of both
     local augs="$data --aug_root data/augs --aug_output_name $(augs_of "$2") --aug_name_id augs-id"
     pretrained "$1" "$2" "$augs" "--epochs $5 $train --temp 0.1 --aug_mode $3 --aug_name_ood augs-ood" \
         "--epochs $6 $linear --aug_mode $4 --aug_name_ood new-ood"

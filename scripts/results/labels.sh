@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Accuracy of SupCon and cross-entropy against the number of labelled pictures of each class, with as many steps for each and
+# Accuracy of SupCon and cross-entropy against the number of labeled images of each class, with as many steps for each and
 # SupCon's views for both.
-#   bash scripts/results/labels.sh --budget cpu          10 to 240 pictures of each class of CIFAR-10, 2,400 steps
-#   bash scripts/results/labels.sh --budget gpu          200 to 5,000 pictures of each class, 2,000 steps of 250 pictures
-# Options, and what is written where: rows.sh. A seed draws the pictures, the weights and the views.
+#   bash scripts/results/labels.sh --budget cpu          10 to 240 images of each class of CIFAR-10, 2,400 steps
+#   bash scripts/results/labels.sh --budget gpu          200 to 5,000 images of each class, 2,000 steps of 250 images
+# Options, and what is written where: rows.sh. A seed selects the images, the weights and the views.
 source "$(dirname "$0")/rows.sh"
 
-# 240 and not 250, whose last batch would be 4 pictures: what batch norm learns from these last spoils the evaluation.
-if [ $budget = cpu ]; then      # pictures of each class : epochs : epochs of warm-up : epochs of the linear stage
+# 240 and not 250, whose last batch would be 4 images: what batch norm learns from these last spoils the evaluation.
+if [ $budget = cpu ]; then      # images of each class : epochs : epochs of warm-up : epochs of the linear evaluation
     seeds=0 network="$cifar $network_small" train=$train_small linear='--batch_size 64 --lr 0.1 --cosine --no_warm'
     points='10:1200:80:240 25:600:40:120 50:300:20:60 100:150:10:30 240:63:4:13'
 else

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Table 1: cross-entropy, SimCLR, SupCon and GenSCL with the same network, epochs and pictures; top-1 and kNN accuracy; top-1 on
-# damaged pictures; what t-SNE makes of the features.
-#   bash scripts/results/methods.sh --budget cpu         handwritten digits, and CIFAR-10 with 100 pictures of each class
-#   bash scripts/results/methods.sh --budget gpu         CIFAR-10, all pictures; `timeout 9m bash ...`, repeated, in parts
-# Options, and what is written where: rows.sh. A seed draws the pictures of each class, the weights and the views.
+# Table 1: cross-entropy, SimCLR, SupCon and GenSCL with the same network, epochs and images; top-1 and kNN accuracy; top-1 on
+# corrupted images; what t-SNE makes of the features.
+#   bash scripts/results/methods.sh --budget cpu         handwritten digits, and CIFAR-10 with 100 images of each class
+#   bash scripts/results/methods.sh --budget gpu         CIFAR-10, all images; `timeout 9m bash ...`, repeated, in parts
+# Options, and what is written where: rows.sh. A seed selects the images of each class, the weights and the views.
 source "$(dirname "$0")/rows.sh"
 
-methods() {         # name, options of data and network, of training the network, of the linear stage
+methods() {         # name, options of data and network, of training the network, of the linear evaluation
     local name=$1 data=$2 train=$3 linear=$4 seed run
     local ckpt=output/$runs-$name
     for seed in $seeds; do
@@ -34,7 +34,7 @@ corruptions() {     # name
     local seed run
     for seed in $seeds; do
         for run in $1-ce $1-ce-sim $1-simclr-linear $1-supcon-linear; do
-            row "${run%-linear}-damaged" $seed "@${run%-linear}-$seed" \
+            row "${run%-linear}-corrupted" $seed "@${run%-linear}-$seed" \
                 "scripts/evaluate.py --ckpt output/$runs-$run/trial=$seed/last.ckpt --corruptions --max_pictures 2000"
         done
     done

@@ -22,10 +22,10 @@ METHODS = {
     'genscl-mix': 'GenSCL, mixup-cutmix', 'genscl-kd': 'GenSCL, mixup-cutmix, teacher',
 }
 EXPERIMENTS = {
-    '1-real': '1 real pictures', '2-id': '2 + id pictures, both stages', '3-id-ood': '3 + ood pictures in pretraining',
+    '1-real': '1 real images', '2-id': '2 + id images, both stages', '3-id-ood': '3 + ood images in pretraining',
 }
-COLOURS = {'ce': 'tab:gray', 'ce-sim': 'tab:green', 'simclr': 'tab:orange', 'supcon': 'tab:blue'}
-DAMAGES = {'noise': 'Gaussian noise', 'blur': 'Gaussian blur', 'contrast': 'less contrast', 'jpeg': 'JPEG'}
+COLORS = {'ce': 'tab:gray', 'ce-sim': 'tab:green', 'simclr': 'tab:orange', 'supcon': 'tab:blue'}
+CORRUPTIONS = {'noise': 'Gaussian noise', 'blur': 'Gaussian blur', 'contrast': 'less contrast', 'jpeg': 'JPEG'}
 
 
 def values_of(text):
@@ -38,7 +38,7 @@ def values_of(text):
         values = {'diverged': True}
     if ood := re.findall(r'^confidence id (\S+) ood (\S+) .* AUROC (\S+) FPR95 (\S+)$', text, re.MULTILINE):
         values.update(zip(('id', 'ood', 'auroc', 'fpr95'), map(float, ood[-1])))
-    for kind in DAMAGES:
+    for kind in CORRUPTIONS:
         if line := re.findall(rf'^{kind} ([\d. ]+)$', text, re.MULTILINE):
             values[kind] = [float(number) for number in line[-1].split()]
     command = re.search(r'^\$ (.*)$', text, re.MULTILINE)[1]                    # the first: of training
@@ -101,28 +101,28 @@ def methods(rows, folder):
             lines += [f"| {METHODS[method]} | {spread(row, 'top1')} | {spread(row, 'knn')} | "
                       + ', '.join(f"{values['top1']:.2f}" if 'top1' in values else 'diverged'
                                   for _, values in sorted(row.items())) + ' |' for method, row in part.items()]
-    damaged = {method: rows[f'cifar-{method}-damaged'] for method in COLOURS if f'cifar-{method}-damaged' in rows}
-    if damaged:
-        lines += ['', '| top-1 %, mean of five strengths | clean | ' + ' | '.join(DAMAGES.values()) + ' |',
+    corrupted = {method: rows[f'cifar-{method}-corrupted'] for method in COLORS if f'cifar-{method}-corrupted' in rows}
+    if corrupted:
+        lines += ['', '| top-1 %, mean of five strengths | clean | ' + ' | '.join(CORRUPTIONS.values()) + ' |',
                   '|---|---|' + '---|' * 4]
-        for method, row in damaged.items():
+        for method, row in corrupted.items():
             average = {seed: values if 'diverged' in values else
-                       {'clean': values['clean'], **{kind: mean(values[kind]) for kind in DAMAGES}}
+                       {'clean': values['clean'], **{kind: mean(values[kind]) for kind in CORRUPTIONS}}
                        for seed, values in row.items()}
             lines.append(f'| {METHODS[method]} | '
-                         + ' | '.join(spread(average, kind) for kind in ('clean', *DAMAGES)) + ' |')
-        draw_damages(damaged, folder / 'corruptions.png')
+                         + ' | '.join(spread(average, kind) for kind in ('clean', *CORRUPTIONS)) + ' |')
+        plot_corruptions(corrupted, folder / 'corruptions.png')
     return lines
 
 
-def draw_damages(damaged, file):
-    fig, axes = plt.subplots(1, len(DAMAGES), figsize=(12, 3.2), sharey=True, layout='constrained')
-    for ax, (kind, title) in zip(axes, DAMAGES.items()):
-        for method, row in damaged.items():
+def plot_corruptions(corrupted, file):
+    fig, axes = plt.subplots(1, len(CORRUPTIONS), figsize=(12, 3.2), sharey=True, layout='constrained')
+    for ax, (kind, title) in zip(axes, CORRUPTIONS.items()):
+        for method, row in corrupted.items():
             curves = list(zip(*([values['clean'], *values[kind]] for values in row.values() if 'clean' in values)))
             x = range(len(curves))                                      # 0 where all runs have diverged
-            ax.plot(x, [mean(values) for values in curves], 'o-', ms=4, color=COLOURS[method], label=METHODS[method])
-            ax.fill_between(x, list(map(min, curves)), list(map(max, curves)), color=COLOURS[method], alpha=0.2, lw=0)
+            ax.plot(x, [mean(values) for values in curves], 'o-', ms=4, color=COLORS[method], label=METHODS[method])
+            ax.fill_between(x, list(map(min, curves)), list(map(max, curves)), color=COLORS[method], alpha=0.2, lw=0)
         ax.set(title=title, xlabel='strength (0: clean)', xticks=range(6))
     axes[0].set_ylabel('top-1 %')
     axes[0].legend(frameon=False, fontsize='small')
@@ -152,9 +152,9 @@ def draw_curves(ax, curves, label):
     for method, points in curves.items():
         known = {value: accuracies for value, row in points.items()
                  if (accuracies := [values['top1'] for values in row.values() if 'top1' in values])}
-        ax.plot(known.keys(), list(map(mean, known.values())), 'o-', ms=4, color=COLOURS[method], label=METHODS[method])
+        ax.plot(known.keys(), list(map(mean, known.values())), 'o-', ms=4, color=COLORS[method], label=METHODS[method])
         ax.fill_between(known.keys(), list(map(min, known.values())), list(map(max, known.values())),
-                        color=COLOURS[method], alpha=0.2, lw=0)
+                        color=COLORS[method], alpha=0.2, lw=0)
     ticks = sorted({value for points in curves.values() for value in points})
     ax.set_xscale('log')
     ax.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
@@ -194,11 +194,11 @@ def stability(rows, folder):
 def labels(rows, folder):
     curves = curves_of(rows, 'labels', 'samples_per_class')
     fig, ax = plt.subplots(figsize=(4.6, 3.4), layout='constrained')
-    draw_curves(ax, curves, 'labelled pictures of each class')
+    draw_curves(ax, curves, 'labeled images of each class')
     ax.set_ylabel('top-1 %')
     ax.legend(frameon=False)
     save(fig, folder / 'labels.png')
-    return curve_table(curves, f'pictures of each class, {of_seeds(rows)}')
+    return curve_table(curves, f'images of each class, {of_seeds(rows)}')
 
 
 def main():

@@ -4,7 +4,7 @@
 
 A log holds machine, versions and date, the runs that were there before, and of each command the words and what its run
 has printed, also before it was stopped and resumed. A run whose loss is not finite is a result too: its row ends with
-`diverged`. Nothing is run where the log is there; a log, or an unfinished run, of other commands is refused.
+`diverged`. Nothing is run where the log is there; a log, or an unfinished run, of other commands is rejected.
 """
 import datetime
 import os
@@ -51,9 +51,9 @@ def folder_of(command):
 
 
 def claim(command):
-    """Make the folder of a command's run, with the command in it; whether it was there. Another command is refused.
+    """Make the folder of a command's run, with the command in it; whether it was there. Another command is rejected.
 
-    At any moment the file `command` is whole or not there, and nothing else is in the folder before it.
+    At any moment the file `command` is complete or not there, and nothing else is in the folder before it.
     """
     folder = folder_of(command)
     if folder is None:
@@ -72,21 +72,21 @@ def claim(command):
 def output_of(command, errors):
     """Run a command: what it has printed, of a resumed run from its beginning, and whether its loss was finite.
 
-    errors: the file that keeps what a command says when it fails.
+    errors: the file that keeps the errors of a command that fails.
     """
     done = subprocess.run([sys.executable, *shlex.split(command)], capture_output=True, text=True)
     if done.returncode in STOPPED:
-        raise Failure('stopped; the same command goes on')
+        raise Failure('stopped; the same command resumes')
     folder = folder_of(command)
     output = (folder / 'log.txt').read_text() if folder and (folder / 'log.txt').exists() else done.stdout
     if not done.returncode:
         return output, True
-    said = (done.stderr.strip().splitlines() or ['nothing is said'])[-1]
-    if 'expected a finite' in said:
-        return f'{output}diverged: {said}\n', False
+    reason = (done.stderr.strip().splitlines() or ['no message'])[-1]
+    if 'expected a finite' in reason:
+        return f'{output}diverged: {reason}\n', False
     errors.parent.mkdir(parents=True, exist_ok=True)
     errors.write_text(f'$ python {command}\n{done.stderr}')
-    raise Failure(f'{errors}: exit status {done.returncode}: {said}')
+    raise Failure(f'{errors}: exit status {done.returncode}: {reason}')
 
 
 def main():
@@ -106,18 +106,18 @@ def main():
     parts = []
     for command in commands:
         if stopped:
-            raise Failure('stopped; the same command goes on')
+            raise Failure('stopped; the same command resumes')
         output, finite = output_of(command, errors)
         parts.append(f'$ python {command}\n{output}')
         if not finite:
             parts += [f'$ python {command}\nnot run\n' for command in commands[len(parts):]]
             break
     minutes = f'{(time.time() - start) / 60:.1f} minutes'
-    begun = f", begun or finished before: {', '.join(earlier)}" if earlier else ''
+    earlier_runs = f", started or finished before: {', '.join(earlier)}" if earlier else ''
     errors.unlink(missing_ok=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     partial = log.with_suffix('.partial')
-    partial.write_text('\n'.join([*header, minutes + begun, '', *parts]))
+    partial.write_text('\n'.join([*header, minutes + earlier_runs, '', *parts]))
     os.replace(partial, log)
     print(f'{log.stem}: done in {minutes}', flush=True)
 

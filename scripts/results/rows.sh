@@ -13,26 +13,26 @@ CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PYTHONUTF8=1                     # logs and tables are the same in every locale
 table=$(basename "$0" .sh) budget='' data='' into='' only='*' with=''
 
-refuse() { echo "$table.sh: error: $1" >&2; exit 2; }
+reject() { echo "$table.sh: error: $1" >&2; exit 2; }
 
 while (($#)); do
-    (($# > 1)) || refuse "$1: no value is given"
+    (($# > 1)) || reject "$1: no value is given"
     case $1 in
-        --data | --into) [ -n "${2%%+(/)}" ] || refuse "$1 '$2': expected a folder" ;;&
+        --data | --into) [ -n "${2%%+(/)}" ] || reject "$1 '$2': expected a folder" ;;&
         --budget) budget=$2 ;;
         --data) data=${2%%+(/)} ;;
         --into) into=${2%%+(/)} ;;
         --only) only=$2 ;;
         --with) with+=" $2" ;;
-        *) refuse "$1: unknown, expected --budget, --data, --into, --only or --with" ;;
+        *) reject "$1: unknown, expected --budget, --data, --into, --only or --with" ;;
     esac
     shift 2
 done
-case $budget in cpu | gpu) ;; *) refuse "--budget '$budget', expected cpu or gpu" ;; esac
+case $budget in cpu | gpu) ;; *) reject "--budget '$budget', expected cpu or gpu" ;; esac
 [[ $into$data != *[][[:space:]*?\'\"\\]* ]] ||
-    refuse "--into $into, --data $data: expected folders without spaces, quotes or wildcards in their names"
+    reject "--into $into, --data $data: expected folders without spaces, quotes or wildcards in their names"
 [[ $with != *--@(trial|seed|output[_-]name|desc|ckpt|pretrained|resume|overwrite|evaluate)* && $with != *$'\n'* ]] ||
-    refuse "--with$with: expected options that rows do not have themselves, in one line"
+    reject "--with$with: expected options that rows do not have themselves, in one line"
 into=${into:-scripts/results/$budget}
 runs=results-${into#scripts/results/}   # how the names of the runs begin
 runs=${runs//\//-}
@@ -42,7 +42,7 @@ sys.exit(not all(map(f, ("torch", "torchvision", "sklearn", "matplotlib", "tenso
 case $budget in
     cpu) export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=''       # a thread for each row: the same bits on any number of cores
          jobs=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)') ;;
-    gpu) python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || refuse '--budget gpu: no GPU is found'
+    gpu) python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || reject '--budget gpu: no GPU is found'
          jobs=1 ;;
 esac
 
@@ -54,11 +54,11 @@ if [ -z "$data" ] && [ ! -d data/cifar10_jpeg ] && [ -f $archive ]; then
     rm -rf "$unpacked"
 fi
 [ -n "$data" ] || [ ! -d data/cifar10_jpeg ] || data=data/cifar10_jpeg
-[ -z "$data" ] || [ -d "$data/train" -a -d "$data/test" ] || refuse "--data $data: expected a folder with train/ and test/"
-pictures=${data:+--dataset path --data_folder $data}
-pictures=${pictures:---dataset cifar10}
-cifar="$pictures${data:+ --cache_dir data/cache}"
-# What two cores can train in minutes: 100 pictures of each class, at 16 pixels, where the same time has four times the steps
+[ -z "$data" ] || [ -d "$data/train" -a -d "$data/test" ] || reject "--data $data: expected a folder with train/ and test/"
+images=${data:+--dataset path --data_folder $data}
+images=${images:---dataset cifar10}
+cifar="$images${data:+ --cache_dir data/cache}"
+# What two cores can train in minutes: 100 images of each class, at 16 pixels, where the same time has four times the steps
 # of 32 pixels; contrastive learning needs some thousand.
 network_small='--size 16 --model resnet18 --width 0.25'
 cifar_small="$cifar --samples_per_class 100 $network_small"
@@ -87,7 +87,7 @@ row() {             # name, seed, commands; @NAME-SEED stands for those of anoth
     { trap '' INT TERM; python scripts/results/row.py "$into/$table/$1-$2.log" "${commands[@]}" || echo "$1-$2" >> "$failures"; } &
 }
 
-pretrained() {      # name, seed, options of both stages, of pretraining, of the linear stage; rows that come first
+pretrained() {      # name, seed, options of both stages, of pretraining, of the linear evaluation; rows that come first
     row "$1" "$2" "${@:6}" "main_supcon.py $3 $4 $(of_run "$1" "$2")" \
         "main_linear.py $3 --ckpt output/$runs-$1/trial=$2/last.ckpt $5 $(of_run "$1-linear" "$2")"
 }
@@ -101,7 +101,7 @@ of_run() { echo "--seed $2 --eval_freq 0 --print_freq 1000 --output_name $runs-$
 finish() {
     local status=0
     wait
-    ((${#names[@]})) || refuse "--only $only: no row has such a name"
+    ((${#names[@]})) || reject "--only $only: no row has such a name"
     sort -o "$failures" "$failures"
     python scripts/results/report.py "$table" "$into" "$failures" "${names[@]}" || status=1
     [ ! -s "$failures" ] || { echo "$table.sh: error: not filled: $(tr '\n' ' ' < "$failures")" >&2; status=1; }

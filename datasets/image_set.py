@@ -1,0 +1,247 @@
+"""Labeled images, in memory or in files, and how image files are read."""
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torchvision import datasets as tv
+
+from datasets.cache import cached, key_of, size_in_cache
+from util.errors import UserError
+from util.files import open_regular
+from util.log import log
+from util.memory import available_memory, release_freed_memory
+
+EXTENSIONS = (*tv.folder.IMG_EXTENSIONS, '.gif')
+# The formats that are opened, whatever a file is called: Pillow knows more, and hands EPS to the program Ghostscript.
+FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'PPM', 'TIFF', 'WEBP')
+LARGEST_FILE = 2**31                    # bytes: more than any image of the number of pixels that Pillow allows
+PADDING_MATTERS = 2**30                 # bytes of padded images above which the fraction of padding is looked at
+
+
+@dataclass
+class ImageSet:
+    """n labeled images, in memory or in files.
+
+    source: uint8 array [n, h, w, 3], or a list of n file names or objects with `read()` and `size()`.
+    labels: [n] int64, numbers of `classes`.
+    cache_dir: folder where what is decoded of files is kept for the next time, or None.
+    """
+    source: np.ndarray | list
+    labels: torch.Tensor
+    classes: list
+    cache_dir: Path | None = None
+    _decoded: dict = field(default_factory=dict, repr=False, compare=False)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def load(self, i, needed=None):
+        """Image i as RGB; raises UserError with the name of a file that is no readable image.
+
+        needed(width, height) may give a smaller width and height that are enough: a JPEG file is then decoded at a
+        reduced scale, if it has one that is not below.
+        """
+        if isinstance(self.source, np.ndarray):
+            return Image.fromarray(self.source[i])
+        if isinstance(self.source[i], str):
+            return read_image(self.source[i], needed=needed)
+        return self.source[i].read()
+
+    def select(self, indices):
+        source = self.source[indices] if isinstance(self.source, np.ndarray) else [self.source[i] for i in indices]
+        return replace(self, source=source, labels=self.labels[indices], _decoded={})
+
+    def join(self, other):
+        """These images and others of the same classes; beside images in memory the others are resized to theirs."""
+        if isinstance(self.source, np.ndarray):
+            size = self.source.shape[2], self.source.shape[1]
+            extra = [np.asarray(other.load(i).resize(size, Image.Resampling.BILINEAR)) for i in range(len(other))]
+            source = np.concatenate([self.source, np.stack(extra)])
+        else:
+            source = self.source + other.source
+        return replace(self, source=source, labels=torch.cat([self.labels, other.labels]), _decoded={})
+
+    def sample(self, count, seed, per_class=None):
+        """At most `count` images, as many of each class as of any other while they last, sampled with `seed`.
+
+        per_class: at most so many of each class; None as either: all.
+        """
+        if per_class is None and (count is None or count >= len(self)):
+            return self
+        order = np.random.default_rng(seed).permutation(len(self))
+        labels = self.labels.numpy()[order]
+        rank = np.zeros(len(self), dtype=int)                           # the position within its class
+        for c in np.unique(labels):
+            rank[labels == c] = np.arange((labels == c).sum())
+        if per_class is not None:
+            order, rank = order[rank < per_class], rank[rank < per_class]
+        return self.select(np.sort(order[np.argsort(rank, kind='stable')[:count]]))
+
+    def decode(self, short_side):
+        """All images as tensors, decoded once: [n, 3, w, h] uint8 and their heights and widths [n].
+
+        Images larger than `short_side` are scaled down until the shorter side has that length; none is enlarged.
+        Images of unlike sizes lie in the top left corner of the largest height and width.
+        """
+        if isinstance(self.source, np.ndarray):
+            short_side = min(short_side, *self.source.shape[1:3])       # one copy serves all who want no scaling
+        if short_side not in self._decoded:
+            if isinstance(self.source, np.ndarray) and short_side == min(self.source.shape[1:3]):
+                data = torch.from_numpy(self.source).permute(0, 3, 2, 1).contiguous()
+                sizes = torch.tensor(self.source.shape[1:3]).expand(len(self), 2)
+            else:
+                data, sizes = self._decode(short_side)
+            self._decoded[short_side] = data, sizes[:, 0], sizes[:, 1]
+        return self._decoded[short_side]
+
+    def _decode(self, short_side):
+        """What `decode` gives for files: [n, 3, w, h] uint8 and [n, 2] heights and widths."""
+        if self.decoded_bytes(short_side)[0] > available_memory():
+            raise UserError(f'{len(self)} images of {short_side} pixels do not fit into memory, expected --loader '
+                            'workers')
+        file = self._cache_file(f'decoded-{short_side}')
+        if not file:
+            return self._decode_files(short_side)
+
+        def make():
+            data, sizes = self._decode_files(short_side)
+            return {'data': data.numpy(), 'sizes': sizes.numpy()}
+
+        def check(arrays):
+            data, sizes = arrays['data'], arrays['sizes']
+            return (data.dtype == np.uint8 and data.ndim == 4 and data.shape[:2] == (len(self), 3)
+                    and sizes.dtype == np.int64 and sizes.shape == (len(self), 2) and sizes.min() > 0
+                    and (sizes.max(0) <= data.shape[:1:-1]).all())
+        arrays = cached(file, make, check)
+        return torch.from_numpy(arrays['data']), torch.from_numpy(arrays['sizes'])
+
+    def _cache_file(self, purpose):
+        """Where the result for `purpose` is kept, or None where nothing is."""
+        if self.cache_dir is None or isinstance(self.source, np.ndarray):
+            return None
+        if 'key' not in self._decoded:
+            self._decoded['key'] = key_of(
+                file for item in self.source for file in ([item] if isinstance(item, str) else item.files()))
+        return self.cache_dir / f"{self._decoded['key']}-{purpose}.npz"
+
+    def _decode_files(self, short_side):
+        def load(i):
+            size = None
+
+            def needed(*full_size):
+                nonlocal size
+                size = scaled(full_size, short_side)
+                return size
+            image = self.load(i, needed)
+            return np.array(image.resize(size or scaled(image.size, short_side), Image.Resampling.BILINEAR))
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:                # Pillow decodes without the interpreter lock
+            arrays = list(pool.map(load, range(len(self))))
+        sizes = torch.tensor([array.shape[:2] for array in arrays])
+        height, width = sizes.amax(0).tolist()
+        if 3 * width * height * len(self) > available_memory():
+            raise UserError(f'{len(self)} images of up to {width}x{height} do not fit into memory, expected '
+                            '--loader workers')
+        filled = sum(array.nbytes for array in arrays)
+        if mostly_padding(3 * width * height * len(self), filled):
+            log(f'{len(self)} images of up to {width}x{height} take {3 * width * height * len(self) / 1e9:.1f} GB of '
+                f'memory, all padded to one size, and {filled / 1e9:.1f} GB without: --loader workers needs less')
+        data = torch.zeros(len(self), 3, width, height, dtype=torch.uint8)
+        for i, array in enumerate(arrays):
+            data[i, :, :array.shape[1], :array.shape[0]] = torch.from_numpy(array).permute(2, 1, 0)
+            arrays[i] = None
+        release_freed_memory()                                          # what was decoded is not needed twice
+        return data, sizes
+
+    def sizes(self, limit=100_000):
+        """Widths and heights of all files, or of `limit` spread over them; UserError for one that is no image."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(image_size, self.source[::math.ceil(len(self) / limit)]))
+
+    def decoded_bytes(self, short_side):
+        """Bytes of memory that `decode` takes, and of those that it fills with pixels, estimated from a part of the
+        files; or the bytes of a cache."""
+        if isinstance(self.source, np.ndarray):
+            return self.source.nbytes, self.source.nbytes
+        file = self._cache_file(f'decoded-{short_side}')
+        if file and (size := size_in_cache(file)):
+            return size, size
+        sizes = np.array([scaled(size, short_side) for size in self.sizes(limit=5000)])
+        return 3 * int(sizes.max(0).prod()) * len(self), int(3 * sizes.prod(1).mean() * len(self))
+
+    def statistics(self, probes=5000):
+        """Mean and standard deviation per channel of 0..1 over (at most `probes` of) the images."""
+        file = self._cache_file(f'statistics-{probes}')
+        if not file:
+            return self._statistics(probes)
+
+        def make():
+            return {'statistics': np.array(self._statistics(probes))}
+
+        def check(arrays):
+            values = arrays['statistics']
+            return (values.shape == (2, 3) and values.dtype == np.float64 and np.isfinite(values).all()
+                    and (values[1] > 0).all())
+        return tuple(map(tuple, cached(file, make, check)['statistics'].tolist()))
+
+    def _statistics(self, probes):
+        counts, levels = np.zeros((3, 256), dtype=int), np.arange(256) / 255       # how often a channel has each level
+        for i in np.linspace(0, len(self) - 1, min(probes, len(self))).astype(int):
+            counts += np.reshape(self.load(i).histogram(), counts.shape)
+        pixels = counts[0].sum()
+        mean = counts @ levels / pixels
+        std = np.sqrt(np.maximum(counts @ levels**2 / pixels - mean**2, 0))
+        return tuple(mean.round(4).tolist()), tuple(np.maximum(std, 1e-3).round(4).tolist())
+
+
+def mostly_padding(padded, filled):
+    """Whether images of unlike sizes, padded to one, take far more memory than their pixels, and much of it."""
+    return padded > max(PADDING_MATTERS, 8 * filled)
+
+
+def scaled(size, short_side):
+    """Width and height with the shorter side scaled down to short_side, rounded as transforms.Resize does; smaller
+    images keep their size."""
+    return tuple(int(side * short_side / min(size)) for side in size) if min(size) > short_side else tuple(size)
+
+
+def open_image(file, use):
+    """use(image) for an image that is just opened, its header read.
+
+    Raises UserError where the file is no image of FORMATS, MemoryError with its name where memory does not suffice.
+    """
+    try:
+        # Of a stream Pillow maps nothing into memory, where a file that is cut off meanwhile would end the program.
+        with open_regular(file, LARGEST_FILE) as stream, Image.open(stream, formats=FORMATS) as image:
+            return use(image)
+    except UnidentifiedImageError as error:
+        raise UserError(f"{file}: not a readable image (none of {', '.join(FORMATS)})") from error
+    except MemoryError as error:
+        raise MemoryError(f'{file}: {error}') from error
+    except Exception as error:          # Pillow's plugins raise many kinds
+        raise UserError(f'{file}: not a readable image ({str(error) or type(error).__name__})') from error
+
+
+def read_image(file, mode='RGB', needed=None):
+    """An image file as 8-bit RGB, or another mode of Pillow; needed as for ImageSet.load."""
+    def read(image):
+        if needed is not None:
+            image.draft(None, needed(*image.size))      # of the formats only JPEG has scales
+        if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')):
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert(mode)
+        if image.mode in ('I', 'F'):
+            raise ValueError(f'pixels of mode {image.mode} have no known range, expected 8 or 16 bits')
+        if 'transparency' in image.info:
+            image = image.convert('RGBA')
+        return image.convert(mode)
+    return open_image(file, read)
+
+
+def image_size(item):
+    """Width and height of an entry of ImageSet.source."""
+    return open_image(item, lambda image: image.size) if isinstance(item, str) else item.size()
