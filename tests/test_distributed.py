@@ -97,7 +97,10 @@ METHODS = {
     'hard negatives': [], 'simclr with hard negatives': ['--method', 'SimCLR'],
     'cross-entropy and hard negatives': ['--ce_weight', '2'],
     'moco': ['--moco', '--moco_k', '26'], 'moco simclr': ['--moco', '--moco_k', '26', '--method', 'SimCLR'],
-    'accum_steps': ['--accum_steps', '3'], 'head_bn': ['--head_bn'],
+    'accum_steps': ['--accum_steps', '3'], 'head_bn': ['--head_bn'], 'dcl': ['--method', 'DCL'],
+    'three views': ['--n_views', '3', '--accum_steps', '2'],
+    'genscl of four views': ['--method', 'GenSCL', '--mix', 'mixup', '--no_warm', '--n_views', '4'],
+    'moco of three views': ['--moco', '--moco_k', '26', '--n_views', '3'],
 }
 
 
@@ -112,7 +115,7 @@ def steps(method, sizes, labels=(0, 1, 2, 1, 0)):
         training.set_device(opt)
         training.set_warmup(opt)
         teacher = (lambda images: images.mean((2, 3))) if 'teacher' in method else None
-        averages, model = train_one_epoch(main_supcon, opt, Loader(sizes, 2, labels), 3, teacher)
+        averages, model = train_one_epoch(main_supcon, opt, Loader(sizes, opt.n_views, labels), 3, teacher)
         average_statistics(model)
         return ((averages['loss'], averages['contrastive_acc']),
                 {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
@@ -127,7 +130,7 @@ def test_processes_compute_the_loss_and_gradient_of_the_whole_batch(in_processes
     """13 images in uneven shares, with batch norm over all processes."""
     labels = (0, 1, -1, 2, 1, -3, 0) if 'negatives' in method else (0, 1, 2, 1, 0)
     near = 1e-5 if 'cross-entropy' in method else 1e-10                 # cross-entropy is computed in float32
-    if method == 'accum_steps':                         # each of its micro-batches has its own batch norms
+    if 'accum_steps' in str(METHODS[method]):           # each of its micro-batches has its own batch norms
         monkeypatch.setattr(main_supcon.SupConResNet, 'train', lambda self, mode=True: nn.Module.train(self, False))
     whole, = in_processes(1, lambda: steps(method, [13], labels))
     assert len(whole[1]) > 20 and whole[0][0] > 0

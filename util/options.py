@@ -130,6 +130,8 @@ OPTIONS = {
                                'and never more than: the cores there are')),
     ],
     'views': [
+        ('--n_views', dict(type=number(int, 2, 64), default=2, metavar='N', help='views of each image in a batch'),
+         SUPCON),
         ('--augment_policy', dict(choices=('no', 'sim', 'auto', 'rand', 'stacked_rand'), help='training views beside '
                                   'cropping and flipping: no: nothing; sim: color jitter and grayscale; auto: '
                                   'AutoAugment; rand: RandAugment; stacked_rand: RandAugment and sim (default: sim in '
@@ -184,8 +186,11 @@ OPTIONS = {
         ('--syncBN', dict(FLAG, help='batch norm over all processes of torchrun'), SUPCON + CE),
     ],
     'method': [
-        ('--method', dict(choices=('SupCon', 'SimCLR', 'GenSCL'), default='SupCon', help='contrastive loss; GenSCL '
-                          'changes the defaults of other options too, see docs/genscl.md'), SUPCON),
+        ('--method', dict(choices=('SupCon', 'SimCLR', 'SINCERE', 'DCL', 'GenSCL'), default='SupCon',
+                          help='contrastive loss; GenSCL changes the defaults of other options too, see '
+                          'docs/genscl.md'), SUPCON),
+        ('--positives', dict(choices=('class', 'image'), default='class', help='of a view: the views of its class, or '
+                             'without labels those of its image (default with SimCLR)'), SUPCON),
         ('--temp --temperature', dict(type=number(float, 1e-4, 1e4), default=0.07, metavar='T', help='temperature'),
          SUPCON),
         ('--base_temperature', dict(type=number(float, 1e-4, 1e4), default=0.07, metavar='T', help='the loss is '
@@ -197,7 +202,7 @@ OPTIONS = {
         ('--denominator_mode', dict(choices=('all', 'one_positive', 'only_negatives'), default='all',
                                     help='what the denominator sums over'), SUPCON),
         ('--positives_cap', dict(type=number(int, -1, 2**31), default=-1, metavar='N', help='positives of other '
-                                 'images that count, a multiple of 2; -1: all'), SUPCON),
+                                 'images that count, a multiple of --n_views; -1: all'), SUPCON),
         ('--moco', dict(FLAG, help='momentum contrast: contrasts are keys of a momentum copy, and a queue of earlier '
                         'ones'), SUPCON),
         ('--moco_k', dict(type=number(int, 1, 2**24), default=65536, metavar='N', help='keys in the queue, a multiple '
@@ -303,7 +308,9 @@ DEFAULTS = {
 }
 # Those that a method brings; for main_linear the encoder's method. A dataset's are in its row of datasets.DATASETS.
 METHOD_DEFAULTS = {
-    'main_supcon': {'GenSCL': {'epochs': 500, 'batch_size': 1024, 'learning_rate': 0.5, 'temp': 0.1, 'cosine': True,
+    'main_supcon': {'SimCLR': {'positives': 'image'}, 'SINCERE': {'denominator_mode': 'one_positive'},
+                    'DCL': {'denominator_mode': 'only_negatives'},
+                    'GenSCL': {'epochs': 500, 'batch_size': 1024, 'learning_rate': 0.5, 'temp': 0.1, 'cosine': True,
                                'warm': True, 'seed': 3407}},
     'main_ce': {},
     'main_linear': {'GenSCL': {'batch_size': 512, 'learning_rate': 5., 'warm': True, 'warm_epochs': 5,
@@ -520,17 +527,27 @@ def _check_generalized(opt):
 
 
 def _check_loss(opt):
-    if opt.positives_cap > 0 and opt.positives_cap % 2:
-        raise UserError(f'--positives_cap {opt.positives_cap}: expected a multiple of 2, the views of an image')
-    changed = [name for name, default in (('summation_location', 'out'), ('denominator_mode', 'all'),
-                                          ('positives_cap', -1)) if getattr(opt, name) != default]
+    if opt.positives_cap > 0 and opt.positives_cap % opt.n_views:
+        raise UserError(f'--positives_cap {opt.positives_cap}: expected a multiple of {opt.n_views}, the views of an '
+                        'image')
+    for name in ('positives', 'denominator_mode'):
+        fixed = METHOD_DEFAULTS['main_supcon'].get(opt.method, {}).get(name)
+        if fixed and getattr(opt, name) != fixed:
+            raise UserError(f'--{name} {getattr(opt, name)}: --method {opt.method} is --{name} {fixed}, expected that, '
+                            'or --method SupCon')
+    if opt.method == 'GenSCL' and opt.n_views % 2:
+        raise UserError(f'--n_views {opt.n_views}: the loss of --method GenSCL takes two groups of views, expected an '
+                        'even number')
+    changed = [name for name, default in (('positives', 'class'), ('summation_location', 'out'),
+                                          ('denominator_mode', 'all'), ('positives_cap', -1))
+               if getattr(opt, name) != default]
     if opt.method == 'GenSCL' and (changed or opt.moco):
         raise UserError(f"--{[*changed, 'moco'][0]} is not defined for --method GenSCL, expected SupCon or SimCLR")
     if opt.head_bn and (isinstance(opt.head, str) and opt.head == 'linear' or len(opt.head) < 2):
         raise UserError('--head_bn has no effect: the head has no hidden layer')
     if opt.moco:
         if opt.contrast_mode == 'one':
-            raise UserError('--contrast_mode one has no effect: with --moco the first views are the anchors anyway')
+            raise UserError('--contrast_mode one has no effect: with --moco all views but the last are anchors anyway')
         if opt.moco_k % opt.batch_size:
             raise UserError(f'--moco_k {opt.moco_k}: expected a multiple of --batch_size {opt.batch_size}')
         opt.temp = opt.moco_t or opt.temp
