@@ -42,6 +42,7 @@ def set_loader(opt):
     """Training batches of --n_views views, and both sets as they are for the kNN accuracy; also the classes."""
     data = load_images(opt)
     opt.num_classes = len(data.train.classes)
+    opt.class_sizes = data.train.class_sizes() if opt.method == 'BCL' else None
     if opt.denominator_mode == 'only_negatives' and opt.positives == 'class' and opt.num_classes == 1:
         raise errors.UserError('--denominator_mode only_negatives: images of one class have no negatives')
     train = data.train.join(data.ood) if opt.aug_mode == 'with_both' else data.train        # with hard negatives

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from datasets.mixing import mix_views
-from losses import GenSupConLoss, SupConLoss, contrastive_accuracy
+from losses import BalancedSupConLoss, GenSupConLoss, SupConLoss, contrastive_accuracy
 from util.distributed import all_sizes, all_to_all_rows, gather, global_mean, local_slice, to_device
 from util.training import in_micro_batches
 
@@ -78,6 +78,27 @@ class Momentum(SupCon):
         return features, loss, contrastive_accuracy(features, labels, opt.positives, self.hard_negatives)
 
 
+class BCL:
+    """Balanced contrastive learning for long tails: each class weighs the same in the denominator, and has a prototype
+    among the contrasts; beside it the cross-entropy of adjusted logits, --ce_weight times (Zhu et al., 2022,
+    https://arxiv.org/abs/2207.09052).
+
+    The prototypes are the classifier's weights, which are vectors like the encoder's features, through the head.
+    """
+    weight = 0.6                                                                # as published
+
+    def __init__(self, opt, num_classes, teacher=None):
+        self.opt, self.criterion = opt, BalancedSupConLoss(opt.temp, opt.contrast_mode, opt.base_temperature)
+        self.adjustment = log_frequencies(opt)
+
+    def __call__(self, network, images, labels, rng):
+        features, logits = features_and_logits(network, images, self.opt.n_views)
+        prototypes = network.model.project(network.model.fc.weight)             # [num_classes, feat_dim]
+        loss = (self.weight * self.criterion(features, labels, prototypes)
+                + self.opt.ce_weight * classifier_loss(logits + self.adjustment, labels.repeat(self.opt.n_views)))
+        return features, loss, contrastive_accuracy(features, labels)
+
+
 class GenSCL:
     """Views are mixed on their own, and positives weigh as much as their label distributions are alike; the class
     probabilities of a teacher (--KD) are further labels (Kim et al., 2022, https://arxiv.org/abs/2206.00384).
@@ -109,7 +130,7 @@ class GenSCL:
         return features, loss, contrastive_accuracy(features, by_image(learned, n_views))
 
 
-METHODS = {'SupCon': SupCon, 'SimCLR': SimCLR, 'SINCERE': SINCERE, 'DCL': DCL, 'GenSCL': GenSCL}
+METHODS = {'SupCon': SupCon, 'SimCLR': SimCLR, 'SINCERE': SINCERE, 'DCL': DCL, 'BCL': BCL, 'GenSCL': GenSCL}
 
 
 def features_and_logits(network, images, n_views):
@@ -130,6 +151,12 @@ def classifier_loss(logits, labels):
     if labels.dim() == 2:
         return global_mean(F.cross_entropy(logits, labels, reduction='none'))
     return global_mean(F.cross_entropy(logits, labels.clamp(min=0), reduction='none'), labels >= 0)
+
+
+def log_frequencies(opt):
+    """Log of the fraction of the training images that each class has: [num_classes]."""
+    sizes = torch.tensor(opt.class_sizes, device=opt.device, dtype=torch.float).clamp(min=1)
+    return (sizes / sizes.sum()).log()
 
 
 def momentum_keys(moco, images, labels, opt, rng):

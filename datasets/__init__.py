@@ -112,6 +112,11 @@ def load_images(opt):
     train, val, extra_id, extra_ood = (
         part and replace(part.sample(opt.max_samples, opt.seed, number), cache_dir=cache_dir)
         for part, number in zip(parts, per_class))
+    if opt.imbalance:
+        opt.split_seed = opt.seed if opt.split_seed is None else opt.split_seed
+        train = train.long_tailed(opt.imbalance, opt.split_seed)
+        sizes = train.class_sizes()
+        log(f'--imbalance {opt.imbalance:g}: {len(train)} training images, {max(sizes)} to {min(sizes)} of a class')
     opt.size = opt.size or info.size
     if opt.mean is None or opt.std is None:
         mean, std = (info.mean, info.std) if info.mean else train.statistics()

@@ -62,26 +62,62 @@ COMPILE_PAYS = 2**33
 
 
 class Batches:
-    """The order of n images: yields the number of each batch from first_step on, and the indices [bsz] in it.
+    """Which images each batch holds: yields its number, from first_step on, and the indices [bsz] of images with labels
+    [n], of which -(c + 1) counts as class c.
 
-    In training a last batch of one image, which batch norm cannot take, is added to the batch before it.
+    Without `train` all images in their order. In training by opt.sampler:
+    - 'shuffle': all images, in random order. A last batch of one image, which batch norm cannot take, is added to the
+      batch before it.
+    - 'class_balanced': as many images, but each class equally often, and in a class each image (but for one).
+    - 'pk': opt.images_per_class images of each of as many random classes as a batch holds; small classes repeat theirs.
     """
 
-    def __init__(self, n, opt, train):
+    def __init__(self, labels, opt, train):
+        n, bsz = len(labels), opt.batch_size
+        self.n, self.seed, self.train, self.epoch, self.first_step = n, opt.seed, train, 0, 0
+        self.sampler, self.images_per_class = opt.sampler if train else None, opt.images_per_class
         if train and n < 2:
             raise UserError(f'found {n} training image, expected at least 2')
-        if train and n < opt.batch_size:
-            log(f'--batch_size {opt.batch_size}: found {n} training images, each batch holds all of them')
-        self.n, self.seed, self.train, self.epoch, self.first_step = n, opt.seed, train, 0, 0
-        self.sizes = [opt.batch_size] * (n // opt.batch_size) + [n % opt.batch_size] * (n % opt.batch_size > 0)
-        if train and self.sizes[-1] == 1:
+        self.sizes = [bsz] * (n // bsz) + [n % bsz] * (n % bsz > 0)
+        if self.sampler == 'pk':
+            self.sizes = [bsz] * max(1, n // bsz)
+        elif train and n < bsz:
+            log(f'--batch_size {bsz}: found {n} training images, each batch holds all of them')
+        elif train and self.sizes[-1] == 1:
             self.sizes[-2:] = [self.sizes[-2] + 1]
+        if self.sampler in ('class_balanced', 'pk'):
+            ordered, order = torch.where(labels < 0, -labels - 1, labels).sort(stable=True)
+            self.classes = order.split(ordered.unique_consecutive(return_counts=True)[1].tolist())  # indices of each
+        if self.sampler == 'pk' and len(self.classes) * self.images_per_class < bsz:
+            raise UserError(f'--sampler pk: found {len(self.classes)} classes, expected at least '
+                            f'{bsz // self.images_per_class}, --batch_size {bsz} / --images_per_class '
+                            f'{self.images_per_class}')
 
     def __iter__(self):
-        order = torch.randperm(self.n, generator=self.generator()) if self.train else torch.arange(self.n)
-        for step, indices in enumerate(order.split(self.sizes)):
-            if step >= self.first_step:
-                yield step, indices
+        if self.sampler == 'pk':
+            batches = (self._pk_batch(step) for step in range(self.first_step, len(self.sizes)))
+        else:
+            batches = self._order().split(self.sizes)[self.first_step:]
+        yield from enumerate(batches, self.first_step)
+
+    def _order(self):
+        """The images of an epoch, one after the other: [n]."""
+        if not self.train:
+            return torch.arange(self.n)
+        generator = self.generator()
+        order = torch.randperm(self.n, generator=generator)
+        if self.sampler == 'shuffle':
+            return order
+        counts = torch.full((len(self.classes),), self.n // len(self.classes))
+        counts[torch.randperm(len(counts), generator=generator)[:self.n % len(counts)]] += 1
+        parts = [_sampled(*part, generator) for part in zip(self.classes, counts.tolist())]
+        return torch.cat(parts)[order]
+
+    def _pk_batch(self, step):
+        generator, k = self.generator(step, 2), self.images_per_class
+        chosen = torch.randperm(len(self.classes), generator=generator)[:self.sizes[step] // k]
+        batch = torch.cat([_sampled(self.classes[number], k, generator) for number in chosen.tolist()])
+        return batch[torch.randperm(len(batch), generator=generator)]   # each device gets images of all classes
 
     def generator(self, *of):
         """Random numbers of the epoch, or of a batch: (step,) or (step, what it samples)."""
@@ -90,12 +126,19 @@ class Batches:
         return torch.Generator().manual_seed(int(seed))
 
 
-class Loader:
-    """What all loaders have: `len`, the steps of an epoch; `sizes`, the images of each batch in all processes."""
+def _sampled(members, count, generator):
+    """`count` of the members [n] in random order; each is there equally often, but for one."""
+    rounds = [torch.randperm(len(members), generator=generator) for _ in range(math.ceil(count / len(members)))]
+    return members[torch.cat([members[:0], *rounds])[:count]]
 
-    def __init__(self, n, opt, train):
-        self.batches = Batches(n, opt, train)
-        self.sizes, self.n = self.batches.sizes, n
+
+class Loader:
+    """What all loaders have: `len`, the steps of an epoch; `sizes`, the images of each batch in all processes; `labels`
+    [n] of all images."""
+
+    def __init__(self, labels, opt, train):
+        self.batches, self.labels = Batches(labels, opt, train), labels
+        self.sizes = self.batches.sizes
 
     def __len__(self):
         return len(self.sizes)
@@ -115,8 +158,8 @@ class BatchedLoader(Loader):
     """Keeps the decoded images in memory, on the GPU where they take at most a quarter of what is free there."""
 
     def __init__(self, image_set, view, opt, n_views, train):
-        super().__init__(len(image_set), opt, train)
-        self.labels, self.view, self.n_views, self.device = image_set.labels, view, n_views, torch.device(opt.device)
+        super().__init__(image_set.labels, opt, train)
+        self.view, self.n_views, self.device = view, n_views, torch.device(opt.device)
         self.data, self.heights, self.widths = image_set.decode(view.short_side)
         compiled = train and opt.epochs * len(image_set) * n_views * view.size**2 >= COMPILE_PAYS
         self.operations = views.compiled_operations(self.device) if compiled else views.OPERATIONS
@@ -140,9 +183,8 @@ class FeatureLoader(Loader):
     images, [n, dim] and [n], once, when the first batch is asked for."""
 
     def __init__(self, loader, compute, opt, train):
-        super().__init__(loader.n, opt, train)
-        self.loader, self.compute = loader, compute
-        self.features = self.labels = None
+        super().__init__(loader.labels, opt, train)
+        self.loader, self.compute, self.features = loader, compute, None
 
     def __iter__(self):
         if self.features is None:
@@ -159,7 +201,7 @@ class WorkerLoader(Loader):
     def __init__(self, image_set, view, opt, n_views, train, per_sample):
         if isinstance(image_set.source, list):
             image_set.sizes()                           # a file that is no image is found now, not in the first epoch
-        super().__init__(len(image_set), opt, train)
+        super().__init__(image_set.labels, opt, train)
         self.n_views, self.device = n_views, torch.device(opt.device)
         self.rest = None                                # what the training device has to do
         if per_sample:

@@ -230,7 +230,7 @@ def test_every_batch_has_its_own_random_numbers():
     """The permutation of an epoch and what each of its batches samples: all different, and the same again."""
     def numbers():
         for epoch in (1, 2):
-            batches = loaders.Batches(40, arguments.defaults(batch_size=10), train=True)
+            batches = loaders.Batches(torch.zeros(40), arguments.defaults(batch_size=10), train=True)
             batches.epoch = epoch
             for of in ((), (0,), (0, 0), (0, 1), (1,), (2,), (3,)):
                 yield torch.rand((), generator=batches.generator(*of)).item()

@@ -120,6 +120,14 @@ OPTIONS = {
                                'spread over the classes; default: all')),
         ('--samples_per_class', dict(type=COUNT, metavar='N', help='train on at most N images of each class, sampled '
                                      'with --seed; not of validation and augmentation folders; default: all')),
+        ('--sampler', dict(choices=('shuffle', 'class_balanced', 'pk'), default='shuffle',
+                           help='training batches: shuffle: all images in random order; class_balanced: as many, each '
+                           'class equally often; pk: --images_per_class images of each of batch_size / '
+                           'images_per_class random classes')),
+        ('--images_per_class', dict(type=COUNT, metavar='K', help='of each class in a batch; needed by --sampler pk')),
+        ('--imbalance', dict(type=number(float, 1, 1e6), metavar='RATIO', help='train on a long-tailed part of the '
+                             'images, sampled with --seed: class c of C keeps largest * RATIO**(-c / (C - 1)); report '
+                             'the accuracy over many, medium and few classes; default: all images')),
         ('--loader', dict(choices=('auto', 'batched', 'workers', 'per_sample'), default='auto',
                           help='batched: all images in memory, views sampled on the device; workers: worker processes '
                                'read and crop, colors on the device; per_sample: torchvision transforms in worker '
@@ -186,7 +194,7 @@ OPTIONS = {
         ('--syncBN', dict(FLAG, help='batch norm over all processes of torchrun'), SUPCON + CE),
     ],
     'method': [
-        ('--method', dict(choices=('SupCon', 'SimCLR', 'SINCERE', 'DCL', 'GenSCL'), default='SupCon',
+        ('--method', dict(choices=('SupCon', 'SimCLR', 'SINCERE', 'DCL', 'BCL', 'GenSCL'), default='SupCon',
                           help='contrastive loss; GenSCL changes the defaults of other options too, see '
                           'docs/genscl.md'), SUPCON),
         ('--positives', dict(choices=('class', 'image'), default='class', help='of a view: the views of its class, or '
@@ -265,6 +273,8 @@ OPTIONS = {
         ('--momentum', dict(type=number(float, 0, 1), default=0.9, metavar='M', help='momentum of SGD and RMSProp')),
         ('--label_smoothing', dict(type=number(float, 0, 1), default=0., metavar='S', help='fraction of each label '
                                    'that is spread over all classes'), CE + LINEAR),
+        ('--logit_adjustment', dict(type=POSITIVE_OR_ZERO, default=0., metavar='TAU', help='in training the logits are '
+                                    'raised by TAU * log(frequency of their class)'), CE + LINEAR),
         ('--amp', dict(action=Switch, help='mixed precision: bfloat16, or float16 on GPUs without it')),
         ('--compile', dict(FLAG, help='torch.compile the encoder')),
     ],
@@ -310,6 +320,7 @@ DEFAULTS = {
 METHOD_DEFAULTS = {
     'main_supcon': {'SimCLR': {'positives': 'image'}, 'SINCERE': {'denominator_mode': 'one_positive'},
                     'DCL': {'denominator_mode': 'only_negatives'},
+                    'BCL': {'temp': 0.1, 'base_temperature': 0.1, 'ce_weight': 2.},         # as published
                     'GenSCL': {'epochs': 500, 'batch_size': 1024, 'learning_rate': 0.5, 'temp': 0.1, 'cosine': True,
                                'warm': True, 'seed': 3407}},
     'main_ce': {},
@@ -326,6 +337,7 @@ REQUIRES = {
     **dict.fromkeys(('moco_k', 'moco_m', 'moco_t'), ('moco', None)),
     **dict.fromkeys(('warm_epochs', 'warmup_from'), ('warm', None)),
     **dict.fromkeys(('wandb_entity', 'wandb_project'), ('wandb', None)),
+    'images_per_class': ('sampler', ('pk',)),
     'erasing_p': ('erasing', None), 'mix_alpha': ('mix', None), 'pretrained_ckpt': ('pretrained', None),
     'force': ('resume', None), 'exp_decay_epochs': ('exp_decay', None), 'feat_dim': ('head', ('mlp', 'linear')),
     'momentum': ('optim_kind', ('SGD', 'RMSProp', 'RMSPropTF')),
@@ -335,7 +347,7 @@ REQUIRES = {
 
 # Options that decide on which images a network is trained or evaluated, and which network it is.
 NETWORK = ('model', 'stem', 'width')
-DATA = ('dataset', 'data_folder', 'mvip_super_class', 'mvip_num_classes')
+DATA = ('dataset', 'data_folder', 'imbalance', 'mvip_super_class', 'mvip_num_classes')
 EVALUATION = (*DATA, 'size', 'mean', 'std', 'max_samples', 'samples_per_class', 'seed', 'aug_mode', 'aug_root',
               'aug_output_name', 'aug_name_id', 'aug_name_ood', 'aug_ex_id', 'aug_ex_ood', *NETWORK)
 
@@ -478,6 +490,9 @@ def _complete(opt, program, given, info):
     if opt.loader == 'batched' and opt.augment_policy in ('auto', 'rand', 'stacked_rand'):
         raise UserError(f'--augment_policy {opt.augment_policy} is sampled one image at a time, expected --loader '
                         'auto, workers or per_sample')
+    if opt.sampler == 'pk' and (not opt.images_per_class or opt.batch_size % opt.images_per_class):
+        found = f'{opt.images_per_class} does not divide' if opt.images_per_class else 'is missing, expected to divide'
+        raise UserError(f'--sampler pk: --images_per_class {found} --batch_size {opt.batch_size}')
     for name in ('cosine', 'LARS', 'nesterov', 'amp'):
         setattr(opt, name, bool(getattr(opt, name)))
     if opt.warm is None:                                # large batches need it
@@ -521,8 +536,8 @@ def _check_generalized(opt):
             raise UserError(f'--{name} needs --method GenSCL, found {opt.method}')
     if opt.KD and not opt.teacher_path:
         raise UserError("--KD: --teacher_path is missing, expected the folder of the teacher's checkpoint")
-    if opt.method == 'GenSCL' and opt.aug_mode == 'with_both':
-        raise UserError('--aug_mode with_both: hard negatives have no label distribution for --method GenSCL, expected '
+    if opt.method in ('BCL', 'GenSCL') and opt.aug_mode == 'with_both':
+        raise UserError(f'--aug_mode with_both: hard negatives are not defined for --method {opt.method}, expected '
                         'SupCon or SimCLR')
 
 
@@ -541,8 +556,14 @@ def _check_loss(opt):
     changed = [name for name, default in (('positives', 'class'), ('summation_location', 'out'),
                                           ('denominator_mode', 'all'), ('positives_cap', -1))
                if getattr(opt, name) != default]
-    if opt.method == 'GenSCL' and (changed or opt.moco):
-        raise UserError(f"--{[*changed, 'moco'][0]} is not defined for --method GenSCL, expected SupCon or SimCLR")
+    if opt.method in ('BCL', 'GenSCL') and (changed or opt.moco):
+        raise UserError(f"--{[*changed, 'moco'][0]} is not defined for --method {opt.method}, expected SupCon or "
+                        'SimCLR')
+    if opt.method == 'BCL' and not opt.ce_weight:
+        raise UserError('--ce_weight 0: the prototypes of --method BCL are weights of the classifier, expected above 0')
+    if opt.method == 'BCL' and opt.head_bn:
+        raise UserError('--head_bn: the prototypes of --method BCL go through the head without a batch, expected no '
+                        '--head_bn')
     if opt.head_bn and (isinstance(opt.head, str) and opt.head == 'linear' or len(opt.head) < 2):
         raise UserError('--head_bn has no effect: the head has no hidden layer')
     if opt.moco:

@@ -37,7 +37,8 @@ from util.training import learning_rate, seed_step, set_learning_rate
 RESUME_MAY_CHANGE = {
     'epochs', 'warm_epochs', 'num_workers', 'print_freq', 'save_freq', 'save_steps', 'keep_ckpts', 'eval_freq',
     'per_class', 'resume', 'force', 'overwrite', 'device', 'data_folder', 'aug_root', 'cache_dir', 'loader_chosen',
-    'output_name', 'trial', 'debug', 'wandb', 'wandb_entity', 'wandb_project', 'num_classes', 'evaluate', 'export'}
+    'output_name', 'trial', 'debug', 'wandb', 'wandb_entity', 'wandb_project', 'num_classes',
+    'class_sizes', 'evaluate', 'export'}
 
 
 def plain(values):
