@@ -5,9 +5,9 @@ contrastive accuracy of the batch:
 
     features, loss, accuracy = method(network, images, labels, rng)
 
-images [n_views * bsz, 3, size, size], view after view; labels [bsz], of which -(c + 1) marks a near-out-of-distribution
-image made from class c, a hard negative; rng, a NumPy generator in the same state in all processes -> features
-[bsz, n_views, feat_dim], loss and accuracy (%) scalars.
+images [n_views * bsz, 3, size, size], view after view, with --local_crops a tuple of these and of small crops; labels
+[bsz], of which -(c + 1) marks a near-out-of-distribution image made from class c, a hard negative; rng, a NumPy
+generator in the same state in all processes -> features [bsz, n_views, feat_dim], loss and accuracy (%) scalars.
 
 A new method is a class here and its row in METHODS.
 """
@@ -27,16 +27,16 @@ class SupCon:
     https://arxiv.org/abs/2004.11362), with --positives image only those of its image."""
 
     def __init__(self, opt, num_classes, teacher=None):
-        self.opt, self.hard_negatives = opt, opt.aug_mode == 'with_both'
+        self.opt, self.n_views, self.hard_negatives = opt, opt.n_views + opt.local_crops, opt.aug_mode == 'with_both'
         self.criterion = SupConLoss(opt.temp, opt.contrast_mode, opt.base_temperature, opt.summation_location,
                                     opt.denominator_mode, opt.positives_cap, self.hard_negatives)
 
     def __call__(self, network, images, labels, rng):
         opt = self.opt
-        features, logits = features_and_logits(network, images, opt.n_views)
+        features, logits = features_and_logits(network, images, self.n_views)
         loss = self.criterion(features, labels, positives=opt.positives)
         if logits is not None:
-            loss = loss + opt.ce_weight * classifier_loss(logits, labels.repeat(opt.n_views))
+            loss = loss + opt.ce_weight * classifier_loss(logits, labels.repeat(self.n_views))
         return features, loss, contrastive_accuracy(features, labels, opt.positives, self.hard_negatives)
 
 
@@ -88,14 +88,14 @@ class BCL:
     weight = 0.6                                                                # as published
 
     def __init__(self, opt, num_classes, teacher=None):
-        self.opt, self.criterion = opt, BalancedSupConLoss(opt.temp, opt.contrast_mode, opt.base_temperature)
-        self.adjustment = log_frequencies(opt)
+        self.criterion = BalancedSupConLoss(opt.temp, opt.contrast_mode, opt.base_temperature)
+        self.opt, self.n_views, self.adjustment = opt, opt.n_views + opt.local_crops, log_frequencies(opt)
 
     def __call__(self, network, images, labels, rng):
-        features, logits = features_and_logits(network, images, self.opt.n_views)
+        features, logits = features_and_logits(network, images, self.n_views)
         prototypes = network.model.project(network.model.fc.weight)             # [num_classes, feat_dim]
         loss = (self.weight * self.criterion(features, labels, prototypes)
-                + self.opt.ce_weight * classifier_loss(logits + self.adjustment, labels.repeat(self.opt.n_views)))
+                + self.opt.ce_weight * classifier_loss(logits + self.adjustment, labels.repeat(self.n_views)))
         return features, loss, contrastive_accuracy(features, labels)
 
 

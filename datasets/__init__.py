@@ -147,6 +147,14 @@ def pretraining_view(opt):
     return _training_view(opt, dataset_info(opt).pretraining, opt.augment_policy or 'sim')
 
 
+def local_view(opt):
+    """The small crops of multi-crop (Caron et al., 2020, https://arxiv.org/abs/2006.09882): from 5 % of the area to the
+    smallest other view, --local_size pixels."""
+    view = pretraining_view(opt)
+    smallest, _ = view.crop
+    return replace(view, size=opt.local_size or round(opt.size * 3 / 7), crop=(min(0.05, smallest / 2), smallest))
+
+
 def classification_view(opt):
     """The training view of cross-entropy and linear evaluation."""
     info = dataset_info(opt)

@@ -25,7 +25,7 @@ from util.log import log
 from util.memory import available_memory
 
 
-def make_loader(image_set, view, opt, n_views=1, train=True):
+def make_loader(image_set, view, opt, n_views=1, train=True, stream=()):
     """An iterable of (images [n_views * bsz, 3, size, size], labels [bsz]), view after view, on opt.device.
 
     Call `set_epoch(epoch)` before each epoch: permutation and views depend on opt.seed and the epoch alone, and those
@@ -36,6 +36,8 @@ def make_loader(image_set, view, opt, n_views=1, train=True):
     crops in opt.num_workers worker processes and does the colors on opt.device; 'per_sample' does all in the workers;
     'auto' takes 'batched' where the images fit into half of the free memory, padding is not most of it, and the view
     can be sampled in batches, else 'workers'.
+
+    stream: (a number,) for other random views of the same batches.
     """
     kind = opt.loader
     if kind == 'auto':
@@ -43,8 +45,8 @@ def make_loader(image_set, view, opt, n_views=1, train=True):
         if train:
             opt.loader_chosen = kind                    # recorded, since a run that resumes must sample the same views
     if kind == 'batched' and not view.per_sample_only:
-        return BatchedLoader(image_set, view, opt, n_views, train)
-    return WorkerLoader(image_set, view, opt, n_views, train, per_sample=opt.loader == 'per_sample')
+        return BatchedLoader(image_set, view, opt, n_views, train, stream)
+    return WorkerLoader(image_set, view, opt, n_views, train, stream, per_sample=opt.loader == 'per_sample')
 
 
 def _loader_that_fits(image_set, view):
@@ -136,8 +138,8 @@ class Loader:
     """What all loaders have: `len`, the steps of an epoch; `sizes`, the images of each batch in all processes; `labels`
     [n] of all images."""
 
-    def __init__(self, labels, opt, train):
-        self.batches, self.labels = Batches(labels, opt, train), labels
+    def __init__(self, labels, opt, train, stream=()):
+        self.batches, self.labels, self.stream = Batches(labels, opt, train), labels, stream
         self.sizes = self.batches.sizes
 
     def __len__(self):
@@ -157,8 +159,8 @@ class Loader:
 class BatchedLoader(Loader):
     """Keeps the decoded images in memory, on the GPU where they take at most a quarter of what is free there."""
 
-    def __init__(self, image_set, view, opt, n_views, train):
-        super().__init__(image_set.labels, opt, train)
+    def __init__(self, image_set, view, opt, n_views, train, stream):
+        super().__init__(image_set.labels, opt, train, stream)
         self.view, self.n_views, self.device = view, n_views, torch.device(opt.device)
         self.data, self.heights, self.widths = image_set.decode(view.short_side)
         compiled = train and opt.epochs * len(image_set) * n_views * view.size**2 >= COMPILE_PAYS
@@ -170,12 +172,30 @@ class BatchedLoader(Loader):
         for step, indices in self.batches:
             repeated, mine = indices.repeat(self.n_views), local_slice(len(indices))
             params = views.sample_params(self.view, self.heights[repeated], self.widths[repeated],
-                                         self.batches.generator(step))
+                                         self.batches.generator(step, *self.stream))
             params, indices = params.local(mine, len(indices)), indices[mine]
             data = to_device(self.data.index_select(0, to_device(indices, self.data.device)), self.device)
             usual = self.sizes[step] == self.sizes[0]           # an odd size would be compiled again
             images = views.apply(self.view, data, params, self.operations if usual else views.OPERATIONS)
             yield images, to_device(self.labels[indices], self.device)
+
+
+class MultiCrop:
+    """Two loaders of the same batches as one, of ((images of the first, of the second), labels)."""
+
+    def __init__(self, loader, local):
+        self.loader, self.local, self.sizes = loader, local, loader.sizes
+
+    def __len__(self):
+        return len(self.loader)
+
+    def set_epoch(self, epoch, first_step=0):
+        self.loader.set_epoch(epoch, first_step)
+        self.local.set_epoch(epoch, first_step)
+
+    def __iter__(self):
+        for (images, labels), (local, _) in zip(self.loader, self.local):
+            yield (images, local), labels
 
 
 class FeatureLoader(Loader):
@@ -198,10 +218,10 @@ class FeatureLoader(Loader):
 class WorkerLoader(Loader):
     """Worker processes decode and crop, and with per_sample do all else by torchvision's transforms too."""
 
-    def __init__(self, image_set, view, opt, n_views, train, per_sample):
+    def __init__(self, image_set, view, opt, n_views, train, stream, per_sample):
         if isinstance(image_set.source, list):
             image_set.sizes()                           # a file that is no image is found now, not in the first epoch
-        super().__init__(image_set.labels, opt, train)
+        super().__init__(image_set.labels, opt, train, stream)
         self.n_views, self.device = n_views, torch.device(opt.device)
         self.rest = None                                # what the training device has to do
         if per_sample:
@@ -214,7 +234,7 @@ class WorkerLoader(Loader):
         batch_bytes = images_here * n_views * 3 * view.size**2 * (1 if self.rest else 4)
         waiting = max(1, int(available_memory() / local_processes() / 4 / batch_bytes))
         workers = min(opt.num_workers, waiting)
-        self.loader = DataLoader(_Samples(image_set, augment), batch_sampler=_Keys(self.batches), num_workers=workers,
+        self.loader = DataLoader(_Samples(image_set, augment), batch_sampler=_Keys(self), num_workers=workers,
                                  persistent_workers=train and workers > 0, collate_fn=_collate,
                                  prefetch_factor=max(1, min(4, waiting // workers)) if workers else None,
                                  pin_memory=self.device.type == 'cuda', worker_init_fn=_start_worker)
@@ -227,7 +247,7 @@ class WorkerLoader(Loader):
             images, labels = (part.to(self.device, non_blocking=True) for part in batch or self.empty)
             if self.rest and len(images):
                 sizes = torch.full((self.n_views * self.sizes[step],), self.rest.size)
-                params = views.sample_params(self.rest, sizes, sizes, self.batches.generator(step, 1))
+                params = views.sample_params(self.rest, sizes, sizes, self.batches.generator(step, 1, *self.stream))
                 images = views.apply(self.rest, images, params.local(local_slice(self.sizes[step]), self.sizes[step]))
             yield images, labels
 
@@ -282,12 +302,12 @@ def _end_workers():
 class _Keys:
     """Batch sampler: each sample is an index and the seed of its views, so that workers share no random state."""
 
-    def __init__(self, batches):
-        self.batches = batches
+    def __init__(self, loader):
+        self.batches, self.stream = loader.batches, loader.stream
 
     def __iter__(self):
         for step, indices in self.batches:
-            seeds = torch.randint(2**62, indices.shape, generator=self.batches.generator(step))
+            seeds = torch.randint(2**62, indices.shape, generator=self.batches.generator(step, *self.stream))
             mine = local_slice(len(indices))
             yield list(zip(indices[mine].tolist(), seeds[mine].tolist()))
 

@@ -3,11 +3,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from PIL import Image
 from torch.nn import functional as F
 
 import main_linear
 import main_supcon
 import methods
+from datasets import local_view, views
 from losses import GenSupConLoss, SupConLoss
 from networks.moco import MomentumContrast
 from networks.resnet_big import SupConResNet
@@ -124,7 +126,72 @@ def test_names_of_methods_are_settings_of_one_loss(call, spy):
                 '--ckpt', 'output/a/trial=0/last.ckpt')[0] == 0
 
 
+# Multi-crop
+
+@pytest.mark.parametrize('loader', ['batched', 'workers', 'per_sample'])
+def test_small_crops_are_further_views_of_the_same_images(monkeypatch, tmp_path, loader):
+    """Each image has one color. The large views are those without small ones, and small ones are other crops."""
+    monkeypatch.chdir(tmp_path)
+    colors = np.random.default_rng(0).integers(0, 256, (24, 3), dtype=np.uint8)
+    (tmp_path / 'images' / 'a').mkdir(parents=True)
+    for number, color in enumerate(colors):
+        Image.fromarray(np.broadcast_to(color, (20, 20, 3))).save(tmp_path / 'images' / 'a' / f'{number:02}.png')
+    data = ['--dataset', 'path', '--data_folder', 'images', '--loader', loader, '--num_workers', 0, '--size', 16,
+            '--augment_policy', 'no', '--mean', '(0, 0, 0)', '--std', '(1, 1, 1)', '--batch_size', 10]
+    whole = main_supcon.set_loader(options(*data))[0]
+    train = main_supcon.set_loader(options(*data, '--local_crops', 3, '--local_size', 8))[0]
+    for loaders in (whole, train):
+        loaders.set_epoch(2)
+    assert len(train) == 3 and train.sizes == [10, 10, 2]               # a tenth is held out
+    for (usual, _), ((images, local), labels) in zip(whole, train):
+        n = len(labels)
+        assert torch.equal(images, usual) and local.shape == (3 * n, 3, 8, 8)
+        torch.testing.assert_close(local[:, :, 0, 0].view(3, n, 3), images[:n, :, 0, 0].expand(3, n, 3))
+    train.set_epoch(2, 1)
+    (_, resumed), _ = next(iter(train))
+    train.set_epoch(2)
+    assert torch.equal(resumed, [local for (_, local), _ in train][1])
+    view = local_view(options(*TINY, '--size', 224, '--crop_min', 0.14, '--mean', '(0, 0, 0)', '--std', '(1, 1, 1)'))
+    assert (view.size, view.crop) == (96, (0.05, 0.14))                 # as published
+
+
+def test_small_crops_are_sampled_on_their_own(monkeypatch):
+    """Not at the places of the large views."""
+    opt, boxes = options(*TINY, '--local_crops', 2), []
+    sample = views.sample_params
+    monkeypatch.setattr(views, 'sample_params', lambda *args: (boxes.append(sample(*args)), boxes[-1])[1])
+    next(iter(main_supcon.set_loader(opt)[0]))
+    large, small = (params.boxes.double() for params in boxes)
+    assert len(large) == len(small) == 64
+    correlation = torch.corrcoef(torch.stack([large[:, 2] * large[:, 3], small[:, 2] * small[:, 3]]))[0, 1]
+    assert abs(correlation) < 0.4
+
+
+@pytest.mark.parametrize('arguments', [
+    ['--ce_weight', '1'], ['--method', 'BCL', '--n_views', '3'], ['--method', 'SimCLR', '--amp']])
+def test_multi_crop_runs(call, arguments):
+    status, out, err = call(main_supcon.main, *TINY, '--size', 16, '--local_crops', 2, '--epochs', 1, '--local_size',
+                            8, '--output_name', 'a', *arguments)
+    assert status == 0 and 'contrastive accuracy' in out, err
+
+
+def test_loss_of_small_crops_is_that_of_all_views():
+    opt = options('--local_crops', 2, '--temp', 0.1, '--base_temperature', 0.1)
+    model = SupConResNet('resnet18', 'linear', 5, width=1 / 16).eval()
+    images, local, labels = torch.rand(8, 3, 16, 16), torch.rand(8, 3, 8, 8), torch.tensor([0, 1, 0, 1])
+    features, loss, _ = methods.SupCon(opt, 2)(training.Network(model, opt), (images, local), labels, None)
+    expected = torch.cat([model(images), model(local)])
+    assert features.shape == (4, 4, 5)
+    torch.testing.assert_close(features[:, 3], expected[12:])
+    torch.testing.assert_close(loss, plain_loss(expected, labels, 4))
+
+
 @pytest.mark.parametrize('arguments, words', [
+    (['--local_size', '8'], ['--local_size', '--local_crops is missing']),
+    (['--local_crops', '2', '--moco'], ['--local_crops', '--moco']),
+    (['--local_crops', '2', '--accum_steps', '2'], ['--local_crops', '--accum_steps']),
+    (['--local_crops', '4', '--method', 'GenSCL'], ['--local_crops', 'GenSCL']),
+    (['--local_crops', '1', '--positives_cap', '4'], ['--positives_cap 4', 'multiple of 3']),
     (['--n_views', '1'], ['--n_views', "'1'", 'at least 2']),
     (['--n_views', '3', '--positives_cap', '4'], ['--positives_cap 4', 'multiple of 3']),
     (['--n_views', '3', '--method', 'GenSCL'], ['--n_views 3', 'GenSCL', 'even']),

@@ -9,9 +9,9 @@ from util.errors import UserError
 from util.options import DATA, EVALUATION, METHOD_DEFAULTS, NETWORK, as_text
 
 # Options that distinguish runs although the published names of runs do not hold them.
-NAMED = ('model', 'width', 'stem', 'size', 'head', 'positives', 'moco', 'ce_weight', 'n_views', 'mix', 'augment_policy',
-         'samples_per_class', 'imbalance', 'sampler', 'images_per_class', 'logit_adjustment', 'aug_mode',
-         'cache_features')
+NAMED = ('model', 'width', 'stem', 'size', 'head', 'positives', 'moco', 'ce_weight', 'n_views', 'local_crops',
+         'local_size', 'mix', 'augment_policy', 'samples_per_class', 'imbalance', 'sampler', 'images_per_class',
+         'logit_adjustment', 'aug_mode', 'cache_features')
 DOWNLOADED = {'cifar10': 'cifar-10-batches-py', 'cifar100': 'cifar-100-python'}     # their folders in --data_folder
 
 

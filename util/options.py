@@ -140,6 +140,10 @@ OPTIONS = {
     'views': [
         ('--n_views', dict(type=number(int, 2, 64), default=2, metavar='N', help='views of each image in a batch'),
          SUPCON),
+        ('--local_crops', dict(type=COUNT_OR_ZERO, default=0, metavar='N', help='multi-crop: N small crops of each '
+                               'image as further views'), SUPCON),
+        ('--local_size', dict(type=number(int, 8, 4096), metavar='PIXELS', help='their side; default: 3/7 of --size, '
+                              'as 96 of 224'), SUPCON),
         ('--augment_policy', dict(choices=('no', 'sim', 'auto', 'rand', 'stacked_rand'), help='training views beside '
                                   'cropping and flipping: no: nothing; sim: color jitter and grayscale; auto: '
                                   'AutoAugment; rand: RandAugment; stacked_rand: RandAugment and sim (default: sim in '
@@ -337,7 +341,7 @@ REQUIRES = {
     **dict.fromkeys(('moco_k', 'moco_m', 'moco_t'), ('moco', None)),
     **dict.fromkeys(('warm_epochs', 'warmup_from'), ('warm', None)),
     **dict.fromkeys(('wandb_entity', 'wandb_project'), ('wandb', None)),
-    'images_per_class': ('sampler', ('pk',)),
+    'images_per_class': ('sampler', ('pk',)), 'local_size': ('local_crops', None),
     'erasing_p': ('erasing', None), 'mix_alpha': ('mix', None), 'pretrained_ckpt': ('pretrained', None),
     'force': ('resume', None), 'exp_decay_epochs': ('exp_decay', None), 'feat_dim': ('head', ('mlp', 'linear')),
     'momentum': ('optim_kind', ('SGD', 'RMSProp', 'RMSPropTF')),
@@ -542,9 +546,13 @@ def _check_generalized(opt):
 
 
 def _check_loss(opt):
-    if opt.positives_cap > 0 and opt.positives_cap % opt.n_views:
-        raise UserError(f'--positives_cap {opt.positives_cap}: expected a multiple of {opt.n_views}, the views of an '
-                        'image')
+    n_views = opt.n_views + opt.local_crops
+    if opt.positives_cap > 0 and opt.positives_cap % n_views:
+        raise UserError(f'--positives_cap {opt.positives_cap}: expected a multiple of {n_views}, the views of an image')
+    for name, found in (('method GenSCL', opt.method == 'GenSCL'), ('moco', opt.moco),
+                        ('accum_steps', opt.accum_steps > 1), ('model timm/...', opt.model.startswith('timm/'))):
+        if opt.local_crops and found:
+            raise UserError(f'--local_crops is not defined with --{name}')
     for name in ('positives', 'denominator_mode'):
         fixed = METHOD_DEFAULTS['main_supcon'].get(opt.method, {}).get(name)
         if fixed and getattr(opt, name) != fixed:

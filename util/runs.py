@@ -320,5 +320,6 @@ class Run:
     def _log_views(self, loader):
         """Show some images of the first batch; features cannot be shown."""
         images, labels = next(iter(loader))
+        images = images[0] if isinstance(images, tuple) else images     # not the small crops
         if images.dim() == 4:
             self.curves.log_image('views', grid_of_views(images, len(labels), self.opt), 0)

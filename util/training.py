@@ -86,7 +86,11 @@ class Network:
                                                    **{BUFFERS: False})
 
     def __call__(self, images, n_views=1):
-        """Outputs of the model for images [n_views * bsz, ...], view after view."""
+        """Outputs of the model for images [n_views * bsz, ...], view after view; for a tuple of images of unlike sizes
+        those of each, one after the other."""
+        if isinstance(images, tuple):
+            outputs = [self(part) for part in images]
+            return tuple(map(torch.cat, zip(*outputs))) if isinstance(outputs[0], tuple) else torch.cat(outputs)
         micro_batches = split_into_micro_batches(images, self.opt, n_views)
         if len(micro_batches) == 1:
             with autocast(self.opt, images):
