@@ -376,7 +376,7 @@ def test_a_backbone_need_not_take_the_empty_part_of_a_process(monkeypatch):
     assert encoder(torch.zeros(0, 3, 32, 32)).shape == (0, 512)
 
 
-def test_batch_norms_for_gpus_are_pytorch_s(monkeypatch):
+def test_batch_norms_for_gpus_match_pytorch(monkeypatch):
     """With the activation of timm's own, and the empty part of a process in float32 as the other parts."""
     network = nn.Sequential(nn.BatchNorm2d(3), BatchNormAct2d(3))
     converted = synchronized(network, cuda=True)

@@ -393,7 +393,7 @@ def test_the_file_alone_trains(tmp_path):
     torch.testing.assert_close(weight, layer.weight.detach() - 0.1 * gradient)
 
 
-def test_supcontrast_s_signatures():
+def test_signatures_match_supcontrast():
     features, labels = random_features(), torch.tensor([0, 1, 0, 2, 1, 0, 9])
     criterion = SupConLoss(0.1, 'one', 0.05)
     assert (criterion.temperature, criterion.contrast_mode, criterion.base_temperature) == (0.1, 'one', 0.05)

@@ -46,7 +46,8 @@ if 'evaluate' in sys.argv[0]:
     lines = ['top-1 47.00', 'kNN accuracy 43.75'] + [f'{kind} 5 4 3 2 1' for kind in (
         'noise', 'blur', 'contrast', 'jpeg') if '--corruptions' in words]
 if '--output_name' in words:
-    folder = Path('output', words[words.index('--output_name') + 1], 'trial=' + words[words.index('--trial') + 1])
+    trial = words[words.index('--trial') + 1] if '--trial' in words else '0'
+    folder = Path('output', words[words.index('--output_name') + 1], 'trial=' + trial)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / 'log.txt').write_text('\\n'.join(lines) + '\\n')
 if '--output' in words:
