@@ -660,8 +660,8 @@ class _Pairs(NamedTuple):
             weights = weights & in_distribution
             allowed &= in_distribution | (self.source_class == anchors.labels[rows, None])
         if self.positives_cap >= 0:
-            of_others = (weights > 0) & (contrasts.images != anchors.images[rows, None])
-            rank = of_others.unflatten(1, (contrasts.n_views, -1))[:, 0].cumsum(1)      # of images, alike in each view
+            of_others = weights.bool() & (contrasts.images != anchors.images[rows, None])
+            rank = of_others.unflatten(1, (contrasts.n_views, -1))[:, 0].cumsum(1, dtype=torch.int32)
             beyond = of_others & (rank > self.positives_cap // contrasts.n_views).repeat(1, contrasts.n_views)
             weights = weights.masked_fill(beyond, 0)
             allowed &= ~beyond
