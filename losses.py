@@ -11,7 +11,7 @@ positives P(i) and negatives N(i) = A(i) without P(i):
 - SimCLR: P(i) holds the other views of the same image
   (Chen et al., 2020, https://arxiv.org/abs/2002.05709, Eq. 1).
 - SupCon's Eq. 3: L_i = logsumexp_{j in A(i)} s_ij  -  logsumexp_{p in P(i)} s_ip  +  log |P(i)|.
-- SINCERE: L_i = mean_{p in P(i)} log(exp(s_ip) + sum_{j in N(i)} exp(s_ij)) - s_ip
+- SINCERE: L_i = mean_{p in P(i)} [log(exp(s_ip) + sum_{j in N(i)} exp(s_ij)) - s_ip]
   (Feeney and Hughes, 2023, https://arxiv.org/abs/2309.14277).
 - DCL: L_i = logsumexp_{j in N(i)} s_ij  -  mean_{p in P(i)} s_ip
   (Yeh et al., 2021, https://arxiv.org/abs/2110.06848).
@@ -487,7 +487,8 @@ def _numbered(ids):
 # ------------------------------------------------ Blocked log-sum-exp -------------------------------------------------
 
 # Similarities held at a time. 2**21 floats are 8 MB, which stay in the cache of a CPU; a batch of 1,024 images takes
-# two blocks. 2**26 are 256 MB, small beside a network on a GPU and large beside the start of a kernel.
+# two blocks. 2**26 are 256 MB, small beside a network on a GPU and large beside the start of a kernel. _RowLosses holds
+# about six tensors of this size.
 BLOCK = 2**21
 BLOCK_CUDA = 2**26
 
