@@ -88,10 +88,11 @@ class ImageSet:
         return self.labels[self.labels >= 0].bincount(minlength=len(self.classes)).tolist()
 
     def long_tailed(self, ratio, seed):
-        """Of class c of C at most largest * ratio**(-c / (C - 1)) images, but one, sampled with `seed`; largest: how
-        many the largest class has (Cui et al., 2019, https://arxiv.org/abs/1901.05555)."""
+        """At most largest * ratio**(-c / (C - 1)) images of class c of C, rounded down, at least one, sampled with
+        `seed`; largest: how many the largest class has (Cui et al., 2019, https://arxiv.org/abs/1901.05555)."""
         largest, last = max(self.class_sizes()), max(1, len(self.classes) - 1)
-        counts = [max(1, int(largest * ratio**(-c / last) + 1e-6)) for c in range(len(self.classes))]
+        exact = [largest * ratio**(-c / last) for c in range(len(self.classes))]
+        counts = [max(1, int(count + 1e-6)) for count in exact]         # what should be 50 may be 49.999...
         return self.sample(None, seed, counts)
 
     def decode(self, short_side):
