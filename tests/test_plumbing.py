@@ -220,6 +220,8 @@ def test_a_last_batch_of_one_image_joins_the_one_before(call):
     (['--learning_rate', '1e300'], ['--lr', 'at most']),
     (['--weight_decay', '1e300'], ['--weight_decay', 'at most']),
     (['--epochs', '9' * 30], ['--epochs', 'at most']),
+    (['--mean', '0 0 1e300'], ['--mean', 'at most']),
+    (['--std', '1 1 1e-40'], ['--std', 'at least']),
     (['--output_name', 'é' * 150], ['--output_name', 'at most 200']),
     (['--max_samples', '1'], ['1 training image', 'at least 2'])])
 def test_extreme_options_are_rejected(rejected, arguments, words):
