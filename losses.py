@@ -29,6 +29,7 @@ again in the backward pass. Where the second term is a plain mean, class sums ar
 z_i . (class sum - z_i) / (count - 1) / temperature, and for GenSCL with unit vectors u_i = y_i / |y_i| the weighted sum
 is z_i . M u_i / temperature, M = sum_j z_j u_j^T [dim, C].
 """
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -153,7 +154,7 @@ class SupConLoss(_ContrastiveLoss):
             source_class = _source_class(contrasts.labels)
         eq_2 = (self.summation_location, self.denominator_mode, self.positives_cap) == ('out', 'all', -1)
 
-        with torch.autocast(features.device.type, enabled=False):       # similarities / temperature need float32
+        with _full_precision(features.device):
             if eq_2 and mask is None:
                 log_denominator = _log_sum_exp(anchors.z, contrasts.z, self.temperature, self_index, anchors.labels,
                                                source_class)
@@ -227,7 +228,7 @@ class BalancedSupConLoss(_ContrastiveLoss):
         numbers = _numbered(contrasts.labels)
         ones = torch.ones_like(contrasts.z[:, 0])
         class_sizes = torch.zeros_like(ones).index_add(0, numbers, ones)[numbers]
-        with torch.autocast(features.device.type, enabled=False):
+        with _full_precision(features.device):
             pairs = _Pairs(anchors, contrasts, self_index, class_sizes=class_sizes)
             losses = _RowLosses.apply(anchors.z, contrasts.z, None, pairs, self.temperature)
             loss = _global_mean(losses)
@@ -279,7 +280,7 @@ class GenSupConLoss(_ContrastiveLoss):
             anchors, contrasts = features[0], _gather(features[1], sizes)
             u, v = labels[0], _gather(labels[1], sizes)
             self_index = None
-        with torch.autocast(anchors.device.type, enabled=False):
+        with _full_precision(anchors.device):
             log_denominator = _log_sum_exp(anchors, contrasts, self.temperature, self_index)
             sum_positive, has_positives = self._sum_positive(anchors.double(), contrasts.double(), u, v)
             loss = torch.where(has_positives, log_denominator, 0).sum() - sum_positive / self.temperature
@@ -434,6 +435,21 @@ def _at_least_float32(x):
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+@contextlib.contextmanager
+def _full_precision(device):
+    """Similarities are divided by the temperature, and need float32: no autocast, and no TF32 where a user or an
+    environment variable (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, set in some containers) allows it."""
+    matmul = torch.backends.cuda.matmul
+    setting, exact = ('fp32_precision', 'ieee') if hasattr(matmul, 'fp32_precision') else ('allow_tf32', False)
+    before = getattr(matmul, setting)
+    setattr(matmul, setting, exact)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        setattr(matmul, setting, before)
+
+
 def _check_labels(labels, valid, message):
     """Labels that are not valid are an error: at once on a CPU; a GPU is not waited for, it stops at its next use."""
     if labels.is_cuda:
@@ -487,10 +503,10 @@ def _numbered(ids):
 # ------------------------------------------------ Blocked log-sum-exp -------------------------------------------------
 
 # Similarities held at a time. 2**21 floats are 8 MB, which stay in the cache of a CPU; a batch of 1,024 images takes
-# two blocks. 2**26 are 256 MB, small beside a network on a GPU and large beside the start of a kernel. _RowLosses holds
-# about six tensors of this size.
+# two blocks. 2**24 are 64 MB, small beside a network on a GPU, and work enough for each of its kernels. _RowLosses
+# holds about six tensors of this size.
 BLOCK = 2**21
-BLOCK_CUDA = 2**26
+BLOCK_CUDA = 2**24
 
 
 def _log_sum_exp(anchors, contrasts, temperature, self_index, labels=None, source_class=None):
@@ -548,7 +564,7 @@ def _gradients(anchors, contrasts, of_contrasts, grad_logits):
     """Gradients of anchors and contrasts (None where not needed, as by keys) from grad_logits(rows), [rows, m]."""
     grad_anchors = torch.empty_like(anchors)
     grad_contrasts = torch.zeros_like(contrasts) if of_contrasts else None
-    with torch.autocast(anchors.device.type, enabled=False):
+    with _full_precision(anchors.device):
         for rows in _blocks(anchors, contrasts):
             block = grad_logits(rows)
             torch.mm(block, contrasts, out=grad_anchors[rows])
@@ -607,7 +623,7 @@ class _SymmetricLogSumExp(torch.autograd.Function):
         scale = grad / sums.masked_fill(sums == 0, 1) / ctx.temperature         # a single row has no contrasts
         grad_z = torch.zeros_like(z)
         factors = z.new_empty(min(TILE, len(z))**2)
-        with torch.autocast(z.device.type, enabled=False):
+        with _full_precision(z.device):
             for rows, columns, block in _SymmetricLogSumExp._blocks(z, ctx.temperature, ctx.bound):
                 factor = factors[:block.numel()].view_as(block)
                 block.mul_(torch.add(scale[rows, None], scale[columns], out=factor))

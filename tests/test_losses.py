@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
 from losses import BalancedSupConLoss, GenSupConLoss, SupConLoss, contrastive_accuracy, reference_loss
@@ -647,7 +648,6 @@ VARIANTS = {
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_memory_is_linear(monkeypatch, variant):
     """No tensor of the loss, forward or backward, is larger than a block or than the features."""
-    from torch.utils._python_dispatch import TorchDispatchMode
     monkeypatch.setattr(losses, 'BLOCK', 8192)
     monkeypatch.setattr(losses, 'TILE', 64)
     largest = 0
@@ -712,3 +712,25 @@ def test_contrastive_accuracy_of_soft_labels():
 def test_wrong_ablations_are_rejected(keywords, words):
     with pytest.raises(ValueError, match=words):
         SupConLoss(**keywords)(random_features(), torch.zeros(7))
+
+
+@pytest.mark.parametrize('setting', ['none', 'tf32'])
+def test_similarities_are_computed_without_tf32(setting):
+    """Forward and backward, where a container or a user allows it; afterwards it is as it was."""
+    matmul, seen = torch.backends.cuda.matmul, []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_, torch.ops.aten.addmm):
+                seen.append(matmul.fp32_precision)
+            return function(*args, **(kwargs or {}))
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = setting
+        for criterion in (SupConLoss(0.1), SupConLoss(0.1, summation_location='in')):
+            with Products():
+                criterion(random_features(dtype=torch.float32), torch.arange(7) % 3).backward()
+        assert matmul.fp32_precision == setting
+    finally:
+        matmul.fp32_precision = before
+    assert len(seen) >= 6 and set(seen) == {'ieee'}

@@ -240,6 +240,9 @@ def test_a_log_that_is_none_is_named(tmp_path):
     (tmp_path / 'a-0.log').write_bytes(b'\xff half')
     with pytest.raises(SystemExit, match='a-0.log: not the log of a row'):
         report['read'](tmp_path, ['a-0'])
+    (tmp_path / 'b-0.log').mkdir()
+    os.mkfifo(tmp_path / 'c-0.log')
+    assert report['read'](tmp_path, ['b-0', 'c-0'])[2] == ['b-0', 'c-0']
 
 
 def test_a_loss_that_is_not_finite_is_a_result(fake):

@@ -514,6 +514,14 @@ def test_links_in_the_folder_of_a_run_are_replaced(call, tmp_path, how, link):
     assert ('epoch 1,' in (FOLDER / 'log.txt').read_text()) and 'epoch 2,' in (FOLDER / 'log.txt').read_text()
 
 
+@pytest.mark.parametrize('make', [os.mkfifo, lambda file: os.symlink('../../elsewhere', file)])
+def test_a_lock_that_is_none_of_a_run(rejected, tmp_path, make):
+    """A pipe, for which opening would wait, or a link, through which a file would be made elsewhere."""
+    (tmp_path / FOLDER).mkdir(parents=True)
+    make(tmp_path / FOLDER / '.lock')
+    rejected(main_ce.main, *RUN, '--epochs', 1, words=['.lock'])
+
+
 def test_a_clock_that_stands_still(call, monkeypatch):
     for program in (main_supcon, main_ce):
         monkeypatch.setattr(runs.time, 'time', lambda: 1e9)
