@@ -17,13 +17,14 @@ import pytest
 import torch
 from conftest import TINY, close_log
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard_logger import tensorboard_logger
 from tqdm import tqdm
 
 import main_ce
 import main_linear
 import main_supcon
 from datasets import loader
-from util import checkpoints, errors, runs, training
+from util import checkpoints, errors, files, runs, training
 from util.checkpoints import kept_checkpoints
 
 FOLDER = Path('output/a/trial=0')
@@ -276,6 +277,27 @@ def test_a_full_disk_stops_curves_and_log_too(monkeypatch, tmp_path):
     assert ended(forked(main_ce.main, *RUN, '--epochs', 3, before=limit)) == 2
     line, = Path('err').read_text().splitlines()
     assert 'cannot be written' in line
+
+
+def test_a_file_on_a_full_disk_leaves_no_part_of_it(monkeypatch, tmp_path):
+    def full(partial, content):
+        partial.touch()
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(Path, 'write_bytes', full)
+    with pytest.raises(OSError, match='No space'):
+        files.replace_file(tmp_path / 'x.pth', b'network')
+    assert not list(tmp_path.iterdir())
+
+
+def test_curves_that_cannot_be_closed_either_are_one_line(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def full():
+        sys.unraisablehook = sys.__unraisablehook__     # pytest has its own
+        tensorboard_logger.open = lambda file, mode: open('/dev/full', mode)        # noqa: SIM115
+    assert ended(forked(main_ce.main, *RUN, '--epochs', 3, before=full)) == 2
+    line, = Path('err').read_text().splitlines()
+    assert 'cannot be written' in line and 'No space left' in line
 
 
 def test_a_truncated_checkpoint_is_named_and_a_whole_one_offered(call, rejected, stop_at):

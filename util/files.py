@@ -77,8 +77,11 @@ def replace_file(file, content):
     """Write a file under its name without touching what a link under that name leads to."""
     partial = file.with_name(f'{file.name}.partial')
     partial.unlink(missing_ok=True)
-    partial.write_bytes(content)
-    os.replace(partial, file)
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)                 # where the disk is full
 
 
 def stored_bytes(file):
