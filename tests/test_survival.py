@@ -544,6 +544,23 @@ def test_a_lock_that_is_none_of_a_run(rejected, tmp_path, make):
     rejected(main_ce.main, *RUN, '--epochs', 1, words=['.lock'])
 
 
+@pytest.mark.parametrize('name', ['log.txt', 'last.ckpt.partial'])
+@pytest.mark.parametrize('make', [os.mkfifo, os.mkdir, lambda file: os.symlink('../../elsewhere', file)])
+def test_what_is_put_in_a_run_s_folder_while_it_is_written(call, monkeypatch, tmp_path, name, make):
+    """Neither waited for nor written through: the run ends in one line, or replaces it."""
+    save = runs.Run.finish_epoch
+
+    def put(*arguments):
+        (FOLDER / name).unlink(missing_ok=True)
+        make(FOLDER / name)
+        return save(*arguments)
+    monkeypatch.setattr(runs.Run, 'finish_epoch', put)
+    status, _, err = call(main_ce.main, *RUN, '--epochs', 1)
+    ends = name == 'log.txt' or make == os.mkdir
+    assert status == 2 * ends and err.count('\n') == ends and ('cannot be written' in err) == ends, err
+    assert not (tmp_path / 'output' / 'elsewhere').exists()
+
+
 def test_a_clock_that_stands_still(call, monkeypatch):
     for program in (main_supcon, main_ce):
         monkeypatch.setattr(runs.time, 'time', lambda: 1e9)
