@@ -299,7 +299,7 @@ def test_evaluation_of_ood_images(call, tmp_path, monkeypatch, program):
             assert events.Scalars(tag)[-1].value == pytest.approx(float(value), abs=0.006)
 
 
-def test_ood_metrics_are_the_plain_loop_s():
+def test_ood_metrics_match_a_plain_loop():
     val, ood = 3 * torch.randn(50, 4), 2 * torch.randn(40, 4)
     val[:5] = ood[:5]                                                   # ties
     values = metrics.ood_metrics(val, val[:20], ood)

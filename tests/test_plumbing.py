@@ -308,7 +308,9 @@ def test_freed_memory_is_kept():
     code = ("import resource, torch; from util import memory; {}\n"
             "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
             "counts = []\n"
-            "for i in range(40):\n    before = faults(); torch.ones(2**24); counts.append(faults() - before)\nprint(min(counts))")
+            "for i in range(40):\n"
+            "    before = faults(); torch.ones(2**24); counts.append(faults() - before)\n"
+            "print(min(counts))")
     counts = [int(subprocess.run([sys.executable, '-c', code.format(line)], capture_output=True, text=True, check=True,
                                  cwd=ROOT).stdout) for line in ('memory.keep_freed_memory()', '0')]
     assert counts[0] < 100 < counts[1]

@@ -520,7 +520,7 @@ def test_a_run_whose_folder_is_taken_writes_no_more(call, monkeypatch, take):
 
 @pytest.mark.parametrize('how', ['--overwrite', '--resume'])
 @pytest.mark.parametrize('link', [os.link, os.symlink])
-def test_links_in_a_run_s_folder_are_replaced(call, tmp_path, how, link):
+def test_links_in_the_folder_of_a_run_are_replaced(call, tmp_path, how, link):
     """A backup of hard links, or links to other places, keep what they have."""
     assert call(main_ce.main, *RUN, '--epochs', 1)[0] == 0
     backup = tmp_path / 'backup'
@@ -615,7 +615,7 @@ def test_compile_that_does_not_work_is_rejected(rejected, monkeypatch):
              words=['--compile: torch.compile does not work here (No working C++ comp'])
 
 
-def test_a_compiler_s_cache_that_cannot_be_made(shell, tmp_path):
+def test_a_compiler_cache_that_cannot_be_made(shell, tmp_path):
     (tmp_path / 'file').write_text('')
     status, err = shell('{}', TORCHINDUCTOR_CACHE_DIR=f'{tmp_path}/file/x')
     assert status == 2 and err.count('\n') == 1 and 'TORCHINDUCTOR_CACHE_DIR cannot be made' in err
