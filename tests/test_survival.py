@@ -609,10 +609,10 @@ def test_ctrl_c_while_the_program_is_imported(tmp_path, seconds):
 
 def test_compile_that_does_not_work_is_rejected(rejected, monkeypatch):
     def no_compiler(*args, **settings):
-        raise RuntimeError('No working C++ compiler found\nSet TORCHDYNAMO_VERBOSE=1 for more')
+        raise RuntimeError("backend='inductor' raised:\nNo working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1")
     monkeypatch.setattr(torch, 'compile', no_compiler)
     rejected(main_ce.main, *RUN, '--compile',
-             words=['--compile: torch.compile does not work here (No working C++ comp'])
+             words=["--compile: torch.compile does not work here (backend='inductor' raised: No working C++ comp"])
 
 
 def test_a_compiler_cache_that_cannot_be_made(shell, tmp_path):
