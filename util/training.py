@@ -139,7 +139,7 @@ def check_compiler(device):
     try:
         torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.zeros(8, device=device))
     except Exception as error:                  # of the compiler, of its search for it, of its cache folder
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = ' '.join((str(error).strip() or type(error).__name__).splitlines()[:2])
         raise UserError(f'--compile: torch.compile does not work here ({reason}), expected a C++ compiler (g++) and a '
                         'writable TORCHINDUCTOR_CACHE_DIR, or no --compile') from error
 
