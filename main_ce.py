@@ -23,6 +23,7 @@ from util.distributed import global_mean, rank
 from util.export import Exporter
 from util.log import log
 from util.runs import Run, run_folder
+from util.weights import start_from_weights
 
 
 def parse_option(argv=None):
@@ -55,12 +56,12 @@ def set_loader(opt, augment=True):
     return train_loader, loaders, data.train.classes
 
 
-def set_model(opt):
-    """Encoder and classifier, and the loss of each image."""
-    if opt.model.startswith('timm/'):
-        log(f'--model {opt.model}: starts from random weights')
+def set_model(opt, new=True):
+    """Encoder and classifier, with the weights that a `new` run starts from, and the loss of each image."""
     model = SupCEResNet(opt.model, opt.num_classes, size=opt.size, stem=opt.stem, width=opt.width,
-                        zero_init=opt.zero_init)
+                        zero_init=opt.zero_init, pretrained=opt.timm_pretrained and new)
+    if new:
+        start_from_weights(model, opt)
     return model, nn.CrossEntropyLoss(label_smoothing=opt.label_smoothing, reduction='none')
 
 
@@ -145,7 +146,7 @@ def main(argv=None):
     training.set_device(opt)
     training.set_warmup(opt)
     train_loader, loaders, classes = set_loader(opt)
-    model, criterion = set_model(opt)
+    model, criterion = set_model(opt, new=run.checkpoint is None)
     fit(run, train_loader, loaders, model, criterion, classes, opt)
 
 

@@ -21,6 +21,7 @@ from util.log import log
 from util.metrics import feature_spread, knn_accuracy
 from util.runs import Run
 from util.teachers import load_teacher, read_teacher
+from util.weights import start_from_weights
 
 
 def parse_option(argv=None):
@@ -51,13 +52,14 @@ def set_loader(opt):
     return train_loader, memory_loader, val_loader, data.train.classes
 
 
-def set_model(opt):
-    """Encoder and projection head, with a classifier for --ce_weight and a momentum copy for --moco."""
-    if opt.model.startswith('timm/'):
-        log(f'--model {opt.model}: starts from random weights')
+def set_model(opt, new=True):
+    """Encoder and projection head, with a classifier for --ce_weight and a momentum copy for --moco; with the weights
+    that a `new` run starts from."""
     model = SupConResNet(opt.model, opt.head, opt.feat_dim, num_classes=opt.num_classes if opt.ce_weight else 0,
                          head_bn=opt.head_bn, normalize_embedding=opt.normalize_embedding, size=opt.size, stem=opt.stem,
-                         width=opt.width, zero_init=opt.zero_init)
+                         width=opt.width, zero_init=opt.zero_init, pretrained=opt.timm_pretrained and new)
+    if new:
+        start_from_weights(model, opt)
     if opt.moco:
         model.moco = MomentumContrast(model, opt.moco_k, opt.moco_m)
     return model
@@ -89,7 +91,7 @@ def main(argv=None):
     training.set_warmup(opt)
     teacher_checkpoint = read_teacher(opt)
     train_loader, memory_loader, val_loader, classes = set_loader(opt)
-    model = set_model(opt)
+    model = set_model(opt, new=run.checkpoint is None)
     teacher = load_teacher(teacher_checkpoint, opt, classes) if opt.KD else None
     method = (Momentum if opt.moco else METHODS[opt.method])(opt, len(classes), teacher)
     network = training.Network(model, opt)

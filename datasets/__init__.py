@@ -109,6 +109,8 @@ def load_images(opt):
     except OSError as error:                            # a folder that may not be listed, a disk that fails
         raise UserError(f'--data_folder {opt.data_folder}: cannot be read ({error})') from error
     per_class = opt.samples_per_class, None, None, None
+    if getattr(opt, 'label_fraction', None):            # not an option of pretraining
+        per_class = train.counts_of_fraction(opt.label_fraction), None, None, None
     train, val, extra_id, extra_ood = (
         part and replace(part.sample(opt.max_samples, opt.seed, number), cache_dir=cache_dir)
         for part, number in zip(parts, per_class))

@@ -69,7 +69,7 @@ class ImageSet:
     def sample(self, count, seed, per_class=None):
         """At most `count` images, as many of each class as of any other while they last, sampled with `seed`.
 
-        per_class: at most so many of each class; None as either: all.
+        per_class: at most so many of each class, a number or one for each class; None as either: all.
         """
         if per_class is None and (count is None or count >= len(self)):
             return self
@@ -79,8 +79,14 @@ class ImageSet:
         for c in np.unique(labels):
             rank[labels == c] = np.arange((labels == c).sum())
         if per_class is not None:
-            order, rank = order[rank < per_class], rank[rank < per_class]
+            kept = rank < np.broadcast_to(per_class, len(self.classes))[labels]
+            order, rank = order[kept], rank[kept]
         return self.select(np.sort(order[np.argsort(rank, kind='stable')[:count]]))
+
+    def counts_of_fraction(self, fraction):
+        """How many images of each class a fraction of it is, at least one: [C]."""
+        counts = np.bincount(self.labels.numpy(), minlength=len(self.classes))
+        return np.maximum(1, (fraction * counts).round().astype(int))
 
     def decode(self, short_side):
         """All images as tensors, decoded once: [n, 3, w, h] uint8 and their heights and widths [n].

@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -15,7 +16,7 @@ from util.checkpoints import strip_wrappers
 from util.errors import UserError
 from util.log import log
 
-SUFFIXES = ('.pth', '.pt2', '.onnx')
+SUFFIXES = ('.pth', '.safetensors', '.pt2', '.onnx')
 
 
 class Exporter:
@@ -26,6 +27,7 @@ class Exporter:
 
     - .pth: beside `state_dict`; a ResNet's parameters have torchvision's names (with stem cifar conv1 is 3x3 of stride
       1 and there is no max-pool), another backbone's timm's.
+    - .safetensors: the same names; as JSON in the metadata.
     - .pt2: as JSON in the extra file info.json: torch.export.load(file, extra_files=extra).module()(images).
     - .onnx: as JSON in the metadata; needs the packages onnx and onnxscript.
 
@@ -66,6 +68,9 @@ class Exporter:
         try:
             if self.file.suffix == '.pth':
                 torch.save({'state_dict': named_as_elsewhere(encoder, fc), **self.info}, buffer)
+            elif self.file.suffix == '.safetensors':
+                metadata = {name: json.dumps(value) for name, value in self.info.items()}
+                buffer.write(safetensors.torch.save(named_as_elsewhere(encoder, fc), metadata))
             else:
                 self._trace(nn.Sequential(encoder, fc), buffer)
         except Exception as error:                      # not every backbone can be traced; they raise anything
