@@ -1,6 +1,9 @@
 """Weights that a run starts from: names of torchvision and timm, kinds of files, fine-tuning, rates of the encoder."""
 import json
+import re
+import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -9,18 +12,20 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
-from conftest import TINY
+from conftest import ROOT, TINY
 from torch import nn
 
 import main_ce
 import main_linear
 import main_supcon
 from datasets import load_images
-from networks.resnet_big import RESNETS, LinearProbe, ResNet, SupConResNet, make_encoder
+from networks.resnet_big import RESNETS, LinearProbe, ResNet, SupCEResNet, SupConResNet, make_encoder
+from scripts import publish
 from util import arguments, training, weights
 from util.checkpoints import in_our_names, load_checkpoint, load_encoder
 from util.errors import UserError
 from util.export import named_as_elsewhere
+from util.runs import RESUME_MAY_CHANGE
 
 LAST = 'output/{}/trial=0/last.ckpt'
 SMALL = ['--dataset', 'digits', '--size', 16, '--max_samples', 40, '--batch_size', 20, '--num_workers', 0,
@@ -103,7 +108,7 @@ def test_a_timm_network_from_a_file_through_pretraining_fine_tuning_and_export(c
     assert not torch.equal(tuned['model'][f'encoder.backbone.{name}'], trained[f'encoder.backbone.{name}'])
 
     with safetensors.safe_open('x.safetensors', 'pt') as file:
-        info = {key: json.loads(value) for key, value in file.metadata().items()}
+        info = json.loads(file.metadata()['info'])
     network = timm.create_model('resnet18', num_classes=len(info['classes'])).eval()
     network.load_state_dict(safetensors.torch.load_file('x.safetensors'))
     images = torch.randn(3, 3, 16, 16)
@@ -261,3 +266,54 @@ def test_a_fraction_of_the_labels_is_stratified_and_seeded():
         assert (labels('--label_fraction', str(fraction), '--seed', '1')[1] != images).any()
     with pytest.raises(UserError, match='at most one'):
         labels('--label_fraction', '0.1', '--samples_per_class', '3')
+
+
+# Weights that travel
+
+@pytest.fixture
+def exported(call):
+    """A run output/ce of a ResNet-18 of the usual width, and its classifier.safetensors."""
+    ok(call, main_ce, *SMALL, '--size', 8, '--cosine', '--output_name', 'ce', '--export', 'classifier.safetensors')
+    model = SupCEResNet('resnet18', 10).eval()
+    model.load_state_dict(load_checkpoint(LAST.format('ce'))['model'])
+    return model
+
+
+def python_blocks(text):
+    return re.findall(r'^```python\n(.*?)^```', text, re.MULTILINE | re.DOTALL)
+
+
+def test_exported_weights_load_as_documented_and_are_published(call, rejected, exported, monkeypatch, tmp_path):
+    code, names = python_blocks((ROOT / 'docs' / 'export.md').read_text())[0], {}
+    assert len([line for line in code.split('\n\n')[1].splitlines() if line]) <= 10
+    exec(code, names)
+    images = torch.randn(3, 3, 8, 8)
+    torch.testing.assert_close(names['network'](images), exported(images), rtol=1e-4, atol=1e-5)
+    published(call, rejected, monkeypatch, tmp_path)
+
+
+def published(call, rejected, monkeypatch, tmp_path):
+    def main(words):
+        monkeypatch.setattr(sys, 'argv', ['publish.py', *words])
+        publish.main()
+    status, out, err = call(main, '--run', 'output/ce/trial=0', '--output', 'published')
+    assert status == 0, err
+    assert sorted(file.name for file in Path('published').iterdir()) == ['README.md', 'log.txt', 'model.safetensors']
+    assert Path('published/model.safetensors').read_bytes() == Path('classifier.safetensors').read_bytes()
+    card, run = Path('published/README.md').read_text(), Path('output/ce/trial=0')
+    assert Path('published/log.txt').read_text() == (run / 'log.txt').read_text()
+    assert f"Validation: {re.findall(r' [*] (Acc@1 .*)', (run / 'log.txt').read_text())[-1]}.\n" in card
+    opt, again = load_checkpoint(run / 'last.ckpt')['opt'], re.search(r'python main_ce.py (.*)', card)[1]
+    parsed = vars(arguments.parse('main_ce', '', shlex.split(again)))
+    assert {name: (parsed[name], opt[name]) for name in parsed if name not in RESUME_MAY_CHANGE
+            and parsed[name] != opt[name]} == {}
+    monkeypatch.chdir('published')
+    names = {}
+    exec(python_blocks(card)[0], names)
+    assert names['info']['size'] == 8 and 'layer2.0.downsample.0.weight' in names['state']
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    again = ['--run', 'output/ce/trial=0', '--output', 'published']
+    rejected(main, *again, '--repo', 'owner/name', words=['--repo owner/name: cannot be uploaded'])
+    ok(call, main_supcon, *TINY, '--epochs', 1, '--output_name', 'a')
+    rejected(main, '--run', 'output/a/trial=0', '--output', 'x', words=['expected a checkpoint of main_ce.py'])

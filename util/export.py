@@ -27,7 +27,7 @@ class Exporter:
 
     - .pth: beside `state_dict`; a ResNet's parameters have torchvision's names (with stem cifar conv1 is 3x3 of stride
       1 and there is no max-pool), another backbone's timm's.
-    - .safetensors: the same names; as JSON in the metadata.
+    - .safetensors: the same names; as JSON in `info` of the metadata.
     - .pt2: as JSON in the extra file info.json: torch.export.load(file, extra_files=extra).module()(images).
     - .onnx: as JSON in the metadata; needs the packages onnx and onnxscript.
 
@@ -69,7 +69,7 @@ class Exporter:
             if self.file.suffix == '.pth':
                 torch.save({'state_dict': named_as_elsewhere(encoder, fc), **self.info}, buffer)
             elif self.file.suffix == '.safetensors':
-                metadata = {name: json.dumps(value) for name, value in self.info.items()}
+                metadata = {'info': json.dumps(self.info)}
                 buffer.write(safetensors.torch.save(named_as_elsewhere(encoder, fc), metadata))
             else:
                 self._trace(nn.Sequential(encoder, fc), buffer)

@@ -86,16 +86,15 @@ def read_safetensors(file):
     """What --export writes beside the parameters, as far as it is there, and the parameters by their names."""
     if not file.is_file():
         raise UserError(f'{file}: no such checkpoint')
-    info = {}
     try:
         with safe_open(file, 'pt') as stream:
             state = strip_wrappers({name: stream.get_tensor(name) for name in stream.keys()})   # noqa: SIM118, no dict
-            for name, text in (stream.metadata() or {}).items():
-                if name in INFO:
-                    info[name] = json.loads(text)
+            info = json.loads((stream.metadata() or {}).get('info', '{}'))
+        if not isinstance(info, dict):
+            raise ValueError('its metadata is of another program')
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f'{file}: not a readable file of safetensors ({error!s:.200})') from error
-    return info, state
+    return {name: info[name] for name in INFO if name in info}, state
 
 
 def fetch(name):
