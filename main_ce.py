@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from datasets import classification_view, evaluation_view, load_images, make_loader
-from datasets.mixing import mix
+from datasets.mixing import as_distributions, mix
 from networks.resnet_big import SupCEResNet
 from util import arguments, errors, metrics, options, training
 from util.checkpoints import load_checkpoint
@@ -62,7 +62,14 @@ def set_model(opt, new=True):
                         zero_init=opt.zero_init, pretrained=opt.timm_pretrained and new)
     if new:
         start_from_weights(model, opt)
-    return model, nn.CrossEntropyLoss(label_smoothing=opt.label_smoothing, reduction='none')
+    return model, classification_loss(opt)
+
+
+def classification_loss(opt):
+    """The loss of each image, [bsz]: cross-entropy; of several labels binary cross-entropy, its mean over classes."""
+    if opt.multi_label:
+        return lambda logits, labels: F.binary_cross_entropy_with_logits(logits, labels, reduction='none').mean(1)
+    return nn.CrossEntropyLoss(label_smoothing=opt.label_smoothing, reduction='none')
 
 
 def train(train_loader, network, criterion, optimizer, scaler, epoch, run, opt):
@@ -70,7 +77,7 @@ def train(train_loader, network, criterion, optimizer, scaler, epoch, run, opt):
     network.model.train()
     for images, labels in run.steps(train_loader, epoch):           # images [bsz, 3, size, size]
         if opt.mix:
-            images, labels = mix(images, F.one_hot(labels, opt.num_classes).float(), opt.mix, opt.mix_alpha, run.rng)
+            images, labels = mix(images, as_distributions(labels, opt.num_classes), opt.mix, opt.mix_alpha, run.rng)
         output = network(images)                                    # [bsz, num_classes]
         loss = global_mean(criterion(output.float(), labels))
         training.update(loss, optimizer, scaler)
@@ -81,8 +88,14 @@ def train(train_loader, network, criterion, optimizer, scaler, epoch, run, opt):
 
 
 def validate(loaders, model, opt):
-    """-> loss, accuracy (%) and, with ood images, how well they are separated; and the accuracy of each class."""
+    """-> loss, accuracy (%) and, with ood images, how well they are separated; and the accuracy of each class. Where
+    images have several labels: mAP and F1 (%), and the average precision of each class."""
     logits, labels = training.forward_all(model, loaders['val'], opt)
+    if opt.multi_label:
+        values, per_class = metrics.multi_label_scores(logits, labels)
+        log(' * ' + ' '.join(f'{name} {value:.3f}' for name, value in values.items()))
+        values = {f'val_{name}': value for name, value in values.items()}
+        return {'val_loss': F.binary_cross_entropy_with_logits(logits, labels).item(), **values}, per_class
     correct = (logits.argmax(1) == labels).float()
     values = {'val_loss': F.cross_entropy(logits, labels).item(), 'val_acc': 100 * correct.mean().item()}
     if logits.shape[1] > 5:
@@ -108,7 +121,7 @@ def fit(run, train_loader, loaders, model, criterion, classes, opt):
             values = train(train_loader, network, criterion, optimizer, scaler, epoch, run, opt)
             if epoch == opt.epochs or opt.eval_freq and epoch % opt.eval_freq == 0:
                 validation, per_class = validate(loaders, model, opt)
-                run.best_acc = max(run.best_acc, validation['val_acc'])
+                run.best_acc = max(run.best_acc, validation['val_mAP' if opt.multi_label else 'val_acc'])
                 values.update(validation)
             run.finish_epoch(epoch, values)
         if first_epoch > opt.epochs:                            # a finished run, resumed
@@ -116,7 +129,7 @@ def fit(run, train_loader, loaders, model, criterion, classes, opt):
         report(loaders, validation, per_class, classes, opt)
         if exporter:
             exporter.write()
-        log(f'best accuracy: {run.best_acc:.2f}')
+        log(f"best {'mAP' if opt.multi_label else 'accuracy'}: {run.best_acc:.2f}")
 
 
 def evaluate(run, loaders, model, exporter, classes, opt):
@@ -135,7 +148,7 @@ def report(loaders, validation, per_class, classes, opt):
     """What the last validation has beside the accuracy."""
     if opt.per_class:
         for number, value in per_class.items():
-            log(f'accuracy of {classes[number]}: {value:.2f}')
+            log(f"{'AP' if opt.multi_label else 'accuracy'} of {classes[number]}: {value:.2f}")
     if 'ood' in loaders:
         log(metrics.ood_report(validation))
 

@@ -15,10 +15,8 @@ if __name__ == '__main__':                      # the imports below take seconds
 
 import time
 
-from torch import nn
-
 from datasets.loader import FeatureLoader
-from main_ce import fit, set_loader
+from main_ce import classification_loss, fit, set_loader
 from networks.resnet_big import LinearProbe
 from util import arguments, errors, options, training
 from util.checkpoints import load_encoder
@@ -64,8 +62,7 @@ def set_model(opt, checkpoint):
     """The checkpoint's encoder, frozen unless with --finetune, with a new classifier, and the loss of each image."""
     encoder = load_encoder(checkpoint, opt, opt.ckpt)
     log(f"{opt.ckpt}: {opt.model} after {checkpoint.get('epoch', 'unknown')} epochs")
-    return (LinearProbe(encoder, opt.num_classes, opt.finetune, opt.freeze_bn),
-            nn.CrossEntropyLoss(label_smoothing=opt.label_smoothing, reduction='none'))
+    return LinearProbe(encoder, opt.num_classes, opt.finetune, opt.freeze_bn), classification_loss(opt)
 
 
 def cached_features(train_loader, loaders, model, opt):

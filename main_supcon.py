@@ -13,12 +13,12 @@ if __name__ == '__main__':                      # the imports below take seconds
     answer_early('main_supcon', __doc__)
 
 from datasets import evaluation_view, load_images, make_loader, pretraining_view
-from methods import METHODS, N_VIEWS, Momentum
+from methods import N_VIEWS, make_method
 from networks.moco import MomentumContrast
 from networks.resnet_big import SupConResNet
 from util import arguments, errors, training
 from util.log import log
-from util.metrics import feature_spread, knn_accuracy
+from util.metrics import feature_spread, knn_accuracy, knn_map
 from util.runs import Run
 from util.teachers import load_teacher, read_teacher
 from util.weights import start_from_weights
@@ -78,10 +78,11 @@ def train(train_loader, network, method, optimizer, scaler, epoch, run):
 
 
 def validate(memory_loader, val_loader, model, opt):
-    """Accuracy (%) of a kNN classifier on the encoder's features: whether pretraining learns, without a classifier."""
+    """Accuracy (%) of a kNN classifier on the encoder's features: whether pretraining learns, without a classifier.
+    Where images have several labels, its mAP (%)."""
     memory, memory_labels = training.forward_all(model.encoder, memory_loader, opt)
     features, labels = training.forward_all(model.encoder, val_loader, opt)
-    return knn_accuracy(memory, memory_labels, features, labels)
+    return (knn_map if opt.multi_label else knn_accuracy)(memory, memory_labels, features, labels)
 
 
 def main(argv=None):
@@ -93,10 +94,11 @@ def main(argv=None):
     train_loader, memory_loader, val_loader, classes = set_loader(opt)
     model = set_model(opt, new=run.checkpoint is None)
     teacher = load_teacher(teacher_checkpoint, opt, classes) if opt.KD else None
-    method = (Momentum if opt.moco else METHODS[opt.method])(opt, len(classes), teacher)
+    method = make_method(opt, len(classes), teacher)
     network = training.Network(model, opt)
     optimizer, scaler = training.set_optimizer(opt, model), training.set_scaler(opt)
     first_epoch, warned = run.restore(model, optimizer, scaler), False
+    score = 'kNN mAP' if opt.multi_label else 'kNN accuracy'
     with run.start(classes):
         for epoch in range(first_epoch, opt.epochs + 1):
             averages = train(train_loader, network, method, optimizer, scaler, epoch, run)
@@ -108,10 +110,10 @@ def main(argv=None):
             if epoch == opt.epochs or opt.eval_freq and epoch % opt.eval_freq == 0:
                 averages['knn_acc'] = validate(memory_loader, val_loader, model, opt)
                 log(f" * contrastive accuracy {averages['contrastive_acc']:.2f}\t"
-                    f"kNN accuracy {averages['knn_acc']:.2f}")
+                    f"{score} {averages['knn_acc']:.2f}")
             run.finish_epoch(epoch, averages)
         if first_epoch > opt.epochs:                            # a finished run, resumed
-            log(f' * kNN accuracy {validate(memory_loader, val_loader, model, opt):.2f}')
+            log(f' * {score} {validate(memory_loader, val_loader, model, opt):.2f}')
 
 
 if __name__ == '__main__':

@@ -6,8 +6,8 @@ contrastive accuracy of the batch:
     features, loss, accuracy = method(network, images, labels, rng)
 
 images [n_views * bsz, 3, size, size], view after view; labels [bsz], of which -(c + 1) marks a near-out-of-distribution
-image made from class c, a hard negative; rng, a NumPy generator in the same state in all processes -> features
-[bsz, n_views, feat_dim], loss and accuracy (%) scalars.
+image made from class c, a hard negative, or [bsz, C] of 0 and 1, where images have several; rng, a NumPy generator in
+the same state in all processes -> features [bsz, n_views, feat_dim], loss and accuracy (%) scalars.
 
 A new method is a class here and its row in METHODS.
 """
@@ -16,7 +16,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from datasets.mixing import mix_views
+from datasets.mixing import as_distributions, mix_views
 from losses import GenSupConLoss, SupConLoss, contrastive_accuracy
 from util.distributed import all_sizes, all_to_all_rows, gather, global_mean, local_slice, to_device
 from util.training import in_micro_batches
@@ -36,10 +36,11 @@ class SupCon:
 
     def __call__(self, network, images, labels, rng):
         features, logits = features_and_logits(network, images, N_VIEWS)
-        loss = self.criterion(features, labels, positives=self.positives)
+        classes = None if self.opt.multi_label else labels              # SimCLR alone is called with several labels
+        loss = self.criterion(features, classes, positives=self.positives)
         if logits is not None:
-            loss = loss + self.opt.ce_weight * classifier_loss(logits, labels.repeat(N_VIEWS))
-        return features, loss, contrastive_accuracy(features, labels, self.positives, self.hard_negatives)
+            loss = loss + self.opt.ce_weight * classifier_loss(logits, torch.cat([labels] * N_VIEWS), self.opt)
+        return features, loss, contrastive_accuracy(features, classes, self.positives, self.hard_negatives)
 
 
 class SimCLR(SupCon):
@@ -68,7 +69,7 @@ class Momentum(SupCon):
         features, logits = features_and_logits(network, images, 1)
         loss = self.criterion(features, labels, positives=self.positives, keys=contrasts, key_labels=contrast_labels)
         if logits is not None:
-            loss = loss + self.opt.ce_weight * classifier_loss(logits, labels)
+            loss = loss + self.opt.ce_weight * classifier_loss(logits, labels, self.opt)
         features = torch.stack([features[:, 0], keys[local_slice(len(keys))]], 1)     # the keys are the other views
         return features, loss, contrastive_accuracy(features, labels, self.positives, self.hard_negatives)
 
@@ -82,7 +83,7 @@ class GenSCL:
         self.opt, self.num_classes, self.teacher = opt, num_classes, teacher
 
     def __call__(self, network, images, labels, rng):
-        opt, labels = self.opt, F.one_hot(labels, self.num_classes).float()
+        opt, labels = self.opt, as_distributions(labels, self.num_classes)
         if opt.mix:
             images, labels = mix_views(images, labels, N_VIEWS, opt.mix, opt.mix_alpha, rng)
         else:
@@ -96,11 +97,23 @@ class GenSCL:
         loss = sum(weight * self.criterion(features.unbind(1), soft.chunk(N_VIEWS)) for weight, soft in targets)
         learned = targets[0][1]
         if logits is not None:
-            loss = loss + opt.ce_weight * classifier_loss(logits, learned)
+            loss = loss + opt.ce_weight * classifier_loss(logits, learned, opt)
         return features, loss, contrastive_accuracy(features, by_image(learned, N_VIEWS))
 
 
 METHODS = {'SupCon': SupCon, 'SimCLR': SimCLR, 'GenSCL': GenSCL}
+
+
+def make_method(opt, num_classes, teacher=None):
+    """The method of --method and --moco.
+
+    SupCon of images with several labels is GenSCL's loss on these labels: a positive weighs as much as its labels and
+    the anchor's overlap, by cosine similarity.
+    """
+    if opt.moco:
+        return Momentum(opt, num_classes)
+    name = 'GenSCL' if opt.multi_label and opt.method == 'SupCon' else opt.method
+    return METHODS[name](opt, num_classes, teacher)
 
 
 def features_and_logits(network, images, n_views):
@@ -116,8 +129,11 @@ def by_image(x, n_views):
     return x.unflatten(0, (n_views, -1)).transpose(0, 1)
 
 
-def classifier_loss(logits, labels):
-    """Cross-entropy of logits [n, C] for labels [n], of which negative ones do not count, or distributions [n, C]."""
+def classifier_loss(logits, labels, opt):
+    """Cross-entropy of logits [n, C] for labels [n], of which negative ones do not count, or distributions [n, C]; for
+    images with several labels binary cross-entropy, the mean over the classes."""
+    if opt.multi_label:
+        return global_mean(F.binary_cross_entropy_with_logits(logits, labels, reduction='none').mean(1))
     if labels.dim() == 2:
         return global_mean(F.cross_entropy(logits, labels, reduction='none'))
     return global_mean(F.cross_entropy(logits, labels.clamp(min=0), reduction='none'), labels >= 0)

@@ -59,6 +59,7 @@ DATASETS = {
                             folder='./data/imagenet',
                             defaults=dict.fromkeys(('main_supcon', 'main_ce'), {'stem': 'imagenet'})),
     'path': DatasetInfo(sources.path),
+    'csv': DatasetInfo(sources.csv_files),
     'mvip': DatasetInfo(mvip.mvip, (0.4213, 0.4252, 0.4242), (0.1955, 0.1923, 0.1912), size=224, policy='sim',
                         pretraining={'crop': (0.6, 1.), **PART}, classification={'crop': (0.8, 1.), **PART},
                         folder='./data/MVIP/sets', defaults={
@@ -100,11 +101,14 @@ class Data:
 
 
 def load_images(opt):
-    """The ImageSets of a run: Data; fills in opt.size, opt.mean and opt.std where they are None."""
+    """The ImageSets of a run: Data; sets opt.multi_label, and opt.size, opt.mean and opt.std where they are None."""
     info = dataset_info(opt)
     cache_dir = _cache_dir(opt)
     try:
         train, val = info.load(opt)
+        opt.multi_label = train.multi_label
+        if opt.multi_label:
+            check_multi_label(opt)
         parts = train, val, *load_augmentations(opt, train.classes)
     except OSError as error:                            # a folder that may not be listed, a disk that fails
         raise UserError(f'--data_folder {opt.data_folder}: cannot be read ({error})') from error
@@ -126,6 +130,18 @@ def load_images(opt):
                 extra_ood if opt.aug_mode != 'id_only' else None)
 
 
+# Options that need one class for each image, and how they do nothing.
+ONE_CLASS = {'label_smoothing': 0., 'moco': False, 'KD': False, 'summation_location': 'out', 'denominator_mode': 'all',
+             'positives_cap': -1, 'aug_output_name': None}
+
+
+def check_multi_label(opt):
+    """UserError for an option that images with several labels cannot have."""
+    for name, default in ONE_CLASS.items():
+        if (value := getattr(opt, name, default)) != default:
+            raise UserError(f'--{name} {value}: images of {opt.data_folder} have several labels, expected one each')
+
+
 def _cache_dir(opt):
     """The folder of --cache_dir, which need not be there yet, or None."""
     if opt.cache_dir and os.path.lexists(opt.cache_dir) and not os.path.isdir(opt.cache_dir):
@@ -134,9 +150,9 @@ def _cache_dir(opt):
 
 
 def dataset_info(opt):
-    """The row of --dataset; images of --dataset path with --stem imagenet are shown as ImageNet's."""
+    """The row of --dataset; the user's own images with --stem imagenet are shown as ImageNet's."""
     info = DATASETS[opt.dataset]
-    return replace(info, **LARGE) if opt.dataset == 'path' and opt.stem == 'imagenet' else info
+    return replace(info, **LARGE) if opt.dataset in ('path', 'csv') and opt.stem == 'imagenet' else info
 
 
 def pretraining_view(opt):

@@ -103,7 +103,7 @@ def main():
     missing = [name for name in ('model', 'stem', 'width', 'size', 'mean', 'std', 'dataset') if not recorded.get(name)]
     if missing or not classes:
         raise UserError(f'{file} does not record its {(missing or ["classes"])[0]}, expected a run of these programs')
-    opt = argparse.Namespace(**{**recorded, 'export': str(folder / 'model.safetensors')})
+    opt = argparse.Namespace(**{'multi_label': False, **recorded, 'export': str(folder / 'model.safetensors')})
     model, program = load_classifier(checkpoint, opt, classes, file)
     log = run / 'log.txt'
     lines = log.read_text(encoding='utf-8', errors='replace') if log.is_file() else ''

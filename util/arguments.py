@@ -81,12 +81,12 @@ def evaluation_options(checkpoint, file, **given):
 def defaults(**changes):
     """The options of main_ce.py as they are by default, but for `changes`: for scripts that read images.
 
-    Raises UserError for the dataset `path` without a data_folder.
+    Raises UserError for the datasets `path` and `csv` without a data_folder.
     """
     opt = parse('main_ce', '', [])
     vars(opt).update(changes)
-    if opt.dataset == 'path' and not changes.get('data_folder'):
-        raise UserError('--dataset path: --data_folder is missing, expected a folder of images')
+    if opt.dataset in ('path', 'csv') and not changes.get('data_folder'):
+        raise UserError(f'--dataset {opt.dataset}: --data_folder is missing, expected a folder of images')
     opt.data_folder = changes.get('data_folder') or DATASETS[opt.dataset].folder
     return opt
 

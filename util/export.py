@@ -23,7 +23,8 @@ class Exporter:
     """Writes a network of main_ce.py or main_linear.py to --export.
 
     The file takes images [bsz, 3, size, size] of 0..1, minus mean, divided by std, and gives logits. It holds
-    `classes`, `mean`, `std`, `size`, `model`, `stem` and `width` too:
+    `classes`, `mean`, `std`, `size`, `model`, `stem` and `width` too, and `multi_label` where the
+    sigmoid of each logit is a probability:
 
     - .pth: beside `state_dict`; a ResNet's parameters have torchvision's names (with stem cifar conv1 is 3x3 of stride
       1 and there is no max-pool), another backbone's timm's.
@@ -38,6 +39,8 @@ class Exporter:
         self.model, self.opt, self.file = model, opt, Path(opt.export)
         self.info = {'classes': list(classes), 'mean': list(opt.mean), 'std': list(opt.std), 'size': opt.size,
                      'model': opt.model, 'stem': opt.stem, 'width': opt.width}
+        if opt.multi_label:
+            self.info['multi_label'] = True
         if self.file.suffix not in SUFFIXES:
             raise UserError(f"--export {self.file}: expected a name that ends in {', '.join(SUFFIXES)}")
         if self.file.suffix == '.onnx' and not importlib.util.find_spec('onnxscript'):

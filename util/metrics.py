@@ -1,5 +1,6 @@
 """Meters and accuracies."""
 import math
+from statistics import mean
 
 import torch
 from torch.nn import functional as F
@@ -43,7 +44,8 @@ def check_finite(losses, epoch, step):
 def accuracy(output, target):
     """Top-1 accuracy (%) of logits [bsz, num_classes] for classes [bsz], over all processes: a scalar tensor.
 
-    For label distributions [bsz, num_classes], the mean fraction (%) of the predicted class.
+    For label distributions [bsz, num_classes], the mean fraction (%) of the predicted class; of several labels, how
+    often it is one of them.
     """
     predicted = output.argmax(1)
     right = predicted == target if target.dim() == 1 else target.gather(1, predicted[:, None])
@@ -102,3 +104,40 @@ def knn_accuracy(memory, memory_labels, features, labels, k=200, temperature=0.1
         votes.scatter_add_(1, memory_labels[nearest], (similarity / temperature).exp())
         correct += (votes.argmax(1) == target).sum()
     return 100 * int(all_reduce_sum(correct)) / n_total
+
+
+@torch.no_grad()
+def knn_map(memory, memory_labels, features, labels, k=200, temperature=0.1):
+    """mAP (%) of the weighted k-nearest-neighbor classifier for images with several labels [n, C], all in each process.
+
+    The score of a class is the weight of the neighbors that have it, divided by that of all; else as knn_accuracy.
+    """
+    memory, scores = F.normalize(memory, dim=1), []
+    for part in F.normalize(features, dim=1).split(256):
+        similarity, nearest = (part @ memory.T).topk(min(k, len(memory)), dim=1)
+        weights = (similarity / temperature).softmax(1)
+        scores.append((weights[..., None] * memory_labels[nearest]).sum(1))
+    return mean(average_precisions(torch.cat(scores), labels).values())
+
+
+def average_precisions(scores, labels):
+    """{class: its average precision, %} of scores [n, C] that rank all images for each class, and labels [n, C] of 0
+    and 1; a class without images has none."""
+    from sklearn.metrics import average_precision_score
+    scores, labels = scores.double().cpu().numpy(), labels.cpu().numpy() > 0
+    return {c: 100 * float(average_precision_score(labels[:, c], scores[:, c]))
+            for c in range(labels.shape[1]) if labels[:, c].any()}
+
+
+def multi_label_scores(logits, labels):
+    """How logits [n, C] find labels [n, C] of 0 and 1, %: {'mAP', 'F1_micro', 'F1_macro'} and {class: AP}.
+
+    mAP is the mean of average_precisions. F1 is of what has a probability above 0.5: of the labels of all classes
+    together, and the mean over classes.
+    """
+    from sklearn.metrics import f1_score
+    precisions = average_precisions(logits, labels)
+    predicted, truth = logits.cpu().numpy() > 0, labels.cpu().numpy() > 0
+    f1 = {f'F1_{kind}': 100 * float(f1_score(truth, predicted, average=kind, zero_division=0))
+          for kind in ('micro', 'macro')}
+    return {'mAP': mean(precisions.values()), **f1}, precisions

@@ -107,9 +107,9 @@ FLAG = {'action': 'store_true', 'default': False}
 OPTIONS = {
     'data': [
         ('--dataset', dict(default='cifar10', metavar='NAME',
-                           help='digits, cifar10, cifar100, imagenet, path or mvip')),
-        ('--data_folder --data_dir', dict(metavar='FOLDER', help='folder of the data; needed by --dataset path; '
-                                          'default: ./data, ./data/imagenet, ./data/MVIP/sets')),
+                           help='digits, cifar10, cifar100, imagenet, mvip, path or csv')),
+        ('--data_folder --data_dir', dict(metavar='FOLDER', help='folder of the data; needed by --dataset path and '
+                                          'csv; default: ./data, ./data/imagenet, ./data/MVIP/sets')),
         ('--mean', dict(type=channels(number(float, -math.inf)), metavar='"(R, G, B)"',
                         help="channel means; default: the dataset's, or measured on the training images")),
         ('--std', dict(type=channels(POSITIVE), metavar='"(R, G, B)"',
@@ -481,8 +481,9 @@ def underscores(word):
 
 def _complete(opt, program, given, info):
     """Check what depends on several options, and fill in what follows from them."""
-    if opt.dataset == 'path' and not opt.data_folder:
-        raise UserError('--dataset path: --data_folder is missing, expected a folder of images')
+    if opt.dataset in ('path', 'csv') and not opt.data_folder:
+        expected = {'path': 'of images', 'csv': 'with train.csv and val.csv'}[opt.dataset]
+        raise UserError(f'--dataset {opt.dataset}: --data_folder is missing, expected a folder {expected}')
     if opt.loader == 'batched' and opt.augment_policy in ('auto', 'rand', 'stacked_rand'):
         raise UserError(f'--augment_policy {opt.augment_policy} is sampled one image at a time, expected --loader '
                         'auto, workers or per_sample')
@@ -526,7 +527,8 @@ def _complete(opt, program, given, info):
                         f'{expected_processes()} processes')
     cores = max(1, (os.cpu_count() or 1) // local_processes())
     opt.num_workers = cores if opt.num_workers is None else min(opt.num_workers, cores)
-    opt.split_seed = opt.loader_chosen = None           # see datasets
+    opt.split_seed = opt.loader_chosen = None           # see datasets, as for
+    opt.multi_label = False
     return opt
 
 
