@@ -19,6 +19,7 @@ from datasets.mixing import as_distributions, mix
 from networks.resnet_big import SupCEResNet
 from util import arguments, errors, metrics, options, training
 from util.checkpoints import load_checkpoint
+from util.curves import confusion_image
 from util.distributed import global_mean, rank
 from util.export import Exporter
 from util.log import log
@@ -81,21 +82,23 @@ def train(train_loader, network, criterion, optimizer, scaler, epoch, run, opt):
         output = network(images)                                    # [bsz, num_classes]
         loss = global_mean(criterion(output.float(), labels))
         training.update(loss, optimizer, scaler)
-        run.record(train_loss=loss, train_acc=metrics.accuracy(output, labels))
+        run.record(train_loss=loss, train_acc=metrics.accuracy(output, labels),
+                   gradient_norm=training.gradient_norm(network.model, scaler))
     averages = run.averages()
     log(f"Train epoch {epoch}, total time {run.seconds:.2f}, accuracy:{averages['train_acc']:.2f}")
     return averages
 
 
 def validate(loaders, model, opt):
-    """-> loss, accuracy (%) and, with ood images, how well they are separated; and the accuracy of each class. Where
-    images have several labels: mAP and F1 (%), and the average precision of each class."""
+    """-> loss, accuracy (%) and, with ood images, how well they are separated; the accuracy of each class; the
+    confusion matrix. Where images have several labels: mAP and F1 (%); the average precision of each class; None."""
     logits, labels = training.forward_all(model, loaders['val'], opt)
     if opt.multi_label:
         values, per_class = metrics.multi_label_scores(logits, labels)
         log(' * ' + ' '.join(f'{name} {value:.3f}' for name, value in values.items()))
         values = {f'val_{name}': value for name, value in values.items()}
-        return {'val_loss': F.binary_cross_entropy_with_logits(logits, labels).item(), **values}, per_class
+        return {'val_loss': F.binary_cross_entropy_with_logits(logits, labels).item(), **values}, per_class, None
+    confusion = metrics.confusion_matrix(logits.argmax(1), labels, opt.num_classes)
     correct = (logits.argmax(1) == labels).float()
     values = {'val_loss': F.cross_entropy(logits, labels).item(), 'val_acc': 100 * correct.mean().item()}
     if logits.shape[1] > 5:
@@ -104,7 +107,7 @@ def validate(loaders, model, opt):
     if 'ood' in loaders:
         id_logits = training.forward_all(model, loaders['id'], opt)[0] if 'id' in loaders else logits
         values.update(metrics.ood_metrics(logits, id_logits, training.forward_all(model, loaders['ood'], opt)[0]))
-    return values, {c: 100 * correct[labels == c].mean().item() for c in labels.unique().tolist()}
+    return values, {c: 100 * correct[labels == c].mean().item() for c in labels.unique().tolist()}, confusion
 
 
 def fit(run, train_loader, loaders, model, criterion, classes, opt):
@@ -120,13 +123,15 @@ def fit(run, train_loader, loaders, model, criterion, classes, opt):
         for epoch in range(first_epoch, opt.epochs + 1):
             values = train(train_loader, network, criterion, optimizer, scaler, epoch, run, opt)
             if epoch == opt.epochs or opt.eval_freq and epoch % opt.eval_freq == 0:
-                validation, per_class = validate(loaders, model, opt)
+                validation, per_class, confusion = validate(loaders, model, opt)
                 run.best_acc = max(run.best_acc, validation['val_mAP' if opt.multi_label else 'val_acc'])
                 values.update(validation)
             run.finish_epoch(epoch, values)
         if first_epoch > opt.epochs:                            # a finished run, resumed
-            validation, per_class = validate(loaders, model, opt)
+            validation, per_class, confusion = validate(loaders, model, opt)
         report(loaders, validation, per_class, classes, opt)
+        if confusion is not None:
+            run.log_image('confusion', confusion_image(confusion.cpu(), classes))
         if exporter:
             exporter.write()
         log(f"best {'mAP' if opt.multi_label else 'accuracy'}: {run.best_acc:.2f}")
@@ -138,7 +143,7 @@ def evaluate(run, loaders, model, exporter, classes, opt):
         if getattr(opt, name):
             log(f'--{name} has no effect with --evaluate, which writes nothing')
     run.load(model, classes)
-    validation, per_class = validate(loaders, model, opt)
+    validation, per_class, _ = validate(loaders, model, opt)
     report(loaders, validation, per_class, classes, opt)
     if exporter:
         exporter.write()

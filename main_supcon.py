@@ -18,7 +18,7 @@ from networks.moco import MomentumContrast
 from networks.resnet_big import SupConResNet
 from util import arguments, errors, training
 from util.log import log
-from util.metrics import feature_spread, knn_accuracy, knn_map
+from util.metrics import feature_statistics, knn_accuracy, knn_map
 from util.runs import Run
 from util.teachers import load_teacher, read_teacher
 from util.weights import start_from_weights
@@ -71,7 +71,8 @@ def train(train_loader, network, method, optimizer, scaler, epoch, run):
     for images, labels in run.steps(train_loader, epoch):           # images [n_views * bsz, 3, size, size]
         features, loss, accuracy = method(network, images, labels, run.rng)
         training.update(loss, optimizer, scaler)
-        run.record(loss=loss, contrastive_acc=accuracy, feature_spread=feature_spread(features))
+        run.record(loss=loss, contrastive_acc=accuracy, **feature_statistics(features),
+                   gradient_norm=training.gradient_norm(network.model, scaler))
     averages = run.averages()
     log(f'epoch {epoch}, total time {run.seconds:.2f}')
     return averages

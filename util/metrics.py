@@ -53,13 +53,60 @@ def accuracy(output, target):
 
 
 @torch.no_grad()
-def feature_spread(features):
-    """Mean squared distance of features [bsz, n_views, dim] of unit length from their mean: a scalar tensor.
+def feature_statistics(features, limit=512):
+    """How the features [bsz, n_views, dim] of a batch, of unit length, lie on the sphere: a dict of scalar tensors.
 
-    0 where all features are the same, 1 where they point in all directions; with several processes of this one's.
+    feature_spread: mean squared distance from their mean; 0 where all are the same, 1 where they point in all
+    directions. Of the first `limit` images (Wang and Isola, 2020, https://arxiv.org/abs/2005.10242): alignment, the
+    mean squared distance of the first two views of an image; uniformity, log of the mean of exp(-2 squared distance)
+    over all pairs of views, lower for features that are spread out. With several processes of this one's.
     """
-    features = features.detach().flatten(0, 1).float()
-    return (features - features.mean(0)).square().sum(1).mean()
+    features = features.detach().float()
+    spread = (features.flatten(0, 1) - features.flatten(0, 1).mean(0)).square().sum(1).mean()
+    views = features[:limit]
+    alignment = (views[:, 0] - views[:, 1]).square().sum(1).mean()
+    distances = torch.pdist(views.flatten(0, 1)).square()
+    uniformity = (-2 * distances).exp().mean().log()
+    return {'feature_spread': spread, 'alignment': alignment, 'uniformity': uniformity}
+
+
+def confusion_matrix(predicted, labels, num_classes):
+    """How many images of each class, the row, were predicted as each class, the column: [num_classes, num_classes]."""
+    return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def calibration(logits, labels, bins=15):
+    """The expected calibration error (%) of logits [n, C], and confidence (0..1), accuracy (0..1) and number of images
+    of each of `bins` equal intervals of confidence, [bins, 3] (Guo et al., 2017, https://arxiv.org/abs/1706.04599)."""
+    confidence, predicted = logits.double().softmax(1).max(1)
+    number = (confidence * bins).ceil().long().clamp(1, bins) - 1               # intervals (a, b]
+    counts = torch.bincount(number, minlength=bins)
+    sums = [torch.bincount(number, values, bins) for values in (confidence, (predicted == labels).double())]
+    means = torch.stack([*(total / counts.clamp(min=1) for total in sums), counts.double()], 1)
+    return 100 * float(((means[:, 0] - means[:, 1]).abs() * counts).sum() / len(labels)), means
+
+
+def retrieval(features, labels):
+    """R@1 and mAP@R (%) of features [n, dim] by cosine similarity: each image is looked for among all others.
+
+    R@1: how often the most similar image has its class. mAP@R (Musgrave et al., 2020,
+    https://arxiv.org/abs/2003.08505): of an image with R others of its class, the precisions at those of the first R
+    places that have it, divided by R. Images without others of their class do not count.
+    """
+    features, counts = F.normalize(features, dim=1), torch.bincount(labels)[labels] - 1
+    first, total = [], []
+    for start in range(0, len(features), 1024):
+        rows = torch.arange(start, min(start + 1024, len(features)), device=features.device)
+        similarity = features[rows] @ features.T
+        similarity[torch.arange(len(rows), device=features.device), rows] = -torch.inf
+        places = similarity.topk(max(1, min(int(counts.max()), len(features) - 1)), dim=1).indices
+        hits = (labels[places] == labels[rows, None]).double()
+        place = torch.arange(1, hits.shape[1] + 1, device=features.device)
+        within = place <= counts[rows, None]
+        first.append(hits[:, 0])
+        total.append((hits * within * hits.cumsum(1) / place).sum(1) / counts[rows].clamp(min=1))
+    counted = counts > 0
+    return [100 * float(torch.cat(values)[counted].mean()) for values in (first, total)]
 
 
 def ood_metrics(val_logits, id_logits, ood_logits):

@@ -248,6 +248,12 @@ def update(loss, optimizer, scaler):
     scaler.update()
 
 
+def gradient_norm(model, scaler):
+    """Euclidean norm of the last gradient, a scalar tensor; None with float16, where it is scaled or not finite."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return None if scaler.is_enabled() else torch.nn.utils.get_total_norm(gradients)
+
+
 def seed_step(opt, epoch, step):
     """The random numbers of a training step, the same in all processes, so that a run can continue there.
 
