@@ -95,18 +95,16 @@ class Corrupted:
 
 def reliability_diagram(bins, error):
     """The figure of what metrics.calibration gives."""
-    confidence, accuracy, counts = bins.T.tolist()
-    fig = Figure(figsize=(4, 4), layout='constrained')
-    ax, width = fig.add_subplot(), 1 / len(counts)
-    left = [i * width for i in range(len(counts))]
-    used = [i for i, count in enumerate(counts) if count]
-    ax.bar([left[i] for i in used], [accuracy[i] for i in used], width, align='edge', edgecolor='white',
-           label='accuracy')
-    ax.plot([0, 1], [0, 1], color='gray', linestyle=':', label='as sure as right')
-    ax.plot([confidence[i] for i in used], [accuracy[i] for i in used], 'o', color='black', markersize=3)
-    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel='confidence', ylabel='accuracy',
-           title=f'ECE {error:.2f} % of {int(sum(counts))} images')
-    ax.legend(loc='upper left', frameon=False)
+    confidence, accuracy, counts = bins[bins[:, 2] > 0].T.tolist()
+    edges = np.linspace(0, 1, len(bins) + 1)[:-1][(bins[:, 2] > 0).numpy()]
+    fig = Figure(figsize=(4, 5), layout='constrained')
+    top, bottom = fig.subplots(2, sharex=True, height_ratios=[3, 1])
+    top.bar(edges, accuracy, 1 / len(bins), align='edge', edgecolor='white')
+    top.plot([0, 1], [0, 1], color='gray', linestyle=':')               # as sure as right
+    top.plot(confidence, accuracy, 'o', color='black', markersize=3)
+    top.set(xlim=(0, 1), ylim=(0, 1.02), ylabel='accuracy', title=f'ECE {error:.2f} % of {int(sum(counts))} images')
+    bottom.bar(edges, counts, 1 / len(bins), align='edge', edgecolor='white')
+    bottom.set(xlabel='confidence', ylabel='images', yscale='log', ylim=(0.5, None))
     return fig
 
 
