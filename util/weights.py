@@ -1,6 +1,7 @@
 """Weights that a run starts from: files of these programs, of SupContrast, torchvision and timm, on the Hugging Face
 Hub too. Nothing in a file is executed."""
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -84,7 +85,7 @@ def read_weights(file):
 
 def read_safetensors(file):
     """What --export writes beside the parameters, as far as it is there, and the parameters by their names."""
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise UserError(f'{file}: no such checkpoint')
     try:
         with safe_open(file, 'pt') as stream:
