@@ -82,7 +82,8 @@ def command_of(program, recorded):
     for _, (flag, *_), settings in options.options_of(program):
         name = flag.removeprefix('--')
         value, default = recorded.get(name), defaults[name]
-        derived = name in ('mean', 'std', 'size') and value in (None, getattr(info, name, None))
+        derived = name in ('mean', 'std', 'size') and value == getattr(info, name, None)
+        derived = derived or name == 'data_folder' and value == getattr(info, 'folder', None)
         derived = derived or name == 'learning_rate' and recorded.get('base_lr')
         if name in RESUME_MAY_CHANGE - {'epochs', 'data_folder'} or value in (default, None) or derived:
             continue

@@ -25,8 +25,9 @@ def parse(program, description, argv=None, method=None, recorded=()):
     pretrained = getattr(opt, 'timm_pretrained', False)
     for name in (opt.model if not (pretrained or recorded) else None, getattr(opt, 'teacher_kind', None)):
         if name and '.' in name:
-            raise UserError(f'found {name}: what follows the dot names pretrained weights, expected '
-                            f"{name.split('.')[0]}" + ', or --timm_pretrained' * (name == opt.model))
+            plain = name.split('.')[0]
+            raise UserError(f'found {name}: what follows the dot names pretrained weights, expected {plain}, with '
+                            'random weights' + ', or --timm_pretrained' * (name == opt.model))
     if pretrained:
         from networks.timm_encoder import pretrained_settings  # here, since timm takes seconds to import
         for name, value in pretrained_settings(opt.model.removeprefix('timm/')).items():
