@@ -26,7 +26,7 @@ from util.memory import available_memory
 
 
 def make_loader(image_set, view, opt, n_views=1, train=True, stream=()):
-    """An iterable of (images [n_views * bsz, 3, size, size], labels [bsz]), view after view, on opt.device.
+    """An iterable of (images [n_views * bsz, 3, size, size], labels [bsz] or [bsz, C]), view after view, on opt.device.
 
     Call `set_epoch(epoch)` before each epoch: permutation and views depend on opt.seed and the epoch alone, and those
     of a batch on nothing that was sampled before. With train=False the images come in their own order. Of several
@@ -238,7 +238,7 @@ class WorkerLoader(Loader):
                                  persistent_workers=train and workers > 0, collate_fn=_collate,
                                  prefetch_factor=max(1, min(4, waiting // workers)) if workers else None,
                                  pin_memory=self.device.type == 'cuda', worker_init_fn=_start_worker)
-        self.empty = torch.empty(0, 3, view.size, view.size), torch.empty(0, dtype=torch.long)
+        self.empty = torch.empty(0, 3, view.size, view.size), image_set.labels[:0]
 
     def __iter__(self):
         for step, batch in enumerate(self._loaded(), self.batches.first_step):

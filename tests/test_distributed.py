@@ -178,8 +178,10 @@ def test_processes_that_each_normalize_still_have_one_network(in_processes):
 
 
 @pytest.mark.parametrize('n', [2, 3])
-@pytest.mark.parametrize('program', [main_ce, main_linear])
-@pytest.mark.parametrize('extra', [[], ['--mix', 'mixup'], ['--label_smoothing', '0.1']])
+@pytest.mark.parametrize('program, extra', [
+    *((program, extra) for program in ('ce', 'linear') for extra in ([], ['--mix', 'mixup'],
+                                                                     ['--label_smoothing', '0.1'])),
+    ('finetune', [])])
 def test_classifiers_learn_the_same_in_processes(in_processes, program, extra, n):
     def classify():
         torch.set_default_dtype(torch.float64)
@@ -189,8 +191,9 @@ def test_classifiers_learn_the_same_in_processes(in_processes, program, extra, n
             opt.size, opt.output_name = 8, 'x'
             training.set_device(opt)
             model = None
-            if program is main_linear:
-                opt.syncBN, opt.ckpt, opt.num_classes = False, 'x', 3
+            if program != 'ce':
+                opt.finetune, opt.freeze_bn, opt.num_classes = program == 'finetune', False, 3
+                opt.syncBN = opt.finetune
                 encoder = main_ce.SupCEResNet('resnet18', width=0.0625)
                 model, _ = main_linear.set_model(opt, {'model': encoder.state_dict()})
             values, model = train_one_epoch(main_ce, opt, Loader([13, 5, 3], 1, (0, 1, 2)), 3, model=model)

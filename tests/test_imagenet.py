@@ -499,7 +499,7 @@ def test_export_at_the_end_of_a_run(linear_run):
 def test_export_refuses_before_it_trains(rejected, tmp_path, monkeypatch):
     monkeypatch.setattr(export.importlib.util, 'find_spec', lambda name: None)
     (tmp_path / 'folder.pth').mkdir()
-    for file, words in (('x.pt', 'ends in .pth, .pt2, .onnx'), ('nowhere/x.pth', 'nowhere'),
+    for file, words in (('x.pt', 'ends in .pth, .safetensors, .pt2, .onnx'), ('nowhere/x.pth', 'nowhere'),
                         ('x.onnx', 'onnxscript is missing'), ('x' * 300 + '.pth', 'cannot be written'),
                         ('/proc/x.pth', 'cannot be written'), ('folder.pth', 'found a folder')):
         rejected(main_ce.main, *TINY, '--epochs', 1, '--export', file, words=[f'--export {file}', words])

@@ -72,7 +72,7 @@ def command_of(script, tmp_path, *arguments):
 
 def test_every_launch_script_is_tested():
     scripts = {file.stem for file in (ROOT / 'scripts').glob('*.sh')}
-    assert scripts == {*LAUNCH, *PAPER, HEAD, 'env', 'mvip_experiments', 'quickstart', 'test'}
+    assert scripts == {*LAUNCH, *PAPER, HEAD, 'env', 'mvip_experiments', 'quickstart', 'slurm', 'test'}
 
 
 @pytest.mark.parametrize('script', LAUNCH)

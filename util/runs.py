@@ -1,7 +1,7 @@
 """Runs: their checkpoints and log, the head of their training loops, and how they stop and resume.
 
-output/<output_name>/trial=<trial>/ holds options.json, log.txt, TensorBoard events, views.png, last.ckpt and
-ckpt_epoch_<N>.ckpt. Of several processes only rank 0 prints and writes.
+output/<output_name>/trial=<trial>/ holds options.json, log.txt, TensorBoard events, views.png, confusion.png,
+last.ckpt and ckpt_epoch_<N>.ckpt. Of several processes only rank 0 prints and writes.
 """
 import json
 import math
@@ -211,7 +211,7 @@ class Run:
             self.lock.acquire()
             if self._last_written() != self.last_seen:
                 raise UserError(f'{self.folder}: another process has written this run while this one was starting')
-            overwritten = ('*.ckpt', 'events.out.tfevents.*', 'views.png', 'log.txt') if self.checkpoint is None else ()
+            overwritten = ('*.ckpt', 'events.out.tfevents.*', '*.png', 'log.txt') if self.checkpoint is None else ()
             for pattern in ('*.partial', *overwritten):                 # what a killed or an overwritten run left
                 for file in self.folder.glob(pattern):
                     file.unlink()
@@ -243,9 +243,10 @@ class Run:
         self.meters = {name: AverageMeter(*saved) for name, saved in self.saved_meters.items()}
         self.saved_meters, self.sizes, self.started = {}, loader.sizes, time.time()
         self.images_before = sum(loader.sizes[:self.step])
-        batch_time, data_time, end = AverageMeter(), AverageMeter(), time.time()
+        batch_time, data_time, end, self.waited = AverageMeter(), AverageMeter(), time.time(), 0.
         for step, batch in enumerate(progress(loader, f'epoch {epoch}/{opt.epochs}'), self.step):
             data_time.update(time.time() - end)
+            self.waited += data_time.val
             set_learning_rate(self.optimizer, learning_rate(opt, epoch, step, steps))
             self.rng, self.size = seed_step(opt, epoch, step), loader.sizes[step]
             yield batch
@@ -256,16 +257,20 @@ class Run:
             self._after_step(epoch, step + 1)
 
     def record(self, **values):
-        """Average values of a step, weighted with the images of its batch; the first is the loss."""
+        """Average values of a step, weighted with the images of its batch; the first is the loss. None is left out."""
         for name, value in values.items():
+            if value is None:
+                continue
             self.meters.setdefault(name, AverageMeter()).update(value, self.size)
 
     def averages(self):
-        """The averages of an epoch: {name: number}, and images_per_second."""
+        """The averages of an epoch: {name: number}, images_per_second, and the fraction of the time in which the loop
+        waited for the loader."""
         averages = {name: meter.avg for name, meter in self.meters.items()}
         self.seconds = time.time() - self.started
         images = sum(self.sizes) - self.images_before
-        return {**averages, 'images_per_second': images / max(self.seconds, 1e-9)}
+        return {**averages, 'images_per_second': images / max(self.seconds, 1e-9),
+                'loader_fraction': self.waited / max(self.seconds, 1e-9)}
 
     def _print_step(self, epoch, step, steps, batch_time, data_time):
         losses, *others = self.meters.values()
@@ -320,6 +325,11 @@ class Run:
         """Send a dict of numbers to TensorBoard, and to W&B; None is left out."""
         if self.curves:
             self.curves.log_values({tag: value for tag, value in values.items() if value is not None}, step)
+
+    def log_image(self, tag, array):
+        """Send a uint8 image [h, w, 3] of the end of the run, and write it to <tag>.png."""
+        if self.curves:
+            self.curves.log_image(tag, array, self.opt.epochs)
 
     def _log_views(self, loader):
         """Show some images of the first batch; features cannot be shown."""

@@ -190,7 +190,7 @@ def timm_optimizers():
 
 
 def set_optimizer(opt, model):
-    """The optimizer of --optim_kind, or LARS.
+    """The optimizer of --optim_kind, or LARS. The encoder has a group of its own with --encoder_lr.
 
     LARS neither adapts nor decays biases and norms (You et al., 2017, https://arxiv.org/abs/1708.03888).
     """
@@ -202,6 +202,12 @@ def set_optimizer(opt, model):
                   {'params': [p for p in parameters if p.dim() <= 1], **settings, 'weight_decay': 0.}]
     if opt.LARS:
         groups[0]['always_adapt'] = True
+    if opt.encoder_lr:
+        encoder, factor = set(model.encoder.parameters()), opt.encoder_lr / opt.learning_rate
+        of_encoder = [{**group, 'params': [p for p in group['params'] if p in encoder], 'lr_factor': factor}
+                      for group in groups]                              # see set_learning_rate
+        others = [{**group, 'params': [p for p in group['params'] if p not in encoder]} for group in groups]
+        groups = [group for group in others + of_encoder if group['params']]
     eps = {} if opt.optim_eps is None else {'eps': opt.optim_eps}
     return OPTIMIZERS['LARS' if opt.LARS else opt.optim_kind](groups, opt, eps)
 
@@ -244,6 +250,12 @@ def update(loss, optimizer, scaler):
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
+
+
+def gradient_norm(model, scaler):
+    """Euclidean norm of the last gradient, a scalar tensor; None with float16, where it is scaled or not finite."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return None if scaler.is_enabled() else torch.nn.utils.get_total_norm(gradients)
 
 
 def seed_step(opt, epoch, step):
@@ -294,8 +306,9 @@ def _schedule(opt, epoch, part):
 
 
 def set_learning_rate(optimizer, lr):
+    """Set the learning rate; that of the encoder with --encoder_lr is in proportion."""
     for group in optimizer.param_groups:
-        group['lr'] = lr
+        group['lr'] = lr * group.get('lr_factor', 1.)
 
 
 @torch.no_grad()
