@@ -100,6 +100,15 @@ class Loader:
     def __len__(self):
         return len(self.sizes)
 
+    def _operations(self, view, opt, n_views, train):
+        """The operations of views.apply on opt.device: compiled where the run is long enough."""
+        compiled = train and opt.epochs * self.n * n_views * view.size**2 >= COMPILE_PAYS
+        return views.compiled_operations(torch.device(opt.device)) if compiled else views.OPERATIONS
+
+    def _is_usual(self, step):
+        """Whether the batch has the size of the first: for another one the operations would be compiled again."""
+        return self.sizes[step] == self.sizes[0]
+
     def set_epoch(self, epoch, first_step=0):
         """What is iterated over next: the batches of an epoch from a step on, counted from 0.
 
@@ -118,8 +127,7 @@ class BatchedLoader(Loader):
         super().__init__(len(image_set), opt, train)
         self.labels, self.view, self.n_views, self.device = image_set.labels, view, n_views, torch.device(opt.device)
         self.data, self.heights, self.widths = image_set.decode(view.short_side)
-        compiled = train and opt.epochs * len(image_set) * n_views * view.size**2 >= COMPILE_PAYS
-        self.operations = views.compiled_operations(self.device) if compiled else views.OPERATIONS
+        self.operations = self._operations(view, opt, n_views, train)
         if self.device.type == 'cuda' and self.data.nbytes < torch.cuda.mem_get_info()[0] / 4:
             self.data = self.data.to(self.device)
 
@@ -127,11 +135,11 @@ class BatchedLoader(Loader):
         for step, indices in self.batches:
             repeated, mine = indices.repeat(self.n_views), local_slice(len(indices))
             params = views.sample_params(self.view, self.heights[repeated], self.widths[repeated],
-                                         self.batches.generator(step))
+                                         self.batches.generator(step), self.device)
             params, indices = params.local(mine, len(indices)), indices[mine]
             data = to_device(self.data.index_select(0, to_device(indices, self.data.device)), self.device)
-            usual = self.sizes[step] == self.sizes[0]           # an odd size would be compiled again
-            images = views.apply(self.view, data, params, self.operations if usual else views.OPERATIONS)
+            images = views.apply(self.view, data, params,
+                                 self.operations if self._is_usual(step) else views.OPERATIONS)
             yield images, to_device(self.labels[indices], self.device)
 
 
@@ -167,6 +175,7 @@ class WorkerLoader(Loader):
         else:
             augment = _Crops(view, n_views, finish=self.device.type == 'cpu')
             self.rest = None if augment.finish else augment.rest
+            self.operations = self._operations(view, opt, n_views, train) if self.rest else None
         # Batches that wait may take a quarter of the memory: those of thousands of large images are gigabytes.
         images_here = math.ceil(min(opt.batch_size, len(image_set)) / world_size())
         batch_bytes = images_here * n_views * 3 * view.size**2 * (1 if self.rest else 4)
@@ -185,8 +194,9 @@ class WorkerLoader(Loader):
             images, labels = (part.to(self.device, non_blocking=True) for part in batch or self.empty)
             if self.rest and len(images):
                 sizes = torch.full((self.n_views * self.sizes[step],), self.rest.size)
-                params = views.sample_params(self.rest, sizes, sizes, self.batches.generator(step, 1))
-                images = views.apply(self.rest, images, params.local(local_slice(self.sizes[step]), self.sizes[step]))
+                params = views.sample_params(self.rest, sizes, sizes, self.batches.generator(step, 1), self.device)
+                images = views.apply(self.rest, images, params.local(local_slice(self.sizes[step]), self.sizes[step]),
+                                     self.operations if self._is_usual(step) else views.OPERATIONS)
             yield images, labels
 
     def _loaded(self):

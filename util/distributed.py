@@ -147,6 +147,16 @@ def to_device(x, device):
     return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' != x.device.type else x.to(device)
 
 
+def all_to_device(tensors, device):
+    """Tensors of numbers that float32 can hold, as float32 on a device: packed into one copy. None stays None."""
+    known = [x.float() for x in tensors if x is not None]
+    packed = iter(known)
+    if device.type != 'cpu':
+        parts = to_device(torch.cat([x.flatten() for x in known]), device).split([x.numel() for x in known])
+        packed = (part.view(x.shape) for part, x in zip(parts, known))
+    return [None if x is None else next(packed) for x in tensors]
+
+
 def all_to_all_rows(x, order, sizes):
     """Of the rows of all processes, put into another order, those that come to this process.
 
