@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from networks.precision import mixed_precision
+from networks.sync_bn import SyncBatchNorm
 from util.errors import UserError
 from util.log import log
 
@@ -79,7 +80,7 @@ class TimmEncoder(nn.Module):
         self.backbone.train()
 
     def forward(self, x):
-        if len(x) == 0 and not any(isinstance(module, nn.SyncBatchNorm) for module in self.modules()):
+        if len(x) == 0 and not any(isinstance(module, SyncBatchNorm) for module in self.modules()):
             return x.new_zeros(0, self.dim_out)             # not every backbone takes the empty part of a process
         with mixed_precision(x, self.precision):
             return self.backbone(x)

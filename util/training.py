@@ -72,7 +72,7 @@ class Network:
             check_compiler(opt.device)
         model.to(opt.device, memory_format=torch.channels_last)
         if getattr(opt, 'syncBN', False) and world_size() > 1:
-            synchronized(model, opt.device == 'cuda')
+            synchronized(model)
         for network in [model] + ([model.moco.network] if getattr(model, 'moco', None) else []):
             network.encoder.precision = precision(opt)
             if opt.compile:
