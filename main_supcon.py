@@ -70,6 +70,7 @@ def train(train_loader, network, method, optimizer, scaler, epoch, run):
         features, loss, accuracy = method(network, images, labels, run.rng)
         training.update(loss, optimizer, scaler)
         run.record(loss=loss, contrastive_acc=accuracy, feature_spread=feature_spread(features))
+        del images                                                  # its memory is needed for the next batch
     averages = run.averages()
     log(f'epoch {epoch}, total time {run.seconds:.2f}')
     return averages

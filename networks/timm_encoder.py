@@ -58,15 +58,15 @@ def _shrink_stem(model, name):
 class TimmEncoder(nn.Module):
     """A backbone of timm as encoder: images [bsz, 3, size, size] -> features [bsz, dim_out].
 
-    dim_out is what the backbone gives. Set `precision` to a dtype to compute in mixed precision. Raises UserError where
-    the backbone takes no images of this size, or gives no vectors.
+    dim_out is what the backbone gives; `precision` and `memory_format` as for ResNet. Raises UserError where the
+    backbone takes no images of this size, or gives no vectors.
     """
 
     def __init__(self, name, size=32, stem='cifar', width=1.0, zero_init=False):
         super().__init__()
         if width != 1 or zero_init:
             raise UserError(f"--model timm/{name} takes no {'--zero_init' if zero_init else f'--width {width}'}")
-        self.precision = None
+        self.precision, self.memory_format = None, torch.preserve_format
         self.backbone = timm_model(name, 0, stem, size)
         try:
             with torch.no_grad():
@@ -83,4 +83,4 @@ class TimmEncoder(nn.Module):
         if len(x) == 0 and not any(isinstance(module, SyncBatchNorm) for module in self.modules()):
             return x.new_zeros(0, self.dim_out)             # not every backbone takes the empty part of a process
         with mixed_precision(x, self.precision):
-            return self.backbone(x)
+            return self.backbone(x.to(memory_format=self.memory_format))

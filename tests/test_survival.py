@@ -528,7 +528,7 @@ def test_memory_that_is_not_enough_is_one_line(call, monkeypatch, error):
         raise error
     monkeypatch.setattr(main_ce, 'set_model', fails)
     status, _, err = call(main_ce.main, *RUN)
-    assert status == 2 and err.count('\n') == 1 and 'out of memory: try a smaller --batch_size' in err
+    assert status == 2 and err.count('\n') == 1 and 'out of memory: try --accum_steps' in err
 
 
 @pytest.fixture

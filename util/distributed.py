@@ -14,15 +14,22 @@ from torch import distributed as dist
 from util.errors import UserError
 
 
-def start_processes(cuda):
-    """Rendezvous with the other processes, if torchrun started several: NCCL for GPUs, gloo for the CPU."""
+def start_processes(gpu):
+    """Rendezvous with the other processes, if torchrun started several: gloo for the CPU, and NCCL for GPUs.
+
+    gpu: the number of this process's GPU, or None.
+    """
     if _number('WORLD_SIZE', 1) == 1 or _started():
         return
     try:
-        dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo')
+        if gpu is None:
+            dist.init_process_group('gloo')
+        else:
+            dist.init_process_group('cpu:gloo,cuda:nccl', device_id=torch.device('cuda', gpu))
     except (ValueError, RuntimeError) as error:
         raise UserError(f'WORLD_SIZE is {_number("WORLD_SIZE", 1)}, but the rendezvous failed ({error}): expected '
-                        'torchrun to start the processes') from error
+                        'torchrun to start the processes, and on several machines GLOO_SOCKET_IFNAME and '
+                        'NCCL_SOCKET_IFNAME to name the network interface that connects them') from error
 
 
 def _number(name, default):

@@ -239,16 +239,20 @@ class Run:
         self.saved_meters, self.sizes, self.started = {}, loader.sizes, time.time()
         self.images_before = sum(loader.sizes[:self.step])
         batch_time, data_time, end = AverageMeter(), AverageMeter(), time.time()
-        for step, batch in enumerate(progress(loader, f'epoch {epoch}/{opt.epochs}'), self.step):
+        batches = iter(loader)
+        for step in progress(range(self.step, steps), f'epoch {epoch}/{opt.epochs}'):
+            batch = next(batches)
             data_time.update(time.time() - end)
             set_learning_rate(self.optimizer, learning_rate(opt, epoch, step, steps))
             self.rng, self.size = seed_step(opt, epoch, step), loader.sizes[step]
             yield batch
+            del batch                                   # its memory is needed for the next one
             batch_time.update(time.time() - end)
             end = time.time()
             if (step + 1) % opt.print_freq == 0 or step + 1 == steps:
                 self._print_step(epoch, step + 1, steps, batch_time, data_time)
             self._after_step(epoch, step + 1)
+        next(batches, None)                             # the loader's own end
 
     def record(self, **values):
         """Average values of a step, weighted with the images of its batch; the first is the loss."""

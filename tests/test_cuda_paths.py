@@ -1,0 +1,299 @@
+"""What GPUs depend on, as far as it can be held without one: how many operations are launched, that no value is asked
+of the device, how many messages are sent, how many graphs are compiled. A tensor on PyTorch's meta device has no values
+and takes the paths of a GPU: asking it for one is an error, and every operation on it can be counted."""
+import collections
+import copy
+import threading
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from conftest import train_one_epoch
+from torch import nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.testing._internal.distributed import fake_pg  # noqa: F401, registers the backend `fake`
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import main_ce
+import main_supcon
+from datasets import image_set, loader, make_loader, views
+from datasets.mixing import mix_views
+from datasets.views import View
+from networks.moco import MomentumContrast
+from networks.resnet_big import ResNet, SupConResNet
+from util import arguments, distributed, errors, metrics, teachers, training
+from util.metrics import AverageMeter
+
+META = torch.device('meta')
+SMALL = ['--dataset', 'digits', '--model', 'resnet18', '--width', '0.0625', '--size', '8', '--num_workers', '0']
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations on tensors of a device, and those that copy to it from the CPU."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.count, self.copies = device, collections.Counter(), 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        devices = {x.device.type for x in tree_leaves((args, kwargs, result)) if torch.is_tensor(x) and (
+            x.is_meta or x.dim())}                      # an optimizer counts its steps on the CPU
+        if self.device in devices and not operation.is_view:
+            self.count[str(operation)] += 1
+            self.copies += len(devices) > 1
+        return result
+
+
+def operations(function, *args, device='meta'):
+    with Operations(device) as counted:
+        function(*args)
+    return sum(counted.count.values()), counted.copies
+
+
+# Operations
+
+@pytest.mark.parametrize('size, n, blur, most', [(32, 2048, 0., 450), (224, 512, 0.5, 600)])
+def test_views_are_few_operations_and_one_copy(size, n, blur, most):
+    view = View(size, (0.5,) * 3, (0.2,) * 3, crop=(0.2, 1.), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2,
+                blur=blur)
+    sides = torch.full((n,), size)
+    params = views.sample_params(view, sides, sides, torch.Generator().manual_seed(0), META)
+    images = torch.empty(n // 2, 3, size, size, dtype=torch.uint8, device=META)
+    count, copies = operations(views.apply, view, images, params)
+    assert count <= most and copies == 1
+
+
+def test_every_view_is_applied_without_asking_the_device():
+    """All that a view may have; the same values on the CPU however they are grouped or sent is test_views.py's."""
+    view = View(32, (0.5,) * 3, (0.2,) * 3, padding=4, flip=0.5, rotation=15., jitter=(0.4, 0.4, 0.4, 0.1),
+                grayscale=0.2, blur=0.5, cutout=(2, 8), erasing=0.5)
+    sides = torch.full((64,), 40)
+    params = views.sample_params(view, sides, sides, torch.Generator().manual_seed(0), META)
+    images = torch.empty(32, 3, 40, 40, dtype=torch.uint8, device=META)
+    assert views.apply(view, images, params).shape == (64, 3, 32, 32)
+    local = params.local(slice(8, 16), 32)
+    assert len(local.groups) <= 4 and views.apply(view, images[8:16], local).shape == (16, 3, 32, 32)
+
+
+def test_packed_parameters_are_what_was_packed(monkeypatch):
+    """all_to_device, with a device that only pretends not to be the CPU."""
+    tensors = [torch.arange(6).view(2, 3), None, torch.rand(4), torch.tensor([True, False]), torch.empty(0)]
+    monkeypatch.setattr(distributed, 'to_device', lambda x, device: x)
+    for device in (torch.device('cpu'), META):
+        for packed, x in zip(distributed.all_to_device(tensors, device), tensors, strict=True):
+            assert packed is None if x is None else torch.equal(packed, x.float())
+
+
+MOST = {'SGD': 10, 'Adam': 25, 'AdamW': 25, 'RMSProp': 25, 'RMSPropTF': 25, 'LARS': 40}
+
+
+@pytest.mark.parametrize('amp', [False, True])
+@pytest.mark.parametrize('kind', MOST)
+def test_a_step_of_an_optimizer_is_few_operations(monkeypatch, kind, amp):
+    """Of a ResNet-50, also with float16, where the fused optimizers cannot be used."""
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: False)
+    model = SupConResNet('resnet50', width=1 / 64)
+    optimizer = training.set_optimizer(arguments.defaults(device='cuda', amp=amp, optim_kind=kind, LARS=kind == 'LARS'),
+                                       model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for group in optimizer.param_groups:
+        assert not (amp and group.get('fused'))
+        if group.get('foreach') is None and group.get('fused') is None:
+            group['foreach'] = True                     # what PyTorch chooses on a GPU
+    optimizer.step()
+    assert operations(optimizer.step, device='cpu')[0] <= MOST[kind]
+
+
+def test_the_momentum_copy_moves_in_one_operation():
+    with META:
+        model = SupConResNet()
+    moco = MomentumContrast(model, 1024, 0.999)
+    assert operations(moco.update, model)[0] == 1
+
+
+# Nothing is asked of the device
+
+def test_methods_ask_nothing_of_the_device():
+    """Mixing, meters, accuracies and momentum contrast; the losses are test_losses.py's."""
+    rng, images = np.random.default_rng(0), torch.empty(8, 3, 8, 8, device=META)
+    labels = torch.empty(4, 10, device=META)
+    for kind in ('mixup', 'cutmix'):
+        mixed, soft = mix_views(images, labels, 2, kind, 1., rng)
+        assert mixed.shape == images.shape and soft.shape == (8, 10)
+    with META:
+        model = SupConResNet('resnet18', width=0.0625)
+    moco = MomentumContrast(model, 16, 0.9).to(META)
+    keys = moco(images[:4])
+    moco.contrasts(keys, torch.empty(4, dtype=torch.long, device=META))
+    moco.enqueue(keys, torch.empty(4, dtype=torch.long, device=META))
+    meter = AverageMeter()
+    meter.update(metrics.accuracy(labels, torch.empty(4, dtype=torch.long, device=META)), 4)
+    meter.update(metrics.feature_spread(torch.empty(4, 2, 8, device=META)), 4)
+    meter.update(distributed.global_mean(labels[:, 0]), 4)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        _ = meter.avg
+
+
+# Batches
+
+class Rows:
+    """Batches of images that remember whether the one before was still there when they were made."""
+
+    def __init__(self, n):
+        self.sizes, self.before, self.alive = [8] * n, lambda: None, []
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def set_epoch(self, epoch, first_step):
+        pass
+
+    def __iter__(self):
+        for _ in self.sizes:
+            yield self.batch()
+
+    def batch(self):
+        self.alive.append(self.before() is not None)
+        images = torch.rand(16, 3, 8, 8)
+        self.before = weakref.ref(images)
+        return images, torch.arange(8)
+
+
+@pytest.mark.parametrize('extra', [[], ['--accum_steps', '2'], ['--ce_weight', '1'], ['--moco', '--moco_k', '64']])
+def test_a_batch_is_freed_before_the_next_is_made(monkeypatch, tmp_path, extra):
+    monkeypatch.chdir(tmp_path)
+    opt = main_supcon.parse_option([*SMALL, '--batch_size', '8', '--epochs', '1', *extra])
+    training.set_device(opt)
+    training.set_warmup(opt)
+    batches = Rows(3)
+    train_one_epoch(main_supcon, opt, batches, 10)
+    assert batches.alive == [False] * 3
+
+
+def loaders(monkeypatch, on_device):
+    """Loaders of training and of evaluation as if their images fitted on a GPU, or did not."""
+    monkeypatch.setattr(image_set, 'fits', lambda data, device: on_device)
+    images = image_set.ImageSet(np.zeros((24, 16, 16, 3), dtype=np.uint8), torch.arange(24), ['a'])
+    opt = arguments.defaults(device='meta', loader='batched', batch_size=8, seed=3)
+    view = View(16, (0.5,) * 3, (0.2,) * 3, crop=(0.2, 1.), grayscale=0.5)
+    return [make_loader(images, view, opt, 2, train) for train in (True, False)]
+
+
+def test_loaders_share_one_copy_on_the_device(monkeypatch):
+    train, evaluation = loaders(monkeypatch, True)
+    assert train.data is evaluation.data and train.data.is_meta and not train.elsewhere
+    assert [len(images) for images, _ in train] == [16] * 3
+
+
+def test_images_of_the_host_are_prefetched_in_a_thread(monkeypatch):
+    train, _ = loaders(monkeypatch, False)
+    threads, raw = [], train._raw
+    monkeypatch.setattr(train, '_raw', lambda *batch: threads.append(threading.current_thread()) or raw(*batch))
+    batches = iter(train)
+    images, labels = next(batches)
+    assert images.is_meta and len(images) == 16 and len(labels) == 8 and train.data.device.type == 'cpu'
+    assert [len(images) for images, _ in batches] == [16] * 2
+    assert len(threads) == 3 and threading.main_thread() not in threads
+
+
+def test_items_made_ahead_come_in_their_order_with_their_errors():
+    assert list(loader.ahead(iter(range(1, 5)))) == [1, 2, 3, 4]
+
+    def fails():
+        yield 1
+        raise errors.UserError('no image')
+    items = loader.ahead(fails())
+    assert next(items) == 1
+    with pytest.raises(errors.UserError, match='no image'):
+        next(items)
+
+
+# DataParallel
+
+def replica_of(module):
+    """A replica as DataParallel makes it: parameters and buffers go through flat buffers to the other GPU."""
+    def broadcast(tensors):
+        return iter(_unflatten_dense_tensors(_flatten_dense_tensors(tensors), tensors)) if tensors else iter(())
+    replica = copy.deepcopy(module)
+    values = broadcast([p.detach() for p in module.parameters()])
+    for parameter in replica.parameters():
+        parameter.data = next(values)
+    return replica
+
+
+def test_replicas_of_dataparallel_compute_in_channels_last():
+    def formats(network, images):
+        seen = []
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(lambda module, inputs, output: seen.append(all(
+                    x.is_contiguous(memory_format=torch.channels_last) for x in (*inputs, output))))
+        network(images)
+        return seen
+    opt = arguments.defaults(device='cpu', model='resnet18', num_classes=3)
+    for name in ('resnet18', 'timm/resnet18'):
+        model = main_ce.SupCEResNet(name, 3, size=32)
+        encoder = training.Network(model, opt).model.encoder
+        replica = replica_of(encoder)
+        convolution = next(module for module in replica.modules() if isinstance(module, nn.Conv2d))
+        assert not convolution.weight.is_contiguous(memory_format=torch.channels_last)
+        seen = formats(replica, torch.rand(2, 3, 32, 32))
+        assert len(seen) > 16 and all(seen)
+    teacher = teachers.Teacher(ResNet('resnet18', width=0.125), *[(0.5,) * 3] * 4)
+    assert all(formats(replica_of(teacher), torch.rand(2, 3, 32, 32)))
+    seen = formats(ResNet('resnet18', width=0.125), torch.rand(2, 3, 32, 32))          # not asked for: as given
+    assert not any(seen)
+
+
+# Compiler
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that torch.compile makes, by a backend that computes them without compiling; a break is an error."""
+    torch._dynamo.reset()
+    found, compile_ = [], torch.compile
+
+    def backend(graph, inputs):
+        found.append(graph)
+        return graph.forward
+    monkeypatch.setattr(torch, 'compile', lambda function, **settings: compile_(function, **settings, fullgraph=True,
+                                                                                backend=backend))
+    monkeypatch.setattr(training, 'check_compiler', lambda device: None)
+    yield found
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize('extra, expected', [
+    ([], 1), (['--accum_steps', '2'], 2), (['--amp', '--moco', '--moco_k', '64'], 2)])
+def test_a_run_compiles_few_graphs(call, graphs, extra, expected):
+    """A last batch of another size, evaluations between epochs, and no break."""
+    status, _, err = call(main_supcon.main, *SMALL, '--max_samples', 40, '--batch_size', 16, '--epochs', 2,
+                          '--eval_freq', 1, '--compile', *extra)
+    assert status == 0, err
+    assert len(graphs) == expected
+
+
+def test_a_teacher_is_compiled_too(call, graphs):
+    assert call(main_ce.main, *SMALL, '--max_samples', 40, '--epochs', 1, '--batch_size', 16, '--output_name', 't')[
+        0] == 0
+    status, _, err = call(main_supcon.main, *SMALL, '--max_samples', 40, '--batch_size', 16, '--epochs', 1,
+                          '--compile', '--method', 'GenSCL', '--KD', '--teacher_path', 'output/t/trial=0')
+    assert status == 0, err
+    assert len(graphs) == 2
+
+
+def test_a_compiler_that_fails_is_done_without(monkeypatch, capsys):
+    def backend(graph, inputs):
+        raise AssertionError('a bug of the compiler')
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda function, **settings: compile_(function, backend=backend))
+    torch._dynamo.reset()
+    network, x = training.Compiled(nn.Linear(3, 2)), torch.rand(4, 3)
+    for _ in range(2):
+        torch.testing.assert_close(network(x), network.module(x))
+    assert capsys.readouterr().out.count('torch.compile fails on this network (BackendCompilerFailed)') == 1
+    torch._dynamo.reset()
