@@ -4,12 +4,15 @@ and takes the paths of a GPU: asking it for one is an error, and every operation
 import collections
 import copy
 import threading
+import warnings
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import train_one_epoch
+from torch import distributed as dist
 from torch import nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.testing._internal.distributed import fake_pg  # noqa: F401, registers the backend `fake`
@@ -17,13 +20,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import main_ce
+import main_linear
 import main_supcon
 from datasets import image_set, loader, make_loader, views
 from datasets.mixing import mix_views
 from datasets.views import View
 from networks.moco import MomentumContrast
 from networks.resnet_big import ResNet, SupConResNet
-from util import arguments, distributed, errors, metrics, teachers, training
+from networks.sync_bn import SyncBatchNorm, synchronized
+from util import arguments, checkpoints, distributed, errors, metrics, runs, teachers, training
 from util.metrics import AverageMeter
 
 META = torch.device('meta')
@@ -297,3 +302,151 @@ def test_a_compiler_that_fails_is_done_without(monkeypatch, capsys):
         torch.testing.assert_close(network(x), network.module(x))
     assert capsys.readouterr().out.count('torch.compile fails on this network (BackendCompilerFailed)') == 1
     torch._dynamo.reset()
+
+
+# Checkpoints
+
+def test_checkpoints_are_written_while_training_goes_on(call, monkeypatch):
+    """In a thread, of values that training changes no more; all is on disk when the run says that it stopped."""
+    threads, begun, write = [], threading.Event(), runs.write_checkpoint
+
+    def slow(state, file):
+        threads.append(threading.current_thread())
+        if state['epoch'] == 1:
+            assert begun.wait(60)                       # until the second epoch is being trained
+        write(state, file)
+    monkeypatch.setattr(runs, 'write_checkpoint', slow)
+    step = training.update
+
+    def update(*args):
+        if threads and not begun.is_set():
+            assert not checkpoints.kept_checkpoints(Path('output/a/trial=0'))
+            begun.set()
+        return step(*args)
+    monkeypatch.setattr(training, 'update', update)
+    arguments = [*SMALL, '--max_samples', 24, '--batch_size', 8, '--epochs', 3]
+    assert call(main_ce.main, *arguments, '--output_name', 'a', '--save_freq', 1)[0] == 0
+    assert len(threads) == 6 and threading.main_thread() not in threads
+    monkeypatch.setattr(training, 'update', step)
+    assert call(main_ce.main, *arguments, '--output_name', 'b', '--epochs', 1, '--lr_decay_epochs', 3)[0] == 0
+    first, alone = (checkpoints.load_checkpoint(f'output/{file}')['model'] for file in (
+        'a/trial=0/ckpt_epoch_1.ckpt', 'b/trial=0/last.ckpt'))
+    assert all(torch.equal(value, alone[name]) for name, value in first.items())
+
+
+def test_an_error_of_the_writer_is_raised_by_the_next_call():
+    writer, done = checkpoints.Writer(), []
+
+    def fails():
+        raise errors.UserError('no space left')
+    writer.submit(fails)
+    with pytest.raises(errors.UserError, match='no space'):
+        writer.submit(done.append, 1)
+    writer.submit(done.append, 2)
+    writer.finish()
+    assert done == [2]
+
+
+def test_cached_features_do_not_write_the_encoder_in_every_epoch(call, spy):
+    """The last epoch is there all the same, with the encoder, in a file like any other."""
+    assert call(main_supcon.main, *SMALL, '--max_samples', 24, '--epochs', 1, '--output_name', 'e')[0] == 0
+    written = spy(runs, 'write_checkpoint')
+    assert call(main_linear.main, *SMALL[:2], '--num_workers', 0, '--max_samples', 24, '--epochs', 20, '--ckpt',
+                'output/e/trial=0/last.ckpt', '--cache_features', '--output_name', 'a')[0] == 0
+    assert len(written) < 5
+    checkpoint = checkpoints.load_checkpoint('output/a/trial=0/last.ckpt')
+    assert checkpoint['epoch'] == 20 and 'encoder.conv1.weight' in checkpoint['model']
+
+
+# Devices and processes
+
+@pytest.fixture
+def no_driver(monkeypatch, tmp_path):
+    """A machine with an NVIDIA GPU whose driver PyTorch cannot use."""
+    (tmp_path / 'nvidia0').touch()
+    monkeypatch.setattr(training, 'NVIDIA', f'{tmp_path}/nvidia[0-9]*')
+    monkeypatch.setattr(torch.version, 'cuda', '13.0')
+
+    def is_available():
+        warnings.warn('the driver is too old (found version 11040)', stacklevel=1)
+        return False
+    monkeypatch.setattr(torch.cuda, 'is_available', is_available)
+
+
+def test_a_gpu_that_cannot_be_used_is_an_error(no_driver, monkeypatch):
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
+    with pytest.raises(errors.UserError, match=r"NVIDIA GPU .* \(found version 11040\).*CUDA_VISIBLE_DEVICES=''"):
+        training.gpus_work()
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+    assert not training.gpus_work()
+
+
+def test_the_device_is_set_before_the_rendezvous(monkeypatch):
+    """And given to it, with NCCL for GPUs beside gloo for the CPU."""
+    events = []
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda number: events.append(number))
+    monkeypatch.setattr(dist, 'init_process_group', lambda *args, **settings: events.append((args, settings)))
+    for name, value in (('WORLD_SIZE', '4'), ('RANK', '2'), ('LOCAL_RANK', '2'), ('LOCAL_WORLD_SIZE', '4')):
+        monkeypatch.setenv(name, value)
+    training.set_device(main_supcon.parse_option([*SMALL, '--batch_size', '16']))
+    assert events == [2, (('cpu:gloo,cuda:nccl',), {'device_id': torch.device('cuda', 2)})]
+    monkeypatch.setenv('LOCAL_RANK', '4')
+    with pytest.raises(errors.UserError, match='LOCAL_RANK is 4: found 4 GPUs'):
+        training.set_device(main_supcon.parse_option([*SMALL, '--batch_size', '16']))
+
+
+def test_a_failed_rendezvous_names_the_interfaces(monkeypatch):
+    def fails(*args, **settings):
+        raise RuntimeError('Connection refused')
+    monkeypatch.setattr(dist, 'init_process_group', fails)
+    monkeypatch.setenv('WORLD_SIZE', '4')
+    with pytest.raises(errors.UserError, match='refused.*GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME'):
+        distributed.start_processes(None)
+
+
+def test_several_gpus_in_one_process_are_told_of_torchrun(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda number: None)
+    training.set_device(main_supcon.parse_option(SMALL))
+    assert 'torchrun --nproc_per_node 4 is faster' in capsys.readouterr().out
+
+
+class Collectives(TorchDispatchMode):
+    """The collectives that are called: [(name, device of what is sent, its numbers)]."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation.namespace == 'c10d':
+            tensors = [x for x in tree_leaves(args) if torch.is_tensor(x)]
+            self.sent.append((operation._opname.strip('_'), tensors[-1].device.type, tensors[-1].numel()))
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def eight_processes(monkeypatch):
+    """This process as the second of eight, with a backend that sends nothing: what would be sent can be counted."""
+    monkeypatch.setenv('WORLD_SIZE', '8')
+    monkeypatch.setenv('RANK', '1')
+    dist.init_process_group('fake', rank=1, world_size=8)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize('bsz', [4, 3, 0])
+def test_batch_norm_of_eight_processes_sends_once_each_way(eight_processes, bsz):
+    """On the meta device, so that it asks for no value; the slices may be of any size."""
+    library = torch.library.Library('aten', 'IMPL')     # as long as it lives
+    library.impl('batch_norm_update_stats', lambda x, mean, var, momentum: (mean.clone(), var.clone()), 'Meta')
+    norm = synchronized(nn.Sequential(nn.BatchNorm2d(6))).to(META)
+    assert type(norm[0]) is SyncBatchNorm
+    x = torch.empty(bsz, 6, 5, 5, device=META, requires_grad=True)
+    with Collectives() as collectives:
+        norm(x).sum().backward()
+    assert collectives.sent == [('allgather', 'meta', 13), ('allreduce', 'meta', 12)]
+    assert x.grad.shape == x.shape

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from networks.sync_bn import average_statistics
 from util.checkpoints import (
+    Writer,
+    copy_on_host,
     kept_checkpoints,
     load_checkpoint,
     load_optimizer,
@@ -38,6 +40,9 @@ RESUME_MAY_CHANGE = {
     'epochs', 'warm_epochs', 'num_workers', 'print_freq', 'save_freq', 'save_steps', 'keep_ckpts', 'eval_freq',
     'per_class', 'resume', 'force', 'overwrite', 'device', 'data_folder', 'aug_root', 'cache_dir', 'loader_chosen',
     'output_name', 'trial', 'debug', 'wandb', 'wandb_entity', 'wandb_project', 'num_classes', 'evaluate', 'export'}
+
+
+CACHED_SECONDS = 10                     # between two checkpoints with --cache_features
 
 
 def plain(values):
@@ -80,6 +85,7 @@ class Run:
         self.last = self.folder / 'last.ckpt'
         self.checkpoint, self.lock, self.curves = None, FolderLock(self.folder), None
         self.step, self.best_acc, self.saved_meters, self.signals = 0, 0., {}, StopSignals()
+        self.writer, self.written = Writer(), -math.inf
         self.last_seen = self._last_written()
         try:
             used = self.folder.exists() and any(file.name != '.lock' for file in self.folder.iterdir())
@@ -221,8 +227,14 @@ class Run:
         return self
 
     def __exit__(self, *error):
-        self.signals.__exit__(*error)
-        self.lock.release()
+        try:
+            self.writer.finish()
+        except UserError:
+            if error[0] is None:                        # else there is an earlier one
+                raise
+        finally:
+            self.signals.__exit__(*error)
+            self.lock.release()
 
     def steps(self, loader, epoch):
         """The batches of an epoch, or the rest of one that is resumed, with all that surrounds a training step.
@@ -287,19 +299,26 @@ class Run:
         self.log_values({'learning_rate': self.optimizer.param_groups[0]['lr'], **values}, epoch)
         # The kept one first: a run that is killed between the two writes it again when it resumes.
         kept = [f'ckpt_epoch_{epoch}.ckpt'] if epoch % self.opt.save_freq == 0 else []
-        self._write([*kept, 'last.ckpt'], epoch, 0, {})
-        self.step = 0
-        self._stop(all_max(self.signals.number), epoch)
+        self.step, stop = 0, all_max(self.signals.number)
+        # With cached features an epoch takes less time than to write the encoder, which does not change.
+        often = getattr(self.opt, 'cache_features', False) and time.time() - self.written < CACHED_SECONDS
+        if kept or stop or epoch == self.opt.epochs or not often:
+            self._write([*kept, 'last.ckpt'], epoch, 0, {})
+        if epoch == self.opt.epochs:
+            self.writer.finish()
+        self._stop(stop, epoch)
 
     def _stop(self, signal_number, epoch, step=''):
         if signal_number:
+            self.writer.finish()
             name = signal.Signals(signal_number).name
             log(f'{name}: stopped after {step}epoch {epoch}, --resume continues from there')
             raise SystemExit(128 + signal_number)
 
     def _write(self, names, epoch, step, meters):
-        """Checkpoints after `epoch` epochs and `step` steps of the next one."""
+        """Checkpoints after `epoch` epochs and `step` steps of the next one, written while training goes on."""
         average_statistics(self.model)
+        self.written = time.time()
         if rank():
             return
         wandb = self.curves.wandb.id if self.curves.wandb else (self.checkpoint or {}).get('wandb')
@@ -307,6 +326,9 @@ class Run:
                  'scaler': self.scaler.state_dict(), 'epoch': epoch, 'step': step, 'best_acc': self.best_acc,
                  'meters': {name: meter.state for name, meter in meters.items()}, 'opt': plain(vars(self.opt)),
                  'classes': self.classes, 'wandb': wandb}
+        self.writer.submit(self._write_files, copy_on_host(state), names, epoch)
+
+    def _write_files(self, state, names, epoch):
         for name in names:
             check_locks()
             write_checkpoint(state, self.folder / name)
