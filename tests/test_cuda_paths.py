@@ -450,3 +450,41 @@ def test_batch_norm_of_eight_processes_sends_once_each_way(eight_processes, bsz)
         norm(x).sum().backward()
     assert collectives.sent == [('allgather', 'meta', 13), ('allreduce', 'meta', 12)]
     assert x.grad.shape == x.shape
+
+
+STEP = {                                # what a step sends at most; a resnet18 has 20 batch norms
+    'SupCon': ([], 11), 'syncBN': (['--syncBN'], 11 + 2 * 20),
+    'GenSCL': (['--method', 'GenSCL', '--mix', 'mixup', '--no_warm'], 17), 'moco': (['--moco', '--moco_k', '64'], 14)}
+
+
+@pytest.mark.parametrize('name', STEP)
+def test_a_step_of_eight_processes_sends_few_messages(eight_processes, monkeypatch, tmp_path, spy, name):
+    """Beside DistributedDataParallel's own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, 'DistributedDataParallel', lambda model, **settings: model)
+    extra, most = STEP[name]
+    opt = main_supcon.parse_option([*SMALL, '--batch_size', '64', '--epochs', '1', *extra])
+    training.set_device(opt)
+    training.set_warmup(opt)
+    sent = [spy(dist, function) for function in ('all_gather', 'all_reduce', 'all_to_all_single')]
+    numbers, update = [], training.update
+    monkeypatch.setattr(training, 'update', lambda *args: (update(*args), numbers.append(sum(map(len, sent)))))
+    train_one_epoch(main_supcon, opt, Rows(3), 10)
+    assert numbers[1] - numbers[0] == numbers[2] - numbers[1] <= most
+
+
+def test_slices_of_unequal_size_are_gathered(eight_processes):
+    sizes = [4, 3, 0, 0, 2, 2, 2, 1]
+    x = torch.empty(3, 5, device=META, requires_grad=True)
+    with Collectives() as collectives:
+        rows = distributed.gather(x, sizes)
+        rows.sum().backward()
+    assert rows.shape == (14, 5) and x.grad.shape == x.shape
+    assert [(name, number) for name, _, number in collectives.sent] == [('allgather', 20), ('allreduce', 70)]
+
+
+@pytest.mark.parametrize('backends, device', [
+    ('gloo', 'cpu'), ('mpi', 'cpu'), ('cpu:gloo,cuda:nccl', 'cpu'), ('nccl', 'cuda'), ('cuda:nccl', 'cuda')])
+def test_numbers_are_sent_from_the_cpu_where_that_has_a_way(monkeypatch, backends, device):
+    monkeypatch.setattr(dist, 'get_backend_config', lambda: backends)
+    assert distributed._device_of_numbers() == device
