@@ -2,6 +2,7 @@
 of the device, how many messages are sent, how many graphs are compiled. A tensor on PyTorch's meta device has no values
 and takes the paths of a GPU: asking it for one is an error, and every operation on it can be counted."""
 import collections
+import contextlib
 import copy
 import threading
 import warnings
@@ -25,6 +26,7 @@ import main_supcon
 from datasets import image_set, loader, make_loader, views
 from datasets.mixing import mix_views
 from datasets.views import View
+from losses import SupConLoss
 from networks.moco import MomentumContrast
 from networks.resnet_big import ResNet, SupConResNet
 from networks.sync_bn import SyncBatchNorm, synchronized
@@ -90,6 +92,24 @@ def test_packed_parameters_are_what_was_packed(monkeypatch):
     for device in (torch.device('cpu'), META):
         for packed, x in zip(distributed.all_to_device(tensors, device), tensors, strict=True):
             assert packed is None if x is None else torch.equal(packed, x.float())
+
+
+BLOCKS = pytest.mark.xfail(reason='the blocks of losses.py are of the size that suits the cache of a CPU')
+
+
+@pytest.mark.parametrize('n, n_keys, forward, backward', [
+    (2048, 0, 75, 60), pytest.param(16384, 0, 120, 120, marks=BLOCKS),
+    pytest.param(2048, 65536, 100, 60, marks=BLOCKS)])
+def test_the_loss_is_few_operations(monkeypatch, n, n_keys, forward, backward):
+    monkeypatch.setattr(torch.Tensor, 'is_cuda', property(lambda x: True))
+    monkeypatch.setattr(torch, 'autocast', lambda *args, **settings: contextlib.nullcontext())      # knows no meta
+    z = torch.empty(n // 2, 2, 128, device=META, requires_grad=True)
+    labels, key_labels = (torch.empty(number, dtype=torch.long, device=META) for number in (n // 2, n_keys))
+    keys = {'keys': torch.empty(n_keys, 128, device=META), 'key_labels': key_labels} if n_keys else {}
+    losses = []
+    count, copies = operations(lambda: losses.append(SupConLoss()(z[:, :1] if n_keys else z, labels, **keys)))
+    assert count <= forward and not copies
+    assert operations(losses[0].backward)[0] <= backward
 
 
 MOST = {'SGD': 10, 'Adam': 25, 'AdamW': 25, 'RMSProp': 25, 'RMSPropTF': 25, 'LARS': 40}
