@@ -187,8 +187,8 @@ class ImageSet:
 
         def check(arrays):
             values = arrays['statistics']
-            return (values.shape == (2, 3) and values.dtype == np.float64 and np.isfinite(values).all()
-                    and (values[1] > 0).all())
+            return (values.shape == (2, 3) and values.dtype == np.float64
+                    and ((values >= 0) & (values <= 1)).all() and (values[1] > 0).all())
         return tuple(map(tuple, cached(file, make, check)['statistics'].tolist()))
 
     def _statistics(self, probes):

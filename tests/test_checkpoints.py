@@ -314,6 +314,7 @@ SCALER = {'scale': 8., 'growth_factor': 2., 'backoff_factor': 0.5, 'growth_inter
 
 @pytest.mark.parametrize('change', [
     {'epoch': 1.}, {'epoch': True}, {'epoch': '1'}, {'epoch': -1}, {'epoch': 2**40}, {'step': 1.}, {'step': 2**40},
+    {'step': 2, 'meters': {}}, {'optimizer': torch.ones(3)},
     {'best_acc': 101}, {'best_acc': -1}, {'meters': {'train_loss': (NAN, 1)}}, {'meters': {'train_loss': (1., 0.5)}},
     {'meters': {'train_loss': (1., -1)}}, {'scaler': {'scale': 1.}}, {'scaler': {**SCALER, 'scale': 'x'}},
     {'scaler': {**SCALER, 'scale': NAN}}, {'scaler': {**SCALER, 'growth_interval': 0.5}}, {'opt': {5: 6}},

@@ -23,7 +23,7 @@ import main_supcon
 from datasets import loader as loaders
 from datasets.image_set import ImageSet
 from datasets.views import View
-from losses import GenSupConLoss, SupConLoss, contrastive_accuracy
+from losses import BalancedSupConLoss, GenSupConLoss, SupConLoss, contrastive_accuracy
 from networks.sync_bn import SyncBatchNorm, average_statistics, synchronized
 from networks.timm_encoder import TimmEncoder
 from util import arguments, checkpoints, distributed, metrics, training
@@ -194,10 +194,22 @@ def test_classifiers_learn_the_same_in_processes(in_processes, program, extra, n
             torch.testing.assert_close(part[2][name], value, rtol=0, atol=1e-4)
 
 
+class Prototypes(nn.Linear):
+    """Features [..., 4], and a vector for each of four classes, which all processes have."""
+
+    def __init__(self):
+        super().__init__(5, 4, dtype=torch.float64)
+        self.prototypes = nn.Parameter(torch.randn(4, 4, dtype=torch.float64))
+
+    def forward(self, x):
+        return super().forward(x), self.prototypes
+
+
 @pytest.mark.parametrize('criterion', [
     SupConLoss(), SupConLoss(denominator_mode='only_negatives'), SupConLoss(contrast_mode='one'),
     SupConLoss(hard_negatives=True), SupConLoss(summation_location='in', positives_cap=2, hard_negatives=True),
-    GenSupConLoss(), GenSupConLoss(contrast_mode='one')])
+    SupConLoss(denominator_mode='one_positive'), SupConLoss(0.07, 'one', 0.07, 'in', 'one_positive', 2),
+    GenSupConLoss(), GenSupConLoss(contrast_mode='one'), BalancedSupConLoss(), BalancedSupConLoss(contrast_mode='one')])
 def test_the_loss_alone_in_any_training_loop(in_processes, criterion):
     """With PyTorch's own DistributedDataParallel around a network; one process has no image."""
     rng = torch.Generator().manual_seed(0)
@@ -210,21 +222,25 @@ def test_the_loss_alone_in_any_training_loop(in_processes, criterion):
     def step():
         several = dist.is_initialized()
         torch.manual_seed(0)
-        network = nn.Linear(5, 4).double()
+        network = Prototypes() if isinstance(criterion, BalancedSupConLoss) else nn.Linear(5, 4).double()
         network = nn.parallel.DistributedDataParallel(network) if several else network
         rows = slice(sum(sizes[:distributed.rank()]), sum(sizes[:distributed.rank() + 1])) if several else slice(0, 7)
-        z = F.normalize(network(x[rows]), dim=2)
+        z = network(x[rows])
+        z, prototypes = z if isinstance(z, tuple) else (z, None)
+        z = F.normalize(z, dim=2)
         if isinstance(criterion, GenSupConLoss):
             loss = criterion(z.unbind(1), (soft[rows], soft[rows]))
+        elif prototypes is not None:
+            loss = criterion(z, labels[rows], F.normalize(prototypes, dim=1))
         else:
             loss = criterion(z, labels[rows])
         loss.backward()
         accuracy = contrastive_accuracy(z, labels[rows], hard_negatives=hard_negatives)
-        return loss.item(), next(network.parameters()).grad, accuracy.item()
+        return loss.item(), [p.grad for p in network.parameters()], accuracy.item()
     whole, = in_processes(1, step)
-    for loss, gradient, accuracy in in_processes(3, step):
+    for loss, gradients, accuracy in in_processes(3, step):
         assert loss == pytest.approx(whole[0], rel=1e-12) and accuracy == pytest.approx(whole[2])
-        torch.testing.assert_close(gradient, whole[1], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(gradients, whole[1], rtol=1e-10, atol=1e-12)
 
 
 def test_negative_labels_of_one_process_stop_all(in_processes):
@@ -236,13 +252,23 @@ def test_negative_labels_of_one_process_stop_all(in_processes):
     assert in_processes(3, raises) == [True] * 3
 
 
-def test_a_mask_has_a_column_for_each_image_of_all_processes(in_processes):
+@pytest.mark.parametrize('criterion', [SupConLoss(), SupConLoss(contrast_mode='one', summation_location='in'),
+                                       SupConLoss(denominator_mode='one_positive', positives_cap=2)])
+def test_a_mask_has_a_column_for_each_image_of_all_processes(in_processes, criterion):
     rng = torch.Generator().manual_seed(0)
     z = F.normalize(torch.randn(5, 2, 3, generator=rng, dtype=torch.float64), dim=2)
-    mask = torch.rand(5, 5, generator=rng, dtype=torch.float64)
-    whole, = in_processes(1, lambda: SupConLoss()(z, mask=mask))
-    for loss in in_processes(2, lambda: SupConLoss()(mine(z), mask=mine(mask))):
-        torch.testing.assert_close(loss, whole, rtol=1e-12, atol=0)
+    mask = torch.rand(5, 5, generator=rng, dtype=torch.float64) * (torch.rand(5, 5, generator=rng) < 0.7)
+
+    def step():
+        features = mine(z).clone().requires_grad_()
+        loss = criterion(features, mask=mine(mask))
+        loss.backward()
+        return loss.detach(), features.grad
+    whole, = in_processes(1, step)
+    parts = in_processes(2, step)
+    for loss, _ in parts:
+        torch.testing.assert_close(loss, whole[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.cat([gradient for _, gradient in parts]) / 2, whole[1], rtol=1e-10, atol=1e-12)
     with pytest.raises(ValueError, match=r'mask is \[2, 5\], expected \[2, 2\]'):
         SupConLoss()(z[:2], mask=mask[:2])
 

@@ -165,8 +165,22 @@ def test_a_pipe_among_caches_is_made_a_cache(image_folder, tmp_path, pipe, capsy
         pipe(folder / name)
     pipe(folder / f'{names[0]}.x.partial')
     read(root, mean=None, std=None, cache_dir=str(folder))
-    assert capsys.readouterr().out.count('not a valid cache, made again') == 2
+    assert capsys.readouterr().out.count('not a valid cache, written again') == 2
     assert all((folder / name).is_file() for name in names)
+
+
+@pytest.mark.parametrize('values', [[[2.] * 3, [1.] * 3], [[0.5] * 3, [1e300] * 3], [[0.5] * 3, [np.nan] * 3]])
+def test_statistics_in_a_cache_that_no_images_have(image_folder, tmp_path, values):
+    root = image_folder()
+
+    def statistics():
+        opt = options(root, mean=None, std=None, cache_dir=str(tmp_path / 'cache'))
+        load_images(opt)
+        return opt.mean, opt.std
+    expected = statistics()
+    file, = (tmp_path / 'cache').iterdir()
+    np.savez(file, statistics=np.array(values))
+    assert statistics() == expected
 
 
 def test_files_too_large_for_an_image_are_rejected(tmp_path):

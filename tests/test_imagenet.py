@@ -265,7 +265,7 @@ def test_head_options(call):
 
 # Views and folders
 
-def test_blur_is_torchvision_s():
+def test_blur_matches_torchvision():
     images, sigmas = torch.rand(5, 3, 40, 40), torch.tensor([0.1, 0.5, 1., 1.7, 2.])
     x = views.blur(images, sigmas, 4)
     expected = torch.stack([tv.gaussian_blur(image, 9, sigma.item()) for image, sigma in zip(images, sigmas)])
@@ -280,7 +280,7 @@ def test_blur_is_torchvision_s():
 
 
 @pytest.mark.parametrize('h, w', [(40, 40), (60, 45), (33, 70)])
-def test_evaluation_of_large_images_is_torchvision_s(h, w):
+def test_evaluation_of_large_images_matches_torchvision(h, w):
     """Resize(36) and CenterCrop(32), in one product."""
     image = torch.rand(3, h, w).mul(255).byte()
     view = View(32, (0., 0., 0.), (1., 1., 1.), resize=36)
@@ -469,7 +469,7 @@ def test_exported_onnx_gives_the_same_logits(call):
     assert json.loads(session.get_modelmeta().custom_metadata_map['classes']) == [str(i) for i in range(10)]
 
 
-def test_exported_state_dict_is_torchvision_s():
+def test_exported_state_dict_matches_torchvision():
     """A ResNet-50 with the usual stem loads into torchvision's, and gives the same logits."""
     from networks.resnet_big import SupCEResNet
     ours = SupCEResNet('resnet50', 10, stem='imagenet').eval()

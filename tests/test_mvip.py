@@ -225,6 +225,7 @@ def test_wrong_augmentation_folders_are_rejected(rejected, tree, augs, tmp_path)
     run('--aug_mode', 'with_both', *AUGS[:4], words=['--aug_mode with_both', '--aug_name_ood', 'missing'])
     run('--aug_name_id', 'augs-id', words=['--aug_name_id', '--aug_output_name'])
     run(*both[:-1], 'nowhere', words=['--aug_name_ood', 'nowhere', 'no such folder'])
+    run(*both[:-1], '../augs/augs-id', words=['--aug_name_ood', 'the same folder as --aug_name_id'])
     (augs / 'empty').mkdir()
     run(*both[:-1], 'empty', words=['--aug_name_ood', 'empty', 'no images'])
     stray = augs / 'augs-ood' / 'Gear_Wheel-0-0.png'
@@ -298,7 +299,7 @@ def test_evaluation_of_ood_images(call, tmp_path, monkeypatch, program):
             assert events.Scalars(tag)[-1].value == pytest.approx(float(value), abs=0.006)
 
 
-def test_ood_metrics_are_the_plain_loop_s():
+def test_ood_metrics_match_a_plain_loop():
     val, ood = 3 * torch.randn(50, 4), 2 * torch.randn(40, 4)
     val[:5] = ood[:5]                                                   # ties
     values = metrics.ood_metrics(val, val[:20], ood)

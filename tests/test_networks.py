@@ -20,7 +20,7 @@ def test_sizes(name, dim, parameters):
     assert sum(p.numel() for p in encoder.parameters()) / 1e6 == pytest.approx(parameters, abs=0.01)
 
 
-def test_the_computation_is_torchvision_s():
+def test_the_computation_matches_torchvision():
     """With the ImageNet stem the encoder is torchvision's ResNet-50, parameter for parameter."""
     from torchvision.models import resnet50
     reference, encoder = resnet50(), ResNet('resnet50', stem='imagenet')

@@ -250,7 +250,7 @@ def test_corrupted_checkpoints_are_rejected(rejected, pretrained, tmp_path):
         rejected(main_linear.main, *LINEAR, '--ckpt', 'x.ckpt', words=['x.ckpt'])
 
 
-def test_linear_evaluation_finds_the_encoder_s_dataset(call, image_folder, spy, monkeypatch, tmp_path):
+def test_linear_evaluation_finds_the_dataset_of_the_encoder(call, image_folder, spy, monkeypatch, tmp_path):
     """Without --dataset: no download of CIFAR-10 instead."""
     image_folder()
     small = ['--size', 8, '--batch_size', 8, '--num_workers', 0]

@@ -45,7 +45,8 @@ if 'evaluate' in sys.argv[0]:
     lines = ['top-1 47.00', 'kNN accuracy 43.75'] + [f'{kind} 5 4 3 2 1' for kind in (
         'noise', 'blur', 'contrast', 'jpeg') if '--corruptions' in words]
 if '--output_name' in words:
-    folder = Path('output', words[words.index('--output_name') + 1], 'trial=' + words[words.index('--trial') + 1])
+    trial = words[words.index('--trial') + 1] if '--trial' in words else '0'
+    folder = Path('output', words[words.index('--output_name') + 1], 'trial=' + trial)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / 'log.txt').write_text('\\n'.join(lines) + '\\n')
 if '--output' in words:
@@ -236,6 +237,9 @@ def test_a_log_that_is_none_is_named(tmp_path):
     (tmp_path / 'a-0.log').write_bytes(b'\xff half')
     with pytest.raises(SystemExit, match='a-0.log: not the log of a row'):
         report['read'](tmp_path, ['a-0'])
+    (tmp_path / 'b-0.log').mkdir()
+    os.mkfifo(tmp_path / 'c-0.log')
+    assert report['read'](tmp_path, ['b-0', 'c-0'])[2] == ['b-0', 'c-0']
 
 
 def test_a_loss_that_is_not_finite_is_a_result(fake):

@@ -333,7 +333,7 @@ def test_plot_refuses_in_one_line(tmp_path):
     assert not list(tmp_path.glob('*.png'))
 
 
-@pytest.mark.parametrize('kind', [[], ['--soft']])
+@pytest.mark.parametrize('kind', [[], ['--soft'], ['--variant', 'BCL']])
 def test_loss_benchmark_compares_equal_losses(tmp_path, kind):
     output = benchmark(tmp_path, 'bench_loss.py', '--views', '2048', '--repeat', '1', *kind)
     losses = [line.split()[-1] for line in output if line.startswith(('linear', 'dense'))]

@@ -498,7 +498,7 @@ def test_a_run_whose_folder_is_taken_writes_no_more(call, monkeypatch, take):
 
 @pytest.mark.parametrize('how', ['--overwrite', '--resume'])
 @pytest.mark.parametrize('link', [os.link, os.symlink])
-def test_links_in_a_run_s_folder_are_replaced(call, tmp_path, how, link):
+def test_links_in_the_folder_of_a_run_are_replaced(call, tmp_path, how, link):
     """A backup of hard links, or links to other places, keep what they have."""
     assert call(main_ce.main, *RUN, '--epochs', 1)[0] == 0
     backup = tmp_path / 'backup'
@@ -512,6 +512,14 @@ def test_links_in_a_run_s_folder_are_replaced(call, tmp_path, how, link):
     assert call(main_ce.main, *RUN, '--epochs', 2, how)[0] == 0
     assert {file: file.read_bytes() for file in backup.iterdir()} == before
     assert ('epoch 1,' in (FOLDER / 'log.txt').read_text()) and 'epoch 2,' in (FOLDER / 'log.txt').read_text()
+
+
+@pytest.mark.parametrize('make', [os.mkfifo, lambda file: os.symlink('../../elsewhere', file)])
+def test_a_lock_that_is_none_of_a_run(rejected, tmp_path, make):
+    """A pipe, for which opening would wait, or a link, through which a file would be made elsewhere."""
+    (tmp_path / FOLDER).mkdir(parents=True)
+    make(tmp_path / FOLDER / '.lock')
+    rejected(main_ce.main, *RUN, '--epochs', 1, words=['.lock'])
 
 
 def test_a_clock_that_stands_still(call, monkeypatch):
@@ -568,7 +576,7 @@ def test_compile_that_does_not_work_is_rejected(rejected, monkeypatch):
              words=['--compile: torch.compile does not work here (No working C++ comp'])
 
 
-def test_a_compiler_s_cache_that_cannot_be_made(shell, tmp_path):
+def test_a_compiler_cache_that_cannot_be_made(shell, tmp_path):
     (tmp_path / 'file').write_text('')
     status, err = shell('{}', TORCHINDUCTOR_CACHE_DIR=f'{tmp_path}/file/x')
     assert status == 2 and err.count('\n') == 1 and 'TORCHINDUCTOR_CACHE_DIR cannot be made' in err

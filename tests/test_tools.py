@@ -10,7 +10,7 @@ from conftest import shell
 from PIL import Image
 
 import main_ce
-from scripts import figures, make_augs, plot_features
+from scripts import accuracies, figures, make_augs, plot_features
 from util import arguments
 from util.errors import UserError
 
@@ -150,6 +150,26 @@ def test_synthetic_images_that_cannot_be_written_are_rejected(augs, tmp_path, cl
     status, _, err = augs(classes.split(','), *words.split())
     assert status == 2 and expected in err and err.count('\n') == 1, err
     assert [path.name for path in tmp_path.iterdir()] == ['data'] and len(list(tmp_path.rglob('*.png'))) == 8
+
+
+@pytest.mark.parametrize('name', ['..', 'o'])
+def test_synthetic_images_in_odd_places(augs, tmp_path, name):
+    """Beside a root that is not there yet, and in the place of a link to itself."""
+    if name == 'o':
+        (tmp_path / 'augs' / 'o').mkdir(parents=True)
+        (tmp_path / 'augs' / 'o' / 'augs-id').symlink_to('augs-id')
+    status, out, err = augs(['a', 'b'], '--aug_output_name', name)
+    assert status == 0, err
+    assert f'augs/{name}/augs-id: 8 images' in out
+
+
+@pytest.mark.parametrize('make', [os.mkfifo, os.mkdir, lambda file: file.symlink_to('/dev/zero'),
+                                  lambda file: file.write_bytes(b'best accuracy: \xff'), lambda file: file.touch()])
+def test_a_log_without_results_is_named(call, monkeypatch, tmp_path, make):
+    make(tmp_path / 'log.txt')
+    monkeypatch.setattr(sys, 'argv', ['accuracies.py', 'a', str(tmp_path)])
+    status, _, err = call(lambda argv: accuracies.main())
+    assert status == 2 and f'{tmp_path}/log.txt: not a readable log' in err and err.count('\n') == 1
 
 
 def test_synthetic_images_appear_when_they_are_whole(augs, tmp_path, monkeypatch):

@@ -90,7 +90,7 @@ def knn_loop(memory, memory_labels, features, labels, k, temperature):
 
 
 @pytest.mark.parametrize('k', [1, 7, 200])
-def test_knn_accuracy_is_the_plain_loop_s(k):
+def test_knn_accuracy_matches_a_plain_loop(k):
     memory, labels = torch.randn(60, 8), torch.randint(4, (60,))
     features, targets = torch.randn(40, 8), torch.randint(4, (40,))
     assert knn_accuracy(memory, labels, features, targets, k) == knn_loop(memory, labels, features, targets, k, 0.1)

@@ -37,7 +37,7 @@ def crop_resize(images, boxes, flips, size):
     (views.adjust_saturation, tv.adjust_saturation, [0.6, 0.9, 1.0, 1.2, 1.4, 0.0]),
     (views.adjust_hue, tv.adjust_hue, [-0.5, -0.1, 0.0, 0.05, 0.1, 0.5]),
 ])
-def test_color_operations_are_torchvision_s(ours, theirs, factors):
+def test_color_operations_match_torchvision(ours, theirs, factors):
     _, images = random_images()
     images[0, :, 0] = images[0, :1, 0]                              # gray, black, white and saturated pixels too
     images[1, :, 0], images[2, :, 0], images[3, 1:, 0] = 0, 1, 0
@@ -50,7 +50,7 @@ def test_color_operations_are_torchvision_s(ours, theirs, factors):
     (16, (0, 0, 20, 24)), (16, (3, 5, 7, 8)), (8, (2, 1, 17, 20)), (32, (4, 4, 9, 3)), (16, (19, 23, 1, 1)),
     (5, (0, 0, 20, 24)), (20, (0, 2, 20, 20))])
 @pytest.mark.parametrize('flip', [False, True])
-def test_crop_is_torchvision_s_antialiased_resize(size, box, flip):
+def test_crop_matches_torchvision_antialiased_resize(size, box, flip):
     ours, theirs = random_images()
     n = len(ours)
     boxes = torch.tensor(box).float().repeat(n, 1)
@@ -60,7 +60,7 @@ def test_crop_is_torchvision_s_antialiased_resize(size, box, flip):
     torch.testing.assert_close(x, expected, rtol=0, atol=1e-6)
 
 
-def test_rotation_is_torchvision_s():
+def test_rotation_matches_torchvision():
     _, images = random_images(5, 20, 20)
     angles = [-15., -7.3, 0., 4., 15.]
     x = views.rotate(images, torch.tensor(angles))
@@ -165,7 +165,7 @@ def test_groups_have_their_own_order(monkeypatch):
 
 
 @pytest.mark.parametrize('h, w', [(32, 32), (375, 500), (8, 8), (40, 900), (900, 40)])
-def test_random_boxes_are_distributed_as_torchvision_s(h, w):
+def test_random_boxes_are_distributed_as_torchvision(h, w):
     n = 4000
     ours = views.random_boxes(torch.full((n,), h), torch.full((n,), w), (0.2, 1.), torch.Generator().manual_seed(0))
     image = torch.empty(3, h, w)
@@ -258,7 +258,7 @@ def test_largest_scaling_still_serves_the_smallest_crop():
     assert View(32, MEAN, STD).short_side == 32
 
 
-def test_shifted_views_are_torchvision_s_padded_crops():
+def test_shifted_views_match_torchvision_padded_crops():
     _, images = random_images(5, 20, 20)
     shifts = torch.tensor([[0, 0], [8, 8], [4, 4], [1, 6], [7, 0]])
     x = views.shift(images, shifts, 4)
@@ -271,7 +271,7 @@ def test_shifted_views_are_torchvision_s_padded_crops():
     assert params.shifts.double().mean(0).tolist() == pytest.approx([4, 4], abs=0.15)
 
 
-def test_erase_is_torchvision_s():
+def test_erase_matches_torchvision():
     _, images = random_images(4, 16, 16)
     boxes = torch.tensor([[[2, 3, 5, 6]], [[0, 0, 16, 4]], [[10, 10, 0, 0]], [[-3, 12, 8, 8]]]).double()
     expected = [tv.erase(images[0], 2, 3, 5, 6, torch.zeros(1)), tv.erase(images[1], 0, 0, 16, 4, torch.zeros(1)),
@@ -287,7 +287,7 @@ def test_cutout_hides_squares_around_every_pixel():
     assert hidden[8, 8] == pytest.approx(36 / 256, abs=0.02) and hidden[0, 0] == pytest.approx(16 / 256, abs=0.01)
 
 
-def test_erased_boxes_are_distributed_as_torchvision_s():
+def test_erased_boxes_are_distributed_as_torchvision():
     n, size = 6000, 32
     ours = views.erasing_boxes(n, 0.5, size, torch.Generator().manual_seed(0))[:, 0]
     erased = ours[:, 2] > 0

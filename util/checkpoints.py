@@ -5,13 +5,12 @@ import os
 import re
 import reprlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
 from networks.resnet_big import make_encoder, network_name
 from util.errors import UserError
-from util.options import POSITIVE, channels, number, one_of
+from util.options import MEAN, STD, number, one_of
 from util.unpickling import plain_values, read_pickled
 
 
@@ -184,7 +183,7 @@ def read_checkpoint(file, keys):
     Nothing in the file is executed. What the dict holds beside the parameters is to be used as `plain_values` gives it.
     Raises UserError where the file is missing or no checkpoint.
     """
-    if not Path(file).is_file():
+    if not os.path.isfile(file):                        # Path.is_file raises OSError where it may not look
         raise UserError(f'{file}: no such checkpoint')
     try:
         checkpoint = read_pickled(file)
@@ -219,7 +218,7 @@ def load_checkpoint(file):
 RECORDED = {                            # options that decide method, network and images, and how each is parsed
     'model': network_name, 'stem': one_of('cifar', 'imagenet'), 'method': str, 'width': number(float, 1 / 64, 16),
     'size': number(int, 8, 4096),
-    'mean': channels(number(float, -math.inf)), 'std': channels(POSITIVE), 'dataset': str, 'data_folder': str,
+    'mean': MEAN, 'std': STD, 'dataset': str, 'data_folder': str,
     'split_seed': number(int, 0, 2**31), 'loader_chosen': one_of('batched', 'workers'),
 }
 

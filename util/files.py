@@ -14,6 +14,11 @@ except ImportError:                                     # Windows
     fcntl = None
 
 
+def _open_own(name, flags):
+    """An opener for `open`: OSError for a link, and for a pipe, of which opening may wait for ever."""
+    return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
 class FolderLock:
     """Keeps other processes from writing to a run's folder as long as this one lives: the locked file .lock in it."""
     held = set()                                        # the open files of all locks of this process
@@ -25,7 +30,7 @@ class FolderLock:
         """UserError where another process holds the folder."""
         if rank() or fcntl is None:
             return
-        self.file = open(self.folder / '.lock', 'a')                    # noqa: SIM115, closed by release
+        self.file = open(self.folder / '.lock', 'a', opener=_open_own)  # noqa: SIM115, closed by release
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -45,6 +45,9 @@ def channels(parse):
     return parse_all
 
 
+MEAN, STD = channels(number(float, -1e6, 1e6)), channels(number(float, 1e-6, 1e6))     # views stay finite
+
+
 def epochs_list(text):
     """A type: epochs in rising order such as "60,75,90"."""
     parts = text.replace(',', ' ').split()
@@ -110,9 +113,9 @@ OPTIONS = {
                            help='digits, cifar10, cifar100, imagenet, path or mvip')),
         ('--data_folder --data_dir', dict(metavar='FOLDER', help='folder of the data; needed by --dataset path; '
                                           'default: ./data, ./data/imagenet, ./data/MVIP/sets')),
-        ('--mean', dict(type=channels(number(float, -math.inf)), metavar='"(R, G, B)"',
+        ('--mean', dict(type=MEAN, metavar='"(R, G, B)"',
                         help="channel means; default: the dataset's, or measured on the training images")),
-        ('--std', dict(type=channels(POSITIVE), metavar='"(R, G, B)"',
+        ('--std', dict(type=STD, metavar='"(R, G, B)"',
                        help='channel standard deviations; default: as --mean')),
         ('--size --image_size', dict(type=number(int, 8, 4096), metavar='PIXELS',
                                      help='side of the views; default: 32, digits 16, imagenet and mvip 224')),
@@ -320,6 +323,8 @@ REQUIRES = {
     **dict.fromkeys(('warm_epochs', 'warmup_from'), ('warm', None)),
     **dict.fromkeys(('wandb_entity', 'wandb_project'), ('wandb', None)),
     'erasing_p': ('erasing', None), 'mix_alpha': ('mix', None), 'pretrained_ckpt': ('pretrained', None),
+    **dict.fromkeys(('mvip_super_class', 'mvip_num_classes'), ('dataset', ('mvip',))),
+    'aug_root': ('aug_output_name', None), 'aug_ex_id': ('aug_name_id', None), 'aug_ex_ood': ('aug_name_ood', None),
     'force': ('resume', None), 'exp_decay_epochs': ('exp_decay', None), 'feat_dim': ('head', ('mlp', 'linear')),
     'momentum': ('optim_kind', ('SGD', 'RMSProp', 'RMSPropTF')),
     'optim_eps': ('optim_kind', ('RMSProp', 'RMSPropTF', 'Adam', 'AdamW')),
@@ -411,6 +416,9 @@ def parse(program, description, argv, datasets, method=None, recorded=()):
     parser = make_parser(program, description)
     given = vars(parser.parse_args([underscores(word) for word in (sys.argv[1:] if argv is None else argv)]))
     recorded = vars(parser.parse_args(list(recorded)))
+    for name, value in given.items():
+        if value == '':                                 # of a variable of the shell that is not set, for example
+            raise UserError(f'argument --{name}: found an empty text, expected a value')
     earlier = {**program_defaults(program), **recorded}
     chosen = {**earlier, **given}                       # before dataset and method have brought their defaults
     if chosen['dataset'] not in datasets:
@@ -480,6 +488,8 @@ def _complete(opt, program, given, info):
             raise UserError(f'--{one} and --{other} are both given, expected at most one')
     if 'cache_dir' in given and opt.dataset in ('digits', 'cifar10', 'cifar100'):
         raise UserError(f'--cache_dir has no effect: --dataset {opt.dataset} is no folder of images')
+    if 'data_folder' in given and opt.dataset == 'digits':
+        raise UserError('--data_folder has no effect: --dataset digits is no folder of images')
     for name in ('augment_policy', 'crop_min', 'jitter_strength', 'blur_p', 'cutout', 'erasing', 'mix'):
         if getattr(opt, 'cache_features', False) and name in given and getattr(opt, name) not in ('no', False):
             raise UserError(f'--{name} has no effect: --cache_features shows each image as evaluation does')

@@ -164,6 +164,10 @@ class Run:
                 raise ValueError(f'best_acc {self.best_acc}, meters {totals}')
             if not isinstance(saved.get('wandb'), (str, type(None))) or not self.checkpoint['opt']:
                 raise TypeError('wandb is no text, or the options are missing')
+            if self.step and not self.saved_meters:
+                raise ValueError(f'the averages of its {self.step} steps are missing')
+            if not isinstance(saved['optimizer'], dict):
+                raise TypeError('the optimizer has no state')
             load_parameters(self.model, self.checkpoint['model'], f'--resume: {self.source}')
             scaler = saved.get('scaler') or {}
             load_scaler(self.scaler, scaler)

@@ -1,4 +1,5 @@
 """Teachers: frozen classifiers whose class probabilities a student learns from (--KD)."""
+import os
 from pathlib import Path
 
 import torch
@@ -50,9 +51,9 @@ def read_teacher(opt):
         return None
     folder = Path(opt.teacher_path)
     names = [opt.teacher_ckpt] if opt.teacher_ckpt else ['ckpt_best.pth', 'last.ckpt']      # GenSCL's name, ours
-    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    file = next((folder / name for name in names if os.path.isfile(folder / name)), None)
     if file is None:
-        found = 'no such folder' if not folder.is_dir() else f'no {" or ".join(names)} in it'
+        found = 'no such folder' if not os.path.isdir(folder) else f'no {" or ".join(names)} in it'
         raise UserError(f"--teacher_path {folder}: {found}, expected the folder of the teacher's checkpoint")
     checkpoint, state = read_checkpoint(file, ['model', 'state_dict'])
     if 'model' not in checkpoint:                       # another program's, of which only the classes matter

@@ -50,7 +50,7 @@ def read(folder, names):
     rows, machines, missing = {}, set(), []
     for name in names:
         file = folder / f'{name}.log'
-        if not file.exists():
+        if not file.is_file():
             missing.append(name)
             continue
         row, _, seed = name.rpartition('-')
