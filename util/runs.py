@@ -305,8 +305,8 @@ class Run:
         kept = [f'ckpt_epoch_{epoch}.ckpt'] if epoch % self.opt.save_freq == 0 else []
         self.step, stop = 0, all_max(self.signals.number)
         # With cached features an epoch takes less time than to write the encoder, which does not change.
-        often = getattr(self.opt, 'cache_features', False) and time.time() - self.written < CACHED_SECONDS
-        if kept or stop or epoch == self.opt.epochs or not often:
+        recent = getattr(self.opt, 'cache_features', False) and time.time() - self.written < CACHED_SECONDS
+        if kept or stop or epoch == self.opt.epochs or not recent:
             self._write([*kept, 'last.ckpt'], epoch, 0, {})
         if epoch == self.opt.epochs:
             self.writer.finish()
