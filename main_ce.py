@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from datasets import classification_view, evaluation_view, load_images, make_loader
 from datasets.mixing import mix
+from methods import log_frequencies
 from networks.resnet_big import SupCEResNet
 from util import arguments, errors, metrics, options, training
 from util.checkpoints import load_checkpoint
@@ -48,6 +49,7 @@ def set_loader(opt, augment=True):
     """
     data = load_images(opt)
     opt.num_classes = len(data.train.classes)
+    opt.class_sizes = data.train.class_sizes() if opt.imbalance or opt.logit_adjustment else None
     train_loader = make_loader(data.train, classification_view(opt) if augment else evaluation_view(opt), opt,
                                train=augment)
     loaders = {name: make_loader(part, evaluation_view(opt), opt, train=False)
@@ -61,7 +63,17 @@ def set_model(opt):
         log(f'--model {opt.model}: starts from random weights')
     model = SupCEResNet(opt.model, opt.num_classes, size=opt.size, stem=opt.stem, width=opt.width,
                         zero_init=opt.zero_init)
-    return model, nn.CrossEntropyLoss(label_smoothing=opt.label_smoothing, reduction='none')
+    return model, set_criterion(opt)
+
+
+def set_criterion(opt):
+    """The loss of each image: cross-entropy, with --logit_adjustment of adjusted logits (Menon et al., 2021,
+    https://arxiv.org/abs/2007.07314)."""
+    criterion = nn.CrossEntropyLoss(label_smoothing=opt.label_smoothing, reduction='none')
+    if not opt.logit_adjustment:
+        return criterion
+    adjustment = opt.logit_adjustment * log_frequencies(opt)
+    return lambda logits, labels: criterion(logits + adjustment, labels)
 
 
 def train(train_loader, network, criterion, optimizer, scaler, epoch, run, opt):
@@ -88,6 +100,10 @@ def validate(loaders, model, opt):
     if logits.shape[1] > 5:
         values['val_acc5'] = 100 * (logits.topk(5).indices == labels[:, None]).any(1).float().mean().item()
     log(f" * Acc@1 {values['val_acc']:.3f}" + (f" Acc@5 {values['val_acc5']:.3f}" if 'val_acc5' in values else ''))
+    if opt.imbalance:
+        groups = metrics.accuracy_by_class_size(correct, labels, opt.class_sizes)
+        values.update({f'val_acc_{name}': value for name, value in groups.items()})
+        log(' * Acc@1 over classes: ' + ' '.join(f'{name} {value:.3f}' for name, value in groups.items()))
     if 'ood' in loaders:
         id_logits = training.forward_all(model, loaders['id'], opt)[0] if 'id' in loaders else logits
         values.update(metrics.ood_metrics(logits, id_logits, training.forward_all(model, loaders['ood'], opt)[0]))

@@ -16,10 +16,8 @@ import re
 import time
 from pathlib import Path
 
-from torch import nn
-
 from datasets.loader import FeatureLoader
-from main_ce import fit, set_loader
+from main_ce import fit, set_criterion, set_loader
 from networks.resnet_big import LinearProbe
 from util import arguments, errors, options, training
 from util.checkpoints import load_checkpoint, load_encoder
@@ -73,8 +71,7 @@ def set_model(opt, checkpoint):
     """The frozen encoder of the checkpoint with a new classifier, and the loss of each image."""
     encoder = load_encoder(checkpoint, opt, opt.ckpt)
     log(f"{opt.ckpt}: {opt.model} after {checkpoint.get('epoch', 'unknown')} epochs")
-    return LinearProbe(encoder, opt.num_classes), nn.CrossEntropyLoss(label_smoothing=opt.label_smoothing,
-                                                                      reduction='none')
+    return LinearProbe(encoder, opt.num_classes), set_criterion(opt)
 
 
 def cached_features(train_loader, loaders, model, opt):

@@ -12,8 +12,9 @@ if __name__ == '__main__':                      # the imports below take seconds
     from util.options import answer_early
     answer_early('main_supcon', __doc__)
 
-from datasets import evaluation_view, load_images, make_loader, pretraining_view
-from methods import METHODS, N_VIEWS, Momentum
+from datasets import evaluation_view, load_images, local_view, make_loader, pretraining_view
+from datasets.loader import MultiCrop
+from methods import METHODS, Momentum
 from networks.moco import MomentumContrast
 from networks.resnet_big import SupConResNet
 from util import arguments, errors, training
@@ -39,13 +40,18 @@ def parse_option(argv=None):
 
 
 def set_loader(opt):
-    """Training batches of two views, and both sets as they are for the kNN accuracy; also the classes."""
+    """Training batches of --n_views views, with --local_crops and small ones, and both sets as they are for the kNN
+    accuracy; also the classes."""
     data = load_images(opt)
     opt.num_classes = len(data.train.classes)
-    if opt.denominator_mode == 'only_negatives' and opt.method == 'SupCon' and opt.num_classes == 1:
+    opt.class_sizes = data.train.class_sizes() if opt.method == 'BCL' else None
+    if opt.denominator_mode == 'only_negatives' and opt.positives == 'class' and opt.num_classes == 1:
         raise errors.UserError('--denominator_mode only_negatives: images of one class have no negatives')
     train = data.train.join(data.ood) if opt.aug_mode == 'with_both' else data.train        # with hard negatives
-    train_loader = make_loader(train, pretraining_view(opt), opt, N_VIEWS)
+    train_loader = make_loader(train, pretraining_view(opt), opt, opt.n_views)
+    if opt.local_crops:
+        local_loader = make_loader(train, local_view(opt), opt, opt.local_crops, stream=(3,))
+        train_loader = MultiCrop(train_loader, local_loader)
     memory_loader, val_loader = (make_loader(part, evaluation_view(opt), opt, train=False)
                                  for part in (data.train, data.val))
     return train_loader, memory_loader, val_loader, data.train.classes

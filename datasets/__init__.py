@@ -112,6 +112,11 @@ def load_images(opt):
     train, val, extra_id, extra_ood = (
         part and replace(part.sample(opt.max_samples, opt.seed, number), cache_dir=cache_dir)
         for part, number in zip(parts, per_class))
+    if opt.imbalance:
+        opt.split_seed = opt.seed if opt.split_seed is None else opt.split_seed
+        train = train.long_tailed(opt.imbalance, opt.split_seed)
+        sizes = train.class_sizes()
+        log(f'--imbalance {opt.imbalance:g}: {len(train)} training images, {max(sizes)} to {min(sizes)} of a class')
     opt.size = opt.size or info.size
     if opt.mean is None or opt.std is None:
         mean, std = (info.mean, info.std) if info.mean else train.statistics()
@@ -140,6 +145,14 @@ def dataset_info(opt):
 def pretraining_view(opt):
     """The view of contrastive pretraining."""
     return _training_view(opt, dataset_info(opt).pretraining, opt.augment_policy or 'sim')
+
+
+def local_view(opt):
+    """The small crops of multi-crop (Caron et al., 2020, https://arxiv.org/abs/2006.09882): from 5 % of the area to the
+    smallest other view, --local_size pixels."""
+    view = pretraining_view(opt)
+    smallest, _ = view.crop
+    return replace(view, size=opt.local_size or round(opt.size * 3 / 7), crop=(min(0.05, smallest / 2), smallest))
 
 
 def classification_view(opt):

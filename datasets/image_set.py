@@ -69,7 +69,7 @@ class ImageSet:
     def sample(self, count, seed, per_class=None):
         """At most `count` images, as many of each class as of any other while they last, sampled with `seed`.
 
-        per_class: at most so many of each class; None as either: all.
+        per_class: at most so many of each class, a number or one for each; None as either: all.
         """
         if per_class is None and (count is None or count >= len(self)):
             return self
@@ -79,8 +79,21 @@ class ImageSet:
         for c in np.unique(labels):
             rank[labels == c] = np.arange((labels == c).sum())
         if per_class is not None:
-            order, rank = order[rank < per_class], rank[rank < per_class]
+            kept = rank < np.broadcast_to(per_class, len(self.classes))[labels]
+            order, rank = order[kept], rank[kept]
         return self.select(np.sort(order[np.argsort(rank, kind='stable')[:count]]))
+
+    def class_sizes(self):
+        """How many images there are of each class, without hard negatives: a list."""
+        return self.labels[self.labels >= 0].bincount(minlength=len(self.classes)).tolist()
+
+    def long_tailed(self, ratio, seed):
+        """At most largest * ratio**(-c / (C - 1)) images of class c of C, rounded down, at least one, sampled with
+        `seed`; largest: how many the largest class has (Cui et al., 2019, https://arxiv.org/abs/1901.05555)."""
+        largest, last = max(self.class_sizes()), max(1, len(self.classes) - 1)
+        exact = [largest * ratio**(-c / last) for c in range(len(self.classes))]
+        counts = [max(1, int(count + 1e-6)) for count in exact]         # what should be 50 may be 49.999...
+        return self.sample(None, seed, counts)
 
     def decode(self, short_side, device='cpu'):
         """All images as tensors, decoded once: [n, 3, w, h] uint8, on a GPU where they fit into a quarter of its free

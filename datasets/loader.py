@@ -26,7 +26,7 @@ from util.log import log
 from util.memory import available_memory
 
 
-def make_loader(image_set, view, opt, n_views=1, train=True):
+def make_loader(image_set, view, opt, n_views=1, train=True, stream=()):
     """An iterable of (images [n_views * bsz, 3, size, size], labels [bsz]), view after view, on opt.device.
 
     Call `set_epoch(epoch)` before each epoch: permutation and views depend on opt.seed and the epoch alone, and those
@@ -37,6 +37,8 @@ def make_loader(image_set, view, opt, n_views=1, train=True):
     crops in opt.num_workers worker processes and does the colors on opt.device; 'per_sample' does all in the workers;
     'auto' takes 'batched' where the images fit into half of the free memory, padding is not most of it, and the view
     can be sampled in batches, else 'workers'.
+
+    stream: (a number,) for other random views of the same batches.
     """
     kind = opt.loader
     if kind == 'auto':
@@ -44,8 +46,8 @@ def make_loader(image_set, view, opt, n_views=1, train=True):
         if train:
             opt.loader_chosen = kind                    # recorded, since a run that resumes must sample the same views
     if kind == 'batched' and not view.per_sample_only:
-        return BatchedLoader(image_set, view, opt, n_views, train)
-    return WorkerLoader(image_set, view, opt, n_views, train, per_sample=opt.loader == 'per_sample')
+        return BatchedLoader(image_set, view, opt, n_views, train, stream)
+    return WorkerLoader(image_set, view, opt, n_views, train, stream, per_sample=opt.loader == 'per_sample')
 
 
 def _loader_that_fits(image_set, view):
@@ -63,26 +65,62 @@ COMPILE_PAYS = 2**33
 
 
 class Batches:
-    """The order of n images: yields the number of each batch from first_step on, and the indices [bsz] in it.
+    """Which images each batch holds: yields its number, from first_step on, and the indices [bsz] of images with labels
+    [n], of which -(c + 1) counts as class c.
 
-    In training a last batch of one image, which batch norm cannot take, is added to the batch before it.
+    Without `train` all images in their order. In training by opt.sampler:
+    - 'shuffle': all images, in random order. A last batch of one image, which batch norm cannot take, is added to the
+      batch before it.
+    - 'class_balanced': as many images, but each class equally often, and in a class each image (but for one).
+    - 'pk': opt.images_per_class images of each of as many random classes as a batch holds; small classes repeat theirs.
     """
 
-    def __init__(self, n, opt, train):
+    def __init__(self, labels, opt, train):
+        n, bsz = len(labels), opt.batch_size
+        self.n, self.seed, self.train, self.epoch, self.first_step = n, opt.seed, train, 0, 0
+        self.sampler, self.images_per_class = opt.sampler if train else None, opt.images_per_class
         if train and n < 2:
             raise UserError(f'found {n} training image, expected at least 2')
-        if train and n < opt.batch_size:
-            log(f'--batch_size {opt.batch_size}: found {n} training images, each batch holds all of them')
-        self.n, self.seed, self.train, self.epoch, self.first_step = n, opt.seed, train, 0, 0
-        self.sizes = [opt.batch_size] * (n // opt.batch_size) + [n % opt.batch_size] * (n % opt.batch_size > 0)
-        if train and self.sizes[-1] == 1:
+        self.sizes = [bsz] * (n // bsz) + [n % bsz] * (n % bsz > 0)
+        if self.sampler == 'pk':
+            self.sizes = [bsz] * max(1, n // bsz)
+        elif train and n < bsz:
+            log(f'--batch_size {bsz}: found {n} training images, each batch holds all of them')
+        elif train and self.sizes[-1] == 1:
             self.sizes[-2:] = [self.sizes[-2] + 1]
+        if self.sampler in ('class_balanced', 'pk'):
+            ordered, order = torch.where(labels < 0, -labels - 1, labels).sort(stable=True)
+            self.classes = order.split(ordered.unique_consecutive(return_counts=True)[1].tolist())  # indices of each
+        if self.sampler == 'pk' and len(self.classes) * self.images_per_class < bsz:
+            raise UserError(f'--sampler pk: found {len(self.classes)} classes, expected at least '
+                            f'{bsz // self.images_per_class}, --batch_size {bsz} / --images_per_class '
+                            f'{self.images_per_class}')
 
     def __iter__(self):
-        order = torch.randperm(self.n, generator=self.generator()) if self.train else torch.arange(self.n)
-        for step, indices in enumerate(order.split(self.sizes)):
-            if step >= self.first_step:
-                yield step, indices
+        if self.sampler == 'pk':
+            batches = (self._pk_batch(step) for step in range(self.first_step, len(self.sizes)))
+        else:
+            batches = self._order().split(self.sizes)[self.first_step:]
+        yield from enumerate(batches, self.first_step)
+
+    def _order(self):
+        """The images of an epoch, one after the other: [n]."""
+        if not self.train:
+            return torch.arange(self.n)
+        generator = self.generator()
+        order = torch.randperm(self.n, generator=generator)
+        if self.sampler == 'shuffle':
+            return order
+        counts = torch.full((len(self.classes),), self.n // len(self.classes))
+        counts[torch.randperm(len(counts), generator=generator)[:self.n % len(counts)]] += 1
+        parts = [_sampled(*part, generator) for part in zip(self.classes, counts.tolist())]
+        return torch.cat(parts)[order]
+
+    def _pk_batch(self, step):
+        generator, k = self.generator(step, 2), self.images_per_class
+        chosen = torch.randperm(len(self.classes), generator=generator)[:self.sizes[step] // k]
+        batch = torch.cat([_sampled(self.classes[number], k, generator) for number in chosen.tolist()])
+        return batch[torch.randperm(len(batch), generator=generator)]   # each device gets images of all classes
 
     def generator(self, *of):
         """Random numbers of the epoch, or of a batch: (step,) or (step, what it samples)."""
@@ -91,19 +129,26 @@ class Batches:
         return torch.Generator().manual_seed(int(seed))
 
 
-class Loader:
-    """What all loaders have: `len`, the steps of an epoch; `sizes`, the images of each batch in all processes."""
+def _sampled(members, count, generator):
+    """`count` of the members [n] in random order; each is there equally often, but for one."""
+    rounds = [torch.randperm(len(members), generator=generator) for _ in range(math.ceil(count / len(members)))]
+    return members[torch.cat([members[:0], *rounds])[:count]]
 
-    def __init__(self, n, opt, train):
-        self.batches = Batches(n, opt, train)
-        self.sizes, self.n = self.batches.sizes, n
+
+class Loader:
+    """What all loaders have: `len`, the steps of an epoch; `sizes`, the images of each batch in all processes; `labels`
+    [n] of all images."""
+
+    def __init__(self, labels, opt, train, stream=()):
+        self.batches, self.labels, self.stream = Batches(labels, opt, train), labels, stream
+        self.sizes = self.batches.sizes
 
     def __len__(self):
         return len(self.sizes)
 
     def _operations(self, view, opt, n_views, train):
         """The operations of views.apply on opt.device: compiled where the run is long enough."""
-        compiled = train and opt.epochs * self.n * n_views * view.size**2 >= COMPILE_PAYS
+        compiled = train and opt.epochs * len(self.labels) * n_views * view.size**2 >= COMPILE_PAYS
         return views.compiled_operations(torch.device(opt.device)) if compiled else views.OPERATIONS
 
     def _is_usual(self, step):
@@ -124,13 +169,13 @@ class Loader:
 class BatchedLoader(Loader):
     """Keeps the decoded images in memory, on the GPU where they fit, else prefetched from the host's."""
 
-    def __init__(self, image_set, view, opt, n_views, train):
-        super().__init__(len(image_set), opt, train)
-        self.labels, self.view, self.n_views, self.device = image_set.labels, view, n_views, torch.device(opt.device)
+    def __init__(self, image_set, view, opt, n_views, train, stream):
+        super().__init__(image_set.labels, opt, train, stream)
+        self.view, self.n_views, self.device = view, n_views, torch.device(opt.device)
         self.data, self.heights, self.widths = image_set.decode(view.short_side, self.device)
         self.operations = self._operations(view, opt, n_views, train)
         self.elsewhere = self.data.device.type != self.device.type      # too many for the GPU
-        self.stream = torch.cuda.Stream() if self.elsewhere and self.device.type == 'cuda' else None
+        self.copying = torch.cuda.Stream() if self.elsewhere and self.device.type == 'cuda' else None
 
     def __iter__(self):
         raw = (self._raw(step, indices) for step, indices in self.batches)
@@ -141,16 +186,16 @@ class BatchedLoader(Loader):
         """Number, images [bsz, 3, w, h] uint8, labels and ViewParams of a batch, before anything is computed on it."""
         repeated, mine = indices.repeat(self.n_views), local_slice(len(indices))
         params = views.sample_params(self.view, self.heights[repeated], self.widths[repeated],
-                                     self.batches.generator(step), self.device)
+                                     self.batches.generator(step, *self.stream), self.device)
         params, indices = params.local(mine, len(indices)), indices[mine]
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.copying):
             data = to_device(self.data.index_select(0, to_device(indices, self.data.device)), self.device)
-        if self.stream:
-            self.stream.synchronize()                   # only the thread that prefetches waits
+        if self.copying:
+            self.copying.synchronize()                   # only the thread that prefetches waits
         return step, data, self.labels[indices], params
 
     def _views(self, step, data, labels, params):
-        if self.stream:
+        if self.copying:
             data.record_stream(torch.cuda.current_stream())
         operations = self.operations if self._is_usual(step) else views.OPERATIONS
         return views.apply(self.view, data, params, operations), to_device(labels, self.device)
@@ -166,14 +211,31 @@ def ahead(iterator):
             del item
 
 
+class MultiCrop:
+    """Two loaders of the same batches as one, of ((images of the first, of the second), labels)."""
+
+    def __init__(self, loader, local):
+        self.loader, self.local, self.sizes = loader, local, loader.sizes
+
+    def __len__(self):
+        return len(self.loader)
+
+    def set_epoch(self, epoch, first_step=0):
+        self.loader.set_epoch(epoch, first_step)
+        self.local.set_epoch(epoch, first_step)
+
+    def __iter__(self):
+        for (images, labels), (local, _) in zip(self.loader, self.local):
+            yield (images, local), labels
+
+
 class FeatureLoader(Loader):
     """Batches of features [bsz, dim] instead of a loader's images, and labels: `compute(loader)` gives those of all
     images, [n, dim] and [n], once, when the first batch is asked for."""
 
     def __init__(self, loader, compute, opt, train):
-        super().__init__(loader.n, opt, train)
-        self.loader, self.compute = loader, compute
-        self.features = self.labels = None
+        super().__init__(loader.labels, opt, train)
+        self.loader, self.compute, self.features = loader, compute, None
 
     def __iter__(self):
         if self.features is None:
@@ -187,10 +249,10 @@ class FeatureLoader(Loader):
 class WorkerLoader(Loader):
     """Worker processes decode and crop, and with per_sample do all else by torchvision's transforms too."""
 
-    def __init__(self, image_set, view, opt, n_views, train, per_sample):
+    def __init__(self, image_set, view, opt, n_views, train, stream, per_sample):
         if isinstance(image_set.source, list):
             image_set.sizes()                           # a file that is no image is found now, not in the first epoch
-        super().__init__(len(image_set), opt, train)
+        super().__init__(image_set.labels, opt, train, stream)
         self.n_views, self.device = n_views, torch.device(opt.device)
         self.rest = None                                # what the training device has to do
         if per_sample:
@@ -204,7 +266,7 @@ class WorkerLoader(Loader):
         batch_bytes = images_here * n_views * 3 * view.size**2 * (1 if self.rest else 4)
         waiting = max(1, int(available_memory() / local_processes() / 4 / batch_bytes))
         workers = min(opt.num_workers, waiting)
-        self.loader = DataLoader(_Samples(image_set, augment), batch_sampler=_Keys(self.batches), num_workers=workers,
+        self.loader = DataLoader(_Samples(image_set, augment), batch_sampler=_Keys(self), num_workers=workers,
                                  persistent_workers=train and workers > 0, collate_fn=_collate,
                                  prefetch_factor=max(1, min(4, waiting // workers)) if workers else None,
                                  pin_memory=self.device.type == 'cuda', worker_init_fn=_start_worker)
@@ -220,7 +282,8 @@ class WorkerLoader(Loader):
         """A batch from the workers, with the part of its views that is left to opt.device."""
         if self.rest and len(images):
             sizes = torch.full((self.n_views * self.sizes[step],), self.rest.size)
-            params = views.sample_params(self.rest, sizes, sizes, self.batches.generator(step, 1), self.device)
+            generator = self.batches.generator(step, 1, *self.stream)
+            params = views.sample_params(self.rest, sizes, sizes, generator, self.device)
             images = views.apply(self.rest, images, params.local(local_slice(self.sizes[step]), self.sizes[step]),
                                  self.operations if self._is_usual(step) else views.OPERATIONS)
         return images, labels
@@ -276,12 +339,12 @@ def _end_workers():
 class _Keys:
     """Batch sampler: each sample is an index and the seed of its views, so that workers share no random state."""
 
-    def __init__(self, batches):
-        self.batches = batches
+    def __init__(self, loader):
+        self.batches, self.stream = loader.batches, loader.stream
 
     def __iter__(self):
         for step, indices in self.batches:
-            seeds = torch.randint(2**62, indices.shape, generator=self.batches.generator(step))
+            seeds = torch.randint(2**62, indices.shape, generator=self.batches.generator(step, *self.stream))
             mine = local_slice(len(indices))
             yield list(zip(indices[mine].tolist(), seeds[mine].tolist()))
 

@@ -199,10 +199,14 @@ class SupConResNet(nn.Module):
 
     def forward(self, x):
         encoded = self.encoder(x)
+        features = self.project(encoded)
+        return features if self.fc is None else (features, self.fc(encoded))
+
+    def project(self, encoded):
+        """The encoder's features [n, dim] through the head -> [n, feat_dim] of unit length."""
         projected = self.head(F.normalize(encoded, dim=1) if self.normalize_embedding else encoded)
         # Unit length to float32 precision under autocast too.
-        features = F.normalize(projected if projected.dtype == torch.float64 else projected.float(), dim=1)
-        return features if self.fc is None else (features, self.fc(encoded))
+        return F.normalize(projected if projected.dtype == torch.float64 else projected.float(), dim=1)
 
 
 def make_head(dim, sizes, batch_norm):

@@ -179,7 +179,9 @@ def two_threads():
 def _fresh():
     """Each test has its own random numbers and no run's log."""
     torch.manual_seed(0)
+    hook = sys.unraisablehook
     yield
+    sys.unraisablehook = hook                           # errors.run replaces it
     close_log()
 
 

@@ -70,10 +70,11 @@ def mine(x):
 
 
 class Loader:
-    """The same batches of random images for any number of processes: views [2 * bsz, 3, 8, 8], labels [bsz]."""
+    """The same batches of random images for any number of processes: views [2 * bsz, 3, 8, 8], labels [bsz]; with
+    small crops ((views, [small * bsz, 3, 6, 6]), labels)."""
 
-    def __init__(self, sizes, views, labels):
-        self.sizes, self.views, self.labels = sizes, views, labels
+    def __init__(self, sizes, views, labels, small=0):
+        self.sizes, self.views, self.labels, self.small = sizes, views, labels, small
 
     def __len__(self):
         return len(self.sizes)
@@ -86,7 +87,9 @@ class Loader:
         for bsz in self.sizes:
             images = torch.rand(self.views, bsz, 3, 8, 8, generator=rng)
             labels = torch.tensor(self.labels)[torch.arange(bsz) % len(self.labels)]
-            yield images[:, distributed.local_slice(bsz)].flatten(0, 1), mine(labels)
+            images = images[:, distributed.local_slice(bsz)]
+            crops = images[:self.small, ..., 1:7, 1:7].flatten(0, 1)
+            yield (images.flatten(0, 1), crops) if self.small else images.flatten(0, 1), mine(labels)
 
 
 METHODS = {
@@ -97,7 +100,12 @@ METHODS = {
     'hard negatives': [], 'simclr with hard negatives': ['--method', 'SimCLR'],
     'cross-entropy and hard negatives': ['--ce_weight', '2'],
     'moco': ['--moco', '--moco_k', '26'], 'moco simclr': ['--moco', '--moco_k', '26', '--method', 'SimCLR'],
-    'accum_steps': ['--accum_steps', '3'], 'head_bn': ['--head_bn'],
+    'accum_steps': ['--accum_steps', '3'], 'head_bn': ['--head_bn'], 'dcl': ['--method', 'DCL'],
+    'three views': ['--n_views', '3', '--accum_steps', '2'],
+    'genscl of four views': ['--method', 'GenSCL', '--mix', 'mixup', '--no_warm', '--n_views', '4'],
+    'bcl': ['--method', 'BCL', '--n_views', '3'], 'bcl in parts': ['--method', 'BCL', '--accum_steps', '3'],
+    'multi-crop': ['--local_crops', '2', '--ce_weight', '1', '--temp', '0.2'],
+    'moco of three views': ['--moco', '--moco_k', '26', '--n_views', '3'],
 }
 
 
@@ -109,10 +117,12 @@ def steps(method, sizes, labels=(0, 1, 2, 1, 0)):
                                         '--batch_size', '13', '--temp', '0.5', '--lr', '0.1', '--epochs', '2',
                                         *METHODS[method]])
         opt.size, opt.print_freq, opt.aug_mode = 8, 1, 'with_both' if 'negatives' in method else 'none'
+        opt.class_sizes = [20, 10, 5]
         training.set_device(opt)
         training.set_warmup(opt)
         teacher = (lambda images: images.mean((2, 3))) if 'teacher' in method else None
-        averages, model = train_one_epoch(main_supcon, opt, Loader(sizes, 2, labels), 3, teacher)
+        loader = Loader(sizes, opt.n_views, labels, opt.local_crops)
+        averages, model = train_one_epoch(main_supcon, opt, loader, 3, teacher)
         average_statistics(model)
         return ((averages['loss'], averages['contrastive_acc']),
                 {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
@@ -126,8 +136,8 @@ def steps(method, sizes, labels=(0, 1, 2, 1, 0)):
 def test_processes_compute_the_loss_and_gradient_of_the_whole_batch(in_processes, monkeypatch, method, n):
     """13 images in uneven shares, with batch norm over all processes."""
     labels = (0, 1, -1, 2, 1, -3, 0) if 'negatives' in method else (0, 1, 2, 1, 0)
-    near = 1e-5 if 'cross-entropy' in method else 1e-10                 # cross-entropy is computed in float32
-    if method == 'accum_steps':                         # each of its micro-batches has its own batch norms
+    near = 1e-5 if 'cross-entropy' in method or 'bcl' in method or 'crop' in method else 1e-10
+    if 'accum_steps' in str(METHODS[method]):           # each of its micro-batches has its own batch norms
         monkeypatch.setattr(main_supcon.SupConResNet, 'train', lambda self, mode=True: nn.Module.train(self, False))
     whole, = in_processes(1, lambda: steps(method, [13], labels))
     assert len(whole[1]) > 20 and whole[0][0] > 0

@@ -169,20 +169,6 @@ def test_a_pipe_among_caches_is_made_a_cache(image_folder, tmp_path, pipe, capsy
     assert all((folder / name).is_file() for name in names)
 
 
-@pytest.mark.parametrize('values', [[[2.] * 3, [1.] * 3], [[0.5] * 3, [1e300] * 3], [[0.5] * 3, [np.nan] * 3]])
-def test_statistics_in_a_cache_that_no_images_have(image_folder, tmp_path, values):
-    root = image_folder()
-
-    def statistics():
-        opt = options(root, mean=None, std=None, cache_dir=str(tmp_path / 'cache'))
-        load_images(opt)
-        return opt.mean, opt.std
-    expected = statistics()
-    file, = (tmp_path / 'cache').iterdir()
-    np.savez(file, statistics=np.array(values))
-    assert statistics() == expected
-
-
 def test_files_too_large_for_an_image_are_rejected(tmp_path):
     """Pillow reads a whole WebP file, here three gigabytes of it, into memory."""
     (tmp_path / 'x.webp').write_bytes(content('WEBP'))

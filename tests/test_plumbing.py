@@ -245,7 +245,7 @@ def test_training_waits_for_the_device_only_to_print(monkeypatch, program, argum
     monkeypatch.setattr(methods.GenSupConLoss, 'forward', lambda self, features, labels: features[0].square().sum())
     # PyTorch's looks at the labels, on CPUs only.
     monkeypatch.setattr(torch.nn.functional, 'one_hot', lambda labels, classes: torch.eye(classes)[labels])
-    monkeypatch.setattr(losses, '_check_not_negative', lambda labels: None)     # asks on CPUs only too
+    monkeypatch.setattr(losses, '_check_labels', lambda *_: None)               # asks on CPUs only too
     waited, step = [], None                             # None: not yet in training
 
     class Watch(TorchDispatchMode):

@@ -6,11 +6,12 @@ from datasets import DATASETS
 from networks.resnet_big import network_name
 from util import options
 from util.errors import UserError
-from util.options import DATA, EVALUATION, NETWORK, as_text
+from util.options import DATA, EVALUATION, METHOD_DEFAULTS, NETWORK, as_text
 
 # Options that distinguish runs although the published names of runs do not hold them.
-NAMED = ('model', 'width', 'stem', 'size', 'head', 'moco', 'ce_weight', 'mix', 'augment_policy', 'samples_per_class',
-         'aug_mode', 'cache_features')
+NAMED = ('model', 'width', 'stem', 'size', 'head', 'positives', 'moco', 'ce_weight', 'n_views', 'local_crops',
+         'local_size', 'mix', 'augment_policy', 'samples_per_class', 'imbalance', 'sampler', 'images_per_class',
+         'logit_adjustment', 'aug_mode', 'cache_features')
 DOWNLOADED = {'cifar10': 'cifar-10-batches-py', 'cifar100': 'cifar-100-python'}     # their folders in --data_folder
 
 
@@ -84,7 +85,8 @@ def defaults(**changes):
 def name_suffix(program, opt, published=()):
     """What a run's default name has after its published part: the options in NAMED that are not at their defaults, but
     for those which the published part holds."""
-    standard = {**options.program_defaults(program), **DATASETS[opt.dataset].defaults.get(program, {})}
+    standard = {**options.program_defaults(program), **METHOD_DEFAULTS[program].get(getattr(opt, 'method', None), {}),
+                **DATASETS[opt.dataset].defaults.get(program, {})}
     differing = {name: getattr(opt, name) for name in NAMED
                  if name not in published and getattr(opt, name, None) != standard.get(name)}
     parts = [f'_{name}' if value is True else f'_{name}_{as_text(value)}' for name, value in differing.items()]

@@ -1,5 +1,6 @@
 """Checkpoints: plain tensors, numbers and texts, written completely or not at all, read without executing anything."""
 import argparse
+import contextlib
 import math
 import os
 import re
@@ -18,13 +19,15 @@ def write_checkpoint(state, file):
     """Save a dict; at any moment `file` is the old checkpoint or the complete new one. UserError where it cannot."""
     partial = file.with_name(f'{file.name}.partial')
     try:
+        partial.unlink(missing_ok=True)                                 # not through a link
         with open(partial, 'wb') as stream:
             torch.save(state, stream)
             stream.flush()
             os.fsync(stream.fileno())                                   # before the name says that it is there
         os.replace(partial, file)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         while error.__context__ is not None:            # PyTorch's writer follows a full disk with errors of its own
             error = error.__context__
         raise UserError(f'{file}: cannot be written ({error})') from error

@@ -27,6 +27,8 @@ def run(main):
         status, together = stop.code, True
     except UserError as error:
         message = str(error)
+        # What is deleted with the error, as a file on a full disk or half a DataLoader, may fail once more.
+        sys.unraisablehook = lambda failure: None
     except KeyboardInterrupt:
         status = 130
     except BaseException as error:

@@ -13,6 +13,7 @@ from torch import nn
 from networks.resnet_big import LinearClassifier, ResNet
 from util.checkpoints import strip_wrappers
 from util.errors import UserError
+from util.files import replace_file
 from util.log import log
 
 SUFFIXES = ('.pth', '.pt2', '.onnx')
@@ -42,11 +43,11 @@ class Exporter:
             raise UserError(f'--export {self.file}: the package onnxscript is missing: pip install onnx onnxscript')
         if os.path.isdir(self.file):
             raise UserError(f'--export {self.file}: found a folder, expected the name of a file')
-        self.partial = self.file.with_name(self.file.name + '.partial')
+        partial = self.file.with_name(self.file.name + '.partial')
         self._contents()                                # whatever goes wrong does so before training
         try:
-            self.partial.touch()
-            self.partial.unlink()
+            partial.touch()
+            partial.unlink()
         except OSError as error:
             raise UserError(f'--export {self.file}: cannot be written ({error})') from error
 
@@ -54,8 +55,7 @@ class Exporter:
         """Write the file; its name appears only when it is complete."""
         contents = self._contents()
         try:
-            self.partial.write_bytes(contents)
-            os.replace(self.partial, self.file)
+            replace_file(self.file, contents)
         except OSError as error:
             raise UserError(f'--export {self.file}: cannot be written ({error})') from error
         log(f'{self.file}: {self.opt.model} with its classifier')

@@ -50,6 +50,17 @@ def accuracy(output, target):
     return 100 * global_mean(right.flatten().float())
 
 
+def accuracy_by_class_size(correct, labels, sizes):
+    """Accuracy (%) over the images of classes with many (more than 100), medium (20 to 100) and few (fewer than 20)
+    training images (Liu et al., 2019, https://arxiv.org/abs/1904.05160): {group: accuracy} of those there are.
+
+    correct [n] 1 or 0, labels [n], sizes: training images of each class.
+    """
+    sizes = torch.tensor(sizes, device=labels.device)[labels]
+    groups = {'many': sizes > 100, 'medium': (sizes >= 20) & (sizes <= 100), 'few': sizes < 20}
+    return {name: 100 * correct[group].mean().item() for name, group in groups.items() if group.any()}
+
+
 @torch.no_grad()
 def feature_spread(features):
     """Mean squared distance of features [bsz, n_views, dim] of unit length from their mean: a scalar tensor.

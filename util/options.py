@@ -123,6 +123,14 @@ OPTIONS = {
                                'spread over the classes; default: all')),
         ('--samples_per_class', dict(type=COUNT, metavar='N', help='train on at most N images of each class, sampled '
                                      'with --seed; not of validation and augmentation folders; default: all')),
+        ('--sampler', dict(choices=('shuffle', 'class_balanced', 'pk'), default='shuffle',
+                           help='training batches: shuffle: all images in random order; class_balanced: as many, each '
+                           'class equally often; pk: --images_per_class images of each of batch_size / '
+                           'images_per_class random classes')),
+        ('--images_per_class', dict(type=COUNT, metavar='K', help='of each class in a batch; needed by --sampler pk')),
+        ('--imbalance', dict(type=number(float, 1, 1e6), metavar='RATIO', help='train on a long-tailed part of the '
+                             'images, sampled with --seed: class c of C keeps largest * RATIO**(-c / (C - 1)); report '
+                             'the accuracy over many, medium and few classes; default: all images')),
         ('--loader', dict(choices=('auto', 'batched', 'workers', 'per_sample'), default='auto',
                           help='batched: all images in memory, views sampled on the device; workers: worker processes '
                                'read and crop, colors on the device; per_sample: torchvision transforms in worker '
@@ -133,6 +141,12 @@ OPTIONS = {
                                'and never more than: the cores there are')),
     ],
     'views': [
+        ('--n_views', dict(type=number(int, 2, 64), default=2, metavar='N', help='views of each image in a batch'),
+         SUPCON),
+        ('--local_crops', dict(type=COUNT_OR_ZERO, default=0, metavar='N', help='multi-crop: N small crops of each '
+                               'image as further views'), SUPCON),
+        ('--local_size', dict(type=number(int, 8, 4096), metavar='PIXELS', help='their side; default: 3/7 of --size, '
+                              'as 96 of 224'), SUPCON),
         ('--augment_policy', dict(choices=('no', 'sim', 'auto', 'rand', 'stacked_rand'), help='training views beside '
                                   'cropping and flipping: no: nothing; sim: color jitter and grayscale; auto: '
                                   'AutoAugment; rand: RandAugment; stacked_rand: RandAugment and sim (default: sim in '
@@ -187,8 +201,11 @@ OPTIONS = {
         ('--syncBN', dict(FLAG, help='batch norm over all processes of torchrun'), SUPCON + CE),
     ],
     'method': [
-        ('--method', dict(choices=('SupCon', 'SimCLR', 'GenSCL'), default='SupCon', help='contrastive loss; GenSCL '
-                          'changes the defaults of other options too, see docs/genscl.md'), SUPCON),
+        ('--method', dict(choices=('SupCon', 'SimCLR', 'SINCERE', 'DCL', 'BCL', 'GenSCL'), default='SupCon',
+                          help='contrastive loss; GenSCL changes the defaults of other options too, see '
+                          'docs/genscl.md'), SUPCON),
+        ('--positives', dict(choices=('class', 'image'), default='class', help='of a view: the views of its class, or '
+                             'without labels those of its image (default with SimCLR)'), SUPCON),
         ('--temp --temperature', dict(type=number(float, 1e-4, 1e4), default=0.07, metavar='T', help='temperature'),
          SUPCON),
         ('--base_temperature', dict(type=number(float, 1e-4, 1e4), default=0.07, metavar='T', help='the loss is '
@@ -200,7 +217,7 @@ OPTIONS = {
         ('--denominator_mode', dict(choices=('all', 'one_positive', 'only_negatives'), default='all',
                                     help='what the denominator sums over'), SUPCON),
         ('--positives_cap', dict(type=number(int, -1, 2**31), default=-1, metavar='N', help='positives of other '
-                                 'images that count, a multiple of 2; -1: all'), SUPCON),
+                                 'images that count, a multiple of --n_views; -1: all'), SUPCON),
         ('--moco', dict(FLAG, help='momentum contrast: contrasts are keys of a momentum copy, and a queue of earlier '
                         'ones'), SUPCON),
         ('--moco_k', dict(type=number(int, 1, 2**24), default=65536, metavar='N', help='keys in the queue, a multiple '
@@ -263,6 +280,8 @@ OPTIONS = {
         ('--momentum', dict(type=number(float, 0, 1), default=0.9, metavar='M', help='momentum of SGD and RMSProp')),
         ('--label_smoothing', dict(type=number(float, 0, 1), default=0., metavar='S', help='fraction of each label '
                                    'that is spread over all classes'), CE + LINEAR),
+        ('--logit_adjustment', dict(type=POSITIVE_OR_ZERO, default=0., metavar='TAU', help='in training the logits are '
+                                    'raised by TAU * log(frequency of their class)'), CE + LINEAR),
         ('--amp', dict(action=Switch, help='mixed precision: bfloat16, or float16 on GPUs without it')),
         ('--compile', dict(FLAG, help='torch.compile the encoder')),
     ],
@@ -306,7 +325,10 @@ DEFAULTS = {
 }
 # Those that a method brings; for main_linear the encoder's method. A dataset's are in its row of datasets.DATASETS.
 METHOD_DEFAULTS = {
-    'main_supcon': {'GenSCL': {'epochs': 500, 'batch_size': 1024, 'learning_rate': 0.5, 'temp': 0.1, 'cosine': True,
+    'main_supcon': {'SimCLR': {'positives': 'image'}, 'SINCERE': {'denominator_mode': 'one_positive'},
+                    'DCL': {'denominator_mode': 'only_negatives'},
+                    'BCL': {'temp': 0.1, 'base_temperature': 0.1, 'ce_weight': 2.},         # as published
+                    'GenSCL': {'epochs': 500, 'batch_size': 1024, 'learning_rate': 0.5, 'temp': 0.1, 'cosine': True,
                                'warm': True, 'seed': 3407}},
     'main_ce': {},
     'main_linear': {'GenSCL': {'batch_size': 512, 'learning_rate': 5., 'warm': True, 'warm_epochs': 5,
@@ -322,6 +344,7 @@ REQUIRES = {
     **dict.fromkeys(('moco_k', 'moco_m', 'moco_t'), ('moco', None)),
     **dict.fromkeys(('warm_epochs', 'warmup_from'), ('warm', None)),
     **dict.fromkeys(('wandb_entity', 'wandb_project'), ('wandb', None)),
+    'images_per_class': ('sampler', ('pk',)), 'local_size': ('local_crops', None),
     'erasing_p': ('erasing', None), 'mix_alpha': ('mix', None), 'pretrained_ckpt': ('pretrained', None),
     **dict.fromkeys(('mvip_super_class', 'mvip_num_classes'), ('dataset', ('mvip',))),
     'aug_root': ('aug_output_name', None), 'aug_ex_id': ('aug_name_id', None), 'aug_ex_ood': ('aug_name_ood', None),
@@ -333,7 +356,7 @@ REQUIRES = {
 
 # Options that decide on which images a network is trained or evaluated, and which network it is.
 NETWORK = ('model', 'stem', 'width')
-DATA = ('dataset', 'data_folder', 'mvip_super_class', 'mvip_num_classes')
+DATA = ('dataset', 'data_folder', 'imbalance', 'mvip_super_class', 'mvip_num_classes')
 EVALUATION = (*DATA, 'size', 'mean', 'std', 'max_samples', 'samples_per_class', 'seed', 'aug_mode', 'aug_root',
               'aug_output_name', 'aug_name_id', 'aug_name_ood', 'aug_ex_id', 'aug_ex_ood', *NETWORK)
 
@@ -479,6 +502,9 @@ def _complete(opt, program, given, info):
     if opt.loader == 'batched' and opt.augment_policy in ('auto', 'rand', 'stacked_rand'):
         raise UserError(f'--augment_policy {opt.augment_policy} is sampled one image at a time, expected --loader '
                         'auto, workers or per_sample')
+    if opt.sampler == 'pk' and (not opt.images_per_class or opt.batch_size % opt.images_per_class):
+        found = f'{opt.images_per_class} does not divide' if opt.images_per_class else 'is missing, expected to divide'
+        raise UserError(f'--sampler pk: --images_per_class {found} --batch_size {opt.batch_size}')
     for name in ('cosine', 'LARS', 'nesterov', 'amp'):
         setattr(opt, name, bool(getattr(opt, name)))
     if opt.warm is None:                                # large batches need it
@@ -524,23 +550,43 @@ def _check_generalized(opt):
             raise UserError(f'--{name} needs --method GenSCL, found {opt.method}')
     if opt.KD and not opt.teacher_path:
         raise UserError("--KD: --teacher_path is missing, expected the folder of the teacher's checkpoint")
-    if opt.method == 'GenSCL' and opt.aug_mode == 'with_both':
-        raise UserError('--aug_mode with_both: hard negatives have no label distribution for --method GenSCL, expected '
+    if opt.method in ('BCL', 'GenSCL') and opt.aug_mode == 'with_both':
+        raise UserError(f'--aug_mode with_both: hard negatives are not defined for --method {opt.method}, expected '
                         'SupCon or SimCLR')
 
 
 def _check_loss(opt):
-    if opt.positives_cap > 0 and opt.positives_cap % 2:
-        raise UserError(f'--positives_cap {opt.positives_cap}: expected a multiple of 2, the views of an image')
-    changed = [name for name, default in (('summation_location', 'out'), ('denominator_mode', 'all'),
-                                          ('positives_cap', -1)) if getattr(opt, name) != default]
-    if opt.method == 'GenSCL' and (changed or opt.moco):
-        raise UserError(f"--{[*changed, 'moco'][0]} is not defined for --method GenSCL, expected SupCon or SimCLR")
+    n_views = opt.n_views + opt.local_crops
+    if opt.positives_cap > 0 and opt.positives_cap % n_views:
+        raise UserError(f'--positives_cap {opt.positives_cap}: expected a multiple of {n_views}, the views of an image')
+    for name, found in (('method GenSCL', opt.method == 'GenSCL'), ('moco', opt.moco),
+                        ('accum_steps', opt.accum_steps > 1), ('model timm/...', opt.model.startswith('timm/'))):
+        if opt.local_crops and found:
+            raise UserError(f'--local_crops is not defined with --{name}')
+    for name in ('positives', 'denominator_mode'):
+        fixed = METHOD_DEFAULTS['main_supcon'].get(opt.method, {}).get(name)
+        if fixed and getattr(opt, name) != fixed:
+            raise UserError(f'--{name} {getattr(opt, name)}: --method {opt.method} is --{name} {fixed}, expected that, '
+                            'or --method SupCon')
+    if opt.method == 'GenSCL' and opt.n_views % 2:
+        raise UserError(f'--n_views {opt.n_views}: the loss of --method GenSCL takes two groups of views, expected an '
+                        'even number')
+    changed = [name for name, default in (('positives', 'class'), ('summation_location', 'out'),
+                                          ('denominator_mode', 'all'), ('positives_cap', -1))
+               if getattr(opt, name) != default]
+    if opt.method in ('BCL', 'GenSCL') and (changed or opt.moco):
+        raise UserError(f"--{[*changed, 'moco'][0]} is not defined for --method {opt.method}, expected SupCon or "
+                        'SimCLR')
+    if opt.method == 'BCL' and not opt.ce_weight:
+        raise UserError('--ce_weight 0: the prototypes of --method BCL are weights of the classifier, expected above 0')
+    if opt.method == 'BCL' and opt.head_bn:
+        raise UserError('--head_bn: the prototypes of --method BCL go through the head without a batch, expected no '
+                        '--head_bn')
     if opt.head_bn and (isinstance(opt.head, str) and opt.head == 'linear' or len(opt.head) < 2):
         raise UserError('--head_bn has no effect: the head has no hidden layer')
     if opt.moco:
         if opt.contrast_mode == 'one':
-            raise UserError('--contrast_mode one has no effect: with --moco the first views are the anchors anyway')
+            raise UserError('--contrast_mode one has no effect: with --moco all views but the last are anchors anyway')
         if opt.moco_k % opt.batch_size:
             raise UserError(f'--moco_k {opt.moco_k}: expected a multiple of --batch_size {opt.batch_size}')
         opt.temp = opt.moco_t or opt.temp

@@ -39,7 +39,8 @@ from util.training import learning_rate, seed_step, set_learning_rate
 RESUME_MAY_CHANGE = {
     'epochs', 'warm_epochs', 'num_workers', 'print_freq', 'save_freq', 'save_steps', 'keep_ckpts', 'eval_freq',
     'per_class', 'resume', 'force', 'overwrite', 'device', 'data_folder', 'aug_root', 'cache_dir', 'loader_chosen',
-    'output_name', 'trial', 'debug', 'wandb', 'wandb_entity', 'wandb_project', 'num_classes', 'evaluate', 'export'}
+    'output_name', 'trial', 'debug', 'wandb', 'wandb_entity', 'wandb_project', 'num_classes',
+    'class_sizes', 'evaluate', 'export'}
 
 
 CACHED_SECONDS = 10                     # between two checkpoints with --cache_features
@@ -349,5 +350,6 @@ class Run:
     def _log_views(self, loader):
         """Show some images of the first batch; features cannot be shown."""
         images, labels = next(iter(loader))
+        images = images[0] if isinstance(images, tuple) else images     # not the small crops
         if images.dim() == 4:
             self.curves.log_image('views', grid_of_views(images, len(labels), self.opt), 0)

@@ -108,7 +108,11 @@ class Network:
                                                    gradient_as_bucket_view=True, **{BUFFERS: False})
 
     def __call__(self, images, n_views=1):
-        """Outputs of the model for images [n_views * bsz, ...], view after view."""
+        """Outputs of the model for images [n_views * bsz, ...], view after view; for a tuple of images of unlike sizes
+        those of each, one after the other."""
+        if isinstance(images, tuple):
+            outputs = [self(part) for part in images]
+            return tuple(map(torch.cat, zip(*outputs))) if isinstance(outputs[0], tuple) else torch.cat(outputs)
         micro_batches = split_into_micro_batches(images, self.opt, n_views)
         if len(micro_batches) == 1:
             with autocast(self.opt):
@@ -158,7 +162,7 @@ def check_compiler(device):
     try:
         torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.zeros(8, device=device))
     except Exception as error:                  # of the compiler, of its search for it, of its cache folder
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = ' '.join((str(error).strip() or type(error).__name__).splitlines()[:2])
         raise UserError(f'--compile: torch.compile does not work here ({reason}), expected a C++ compiler (g++) and a '
                         'writable TORCHINDUCTOR_CACHE_DIR, or no --compile') from error
 
