@@ -91,6 +91,7 @@ def train(train_loader, network, criterion, optimizer, scaler, epoch, run, opt):
         training.update(loss, optimizer, scaler)
         run.record(train_loss=loss, train_acc=metrics.accuracy(output, labels),
                    gradient_norm=training.gradient_norm(network.model, scaler))
+        del images                                                  # its memory is needed for the next batch
     averages = run.averages()
     log(f"Train epoch {epoch}, total time {run.seconds:.2f}, accuracy:{averages['train_acc']:.2f}")
     return averages

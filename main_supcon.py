@@ -79,6 +79,7 @@ def train(train_loader, network, method, optimizer, scaler, epoch, run):
         training.update(loss, optimizer, scaler)
         run.record(loss=loss, contrastive_acc=accuracy, **feature_statistics(features),
                    gradient_norm=training.gradient_norm(network.model, scaler))
+        del images                                                  # its memory is needed for the next batch
     averages = run.averages()
     log(f'epoch {epoch}, total time {run.seconds:.2f}')
     return averages

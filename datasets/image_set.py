@@ -112,8 +112,9 @@ class ImageSet:
         counts = np.bincount(self.strata(), minlength=len(self.classes))
         return np.maximum(1, (fraction * counts).round().astype(int))
 
-    def decode(self, short_side):
-        """All images as tensors, decoded once: [n, 3, w, h] uint8 and their heights and widths [n].
+    def decode(self, short_side, device='cpu'):
+        """All images as tensors, decoded once: [n, 3, w, h] uint8, on a GPU where they fit into a quarter of its free
+        memory, and their heights and widths [n].
 
         Images larger than `short_side` are scaled down until the shorter side has that length; none is enlarged.
         Images of unlike sizes lie in the top left corner of the largest height and width.
@@ -126,6 +127,7 @@ class ImageSet:
                 sizes = torch.tensor(self.source.shape[1:3]).expand(len(self), 2)
             else:
                 data, sizes = self._decode(short_side)
+            data = data.to(device) if fits(data, device) else data
             self._decoded[short_side] = data, sizes[:, 0], sizes[:, 1]
         return self._decoded[short_side]
 
@@ -227,6 +229,11 @@ class ImageSet:
         mean = counts @ levels / pixels
         std = np.sqrt(np.maximum(counts @ levels**2 / pixels - mean**2, 0))
         return tuple(mean.round(4).tolist()), tuple(np.maximum(std, 1e-3).round(4).tolist())
+
+
+def fits(data, device):
+    """Whether a tensor takes less than a quarter of a GPU's free memory."""
+    return torch.device(device).type == 'cuda' and data.nbytes < torch.cuda.mem_get_info()[0] / 4
 
 
 def mostly_padding(padded, filled):

@@ -114,12 +114,13 @@ class ResNet(nn.Module):
         zero_init: start the last batch norm of each block at 0, so that blocks start as the identity
             (Goyal et al., 2017, https://arxiv.org/abs/1706.02677, section 5.1).
 
-    Set `precision` to a dtype to compute in mixed precision.
+    Set `precision` to a dtype to compute in mixed precision, and `memory_format` to torch.channels_last to compute in
+    that: DataParallel's replicas lose the format of the parameters, but not that of the images.
     """
 
     def __init__(self, name='resnet50', stem='cifar', width=1.0, zero_init=False):
         super().__init__()
-        self.precision = None
+        self.precision, self.memory_format = None, torch.preserve_format
         if name not in RESNETS:
             raise ValueError(f"network is {name!r}, expected one of {', '.join(RESNETS)}")
         if stem not in ('cifar', 'imagenet'):
@@ -153,6 +154,7 @@ class ResNet(nn.Module):
 
     def forward(self, x):
         with mixed_precision(x, self.precision):
+            x = x.to(memory_format=self.memory_format)
             x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
             x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
             return x.mean((2, 3))

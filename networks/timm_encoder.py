@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from networks.precision import mixed_precision
+from networks.sync_bn import SyncBatchNorm
 from util.distributed import rank_zero_first
 from util.errors import UserError
 from util.log import log
@@ -84,15 +85,15 @@ def _shrink_stem(model, name):
 class TimmEncoder(nn.Module):
     """A backbone of timm as encoder: images [bsz, 3, size, size] -> features [bsz, dim_out].
 
-    dim_out is what the backbone gives; pretrained: with timm's own weights. Set `precision` to a dtype to compute in
-    mixed precision. Raises UserError where the backbone takes no images of this size, or gives no vectors.
+    dim_out is what the backbone gives; pretrained: with timm's own weights. `precision` and `memory_format` as for
+    ResNet. Raises UserError where the backbone takes no images of this size, or gives no vectors.
     """
 
     def __init__(self, name, size=32, stem='cifar', width=1.0, zero_init=False, pretrained=False):
         super().__init__()
         if width != 1 or zero_init:
             raise UserError(f"--model timm/{name} takes no {'--zero_init' if zero_init else f'--width {width}'}")
-        self.precision = None
+        self.precision, self.memory_format = None, torch.preserve_format
         self.backbone = _downloaded(name, stem, size) if pretrained else timm_model(name, 0, stem, size)
         try:
             with torch.no_grad():
@@ -106,7 +107,7 @@ class TimmEncoder(nn.Module):
         self.backbone.train()
 
     def forward(self, x):
-        if len(x) == 0 and not any(isinstance(module, nn.SyncBatchNorm) for module in self.modules()):
+        if len(x) == 0 and not any(isinstance(module, SyncBatchNorm) for module in self.modules()):
             return x.new_zeros(0, self.dim_out)             # not every backbone takes the empty part of a process
         with mixed_precision(x, self.precision):
-            return self.backbone(x)
+            return self.backbone(x.to(memory_format=self.memory_format))

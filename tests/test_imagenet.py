@@ -355,7 +355,7 @@ def test_workers_give_both_views_of_the_same_images(jpegs):
     assert (images[:12] - expected).abs().mean() < 0.02
     opt = options('--loader', 'workers', '--batch_size', 12, '--num_workers', 0)
     loader = make_loader(image_set, view, opt, 2, train=False)
-    augment = loader.loader.dataset.sample
+    augment = loader.loader.dataset.augment
     augment.finish, loader.rest = False, augment.rest
     torch.testing.assert_close(next(iter(loader))[0], images)
 

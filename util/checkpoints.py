@@ -5,6 +5,7 @@ import math
 import os
 import re
 import reprlib
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -30,6 +31,34 @@ def write_checkpoint(state, file):
         while error.__context__ is not None:            # PyTorch's writer follows a full disk with errors of its own
             error = error.__context__
         raise UserError(f'{file}: cannot be written ({error})') from error
+
+
+class Writer:
+    """Writes files in a thread, one after the other, while training goes on.
+
+    A call of `submit` or `finish` waits for the one before and raises its error. After `finish` everything is written.
+    """
+
+    def __init__(self):
+        self.thread, self.pending = ThreadPoolExecutor(1), None
+
+    def submit(self, write, *args):
+        self.finish()
+        self.pending = self.thread.submit(write, *args)
+
+    def finish(self):
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
+
+
+def copy_on_host(state):
+    """A copy of nested dicts and lists, with their tensors in the host's memory."""
+    if isinstance(state, dict):
+        return {name: copy_on_host(value) for name, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(map(copy_on_host, state))
+    return state.to('cpu', copy=True) if torch.is_tensor(state) else state
 
 
 def kept_checkpoints(folder, up_to=math.inf):

@@ -95,11 +95,11 @@ class Exporter:
 
 def plain_parts(model):
     """Copies on the CPU of the encoder and of the last linear layer of a SupCEResNet or LinearProbe."""
-    encoder = model.encoder.module if isinstance(model.encoder, nn.DataParallel) else model.encoder
+    encoder = getattr(model.encoder, 'module', model.encoder)           # of DataParallel, or compiled
     fc = model.classifier.fc if isinstance(getattr(model, 'classifier', None), LinearClassifier) else model.fc
     encoder = copy.deepcopy(encoder).to('cpu', torch.float32, memory_format=torch.contiguous_format).eval()
     fc = copy.deepcopy(fc).cpu().float()
-    encoder.precision = None
+    encoder.precision, encoder.memory_format = None, torch.preserve_format
     return encoder, fc
 
 
