@@ -69,8 +69,9 @@ class Batches:
     [n], of which -(c + 1) counts as class c.
 
     Without `train` all images in their order. In training by opt.sampler:
-    - 'shuffle': all images, in random order. A last batch of one image, which batch norm cannot take, is added to the
-      batch before it.
+    - 'shuffle': all images, in random order. A tiny last batch shares the images of the one before it equally: one of
+      4 images beside those of 64 costs a small network 6 points of accuracy, since evaluation takes the running
+      statistics of batch norms as the last batch left them; one of 1 image they cannot take at all.
     - 'class_balanced': as many images, but each class equally often, and in a class each image (but for one).
     - 'pk': opt.images_per_class images of each of as many random classes as a batch holds; small classes repeat theirs.
     """
@@ -86,8 +87,9 @@ class Batches:
             self.sizes = [bsz] * max(1, n // bsz)
         elif train and n < bsz:
             log(f'--batch_size {bsz}: found {n} training images, each batch holds all of them')
-        elif train and self.sizes[-1] == 1:
-            self.sizes[-2:] = [self.sizes[-2] + 1]
+        elif train and n % bsz and n % bsz < max(2, bsz / 8):
+            both = bsz + n % bsz
+            self.sizes[-2:] = [both - both // 2, both // 2] if both > 3 else [both]
         if self.sampler in ('class_balanced', 'pk'):
             ordered, order = torch.where(labels < 0, -labels - 1, labels).sort(stable=True)
             self.classes = order.split(ordered.unique_consecutive(return_counts=True)[1].tolist())  # indices of each
