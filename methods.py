@@ -6,8 +6,9 @@ contrastive accuracy of the batch:
     features, loss, accuracy = method(network, images, labels, rng)
 
 images [n_views * bsz, 3, size, size], view after view, with --local_crops a tuple of these and of small crops; labels
-[bsz], of which -(c + 1) marks a near-out-of-distribution image made from class c, a hard negative; rng, a NumPy
-generator in the same state in all processes -> features [bsz, n_views, feat_dim], loss and accuracy (%) scalars.
+[bsz], of which -(c + 1) marks a near-out-of-distribution image made from class c, a hard negative, or [bsz, C] of 0 and
+1, where images have several; rng, a NumPy generator in the same state in all processes -> features
+[bsz, n_views, feat_dim], loss and accuracy (%) scalars.
 
 A new method is a class here and its row in METHODS.
 """
@@ -16,7 +17,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from datasets.mixing import mix_views
+from datasets.mixing import as_distributions, mix_views
 from losses import BalancedSupConLoss, GenSupConLoss, SupConLoss, contrastive_accuracy
 from util.distributed import all_sizes, all_to_all_rows, gather, global_mean, local_slice, to_device
 from util.training import in_micro_batches
@@ -34,10 +35,11 @@ class SupCon:
     def __call__(self, network, images, labels, rng):
         opt = self.opt
         features, logits = features_and_logits(network, images, self.n_views)
-        loss = self.criterion(features, labels, positives=opt.positives)
+        classes = None if opt.multi_label else labels                   # SimCLR alone is called with several labels
+        loss = self.criterion(features, classes, positives=opt.positives)
         if logits is not None:
-            loss = loss + opt.ce_weight * classifier_loss(logits, labels.repeat(self.n_views))
-        return features, loss, contrastive_accuracy(features, labels, opt.positives, self.hard_negatives)
+            loss = loss + opt.ce_weight * classifier_loss(logits, torch.cat([labels] * self.n_views), opt)
+        return features, loss, contrastive_accuracy(features, classes, opt.positives, self.hard_negatives)
 
 
 class SimCLR(SupCon):
@@ -73,7 +75,7 @@ class Momentum(SupCon):
         features, logits = features_and_logits(network, images, opt.n_views - 1)
         loss = self.criterion(features, labels, positives=opt.positives, keys=contrasts, key_labels=contrast_labels)
         if logits is not None:
-            loss = loss + opt.ce_weight * classifier_loss(logits, labels.repeat(opt.n_views - 1))
+            loss = loss + opt.ce_weight * classifier_loss(logits, labels.repeat(opt.n_views - 1), opt)
         features = torch.cat([features, keys[local_slice(len(keys))][:, None]], 1)      # the keys are the last views
         return features, loss, contrastive_accuracy(features, labels, opt.positives, self.hard_negatives)
 
@@ -95,7 +97,7 @@ class BCL:
         features, logits = features_and_logits(network, images, self.n_views)
         prototypes = network.model.project(network.model.fc.weight)             # [num_classes, feat_dim]
         loss = (self.weight * self.criterion(features, labels, prototypes)
-                + self.opt.ce_weight * classifier_loss(logits + self.adjustment, labels.repeat(self.n_views)))
+                + self.opt.ce_weight * classifier_loss(logits + self.adjustment, labels.repeat(self.n_views), self.opt))
         return features, loss, contrastive_accuracy(features, labels)
 
 
@@ -111,7 +113,7 @@ class GenSCL:
         self.opt, self.num_classes, self.teacher = opt, num_classes, teacher
 
     def __call__(self, network, images, labels, rng):
-        opt, n_views, labels = self.opt, self.opt.n_views, F.one_hot(labels, self.num_classes).float()
+        opt, n_views, labels = self.opt, self.opt.n_views, as_distributions(labels, self.num_classes)
         if opt.mix:
             images, labels = mix_views(images, labels, n_views, opt.mix, opt.mix_alpha, rng)
         else:
@@ -126,11 +128,23 @@ class GenSCL:
         loss = sum(weight * self.criterion(halves, soft.chunk(2)) for weight, soft in targets)
         learned = targets[0][1]
         if logits is not None:
-            loss = loss + opt.ce_weight * classifier_loss(logits, learned)
+            loss = loss + opt.ce_weight * classifier_loss(logits, learned, opt)
         return features, loss, contrastive_accuracy(features, by_image(learned, n_views))
 
 
 METHODS = {'SupCon': SupCon, 'SimCLR': SimCLR, 'SINCERE': SINCERE, 'DCL': DCL, 'BCL': BCL, 'GenSCL': GenSCL}
+
+
+def make_method(opt, num_classes, teacher=None):
+    """The method of --method and --moco.
+
+    SupCon of images with several labels is GenSCL's loss on these labels: a positive weighs as much as its labels and
+    the anchor's overlap, by cosine similarity.
+    """
+    if opt.moco:
+        return Momentum(opt, num_classes)
+    name = 'GenSCL' if opt.multi_label and opt.positives == 'class' else opt.method
+    return METHODS[name](opt, num_classes, teacher)
 
 
 def features_and_logits(network, images, n_views):
@@ -146,8 +160,11 @@ def by_image(x, n_views):
     return x.unflatten(0, (n_views, -1)).transpose(0, 1)
 
 
-def classifier_loss(logits, labels):
-    """Cross-entropy of logits [n, C] for labels [n], of which negative ones do not count, or distributions [n, C]."""
+def classifier_loss(logits, labels, opt):
+    """Cross-entropy of logits [n, C] for labels [n], of which negative ones do not count, or distributions [n, C]; for
+    images with several labels binary cross-entropy, the mean over the classes."""
+    if opt.multi_label:
+        return global_mean(F.binary_cross_entropy_with_logits(logits, labels, reduction='none').mean(1))
     if labels.dim() == 2:
         return global_mean(F.cross_entropy(logits, labels, reduction='none'))
     return global_mean(F.cross_entropy(logits, labels.clamp(min=0), reduction='none'), labels >= 0)

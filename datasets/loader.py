@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -26,7 +27,7 @@ from util.memory import available_memory
 
 
 def make_loader(image_set, view, opt, n_views=1, train=True, stream=()):
-    """An iterable of (images [n_views * bsz, 3, size, size], labels [bsz]), view after view, on opt.device.
+    """An iterable of (images [n_views * bsz, 3, size, size], labels [bsz] or [bsz, C]), view after view, on opt.device.
 
     Call `set_epoch(epoch)` before each epoch: permutation and views depend on opt.seed and the epoch alone, and those
     of a batch on nothing that was sampled before. With train=False the images come in their own order. Of several
@@ -145,6 +146,15 @@ class Loader:
     def __len__(self):
         return len(self.sizes)
 
+    def _operations(self, view, opt, n_views, train):
+        """The operations of views.apply on opt.device: compiled where the run is long enough."""
+        compiled = train and opt.epochs * len(self.labels) * n_views * view.size**2 >= COMPILE_PAYS
+        return views.compiled_operations(torch.device(opt.device)) if compiled else views.OPERATIONS
+
+    def _is_usual(self, step):
+        """Whether the batch has the size of the first: for another one the operations would be compiled again."""
+        return self.sizes[step] == self.sizes[0]
+
     def set_epoch(self, epoch, first_step=0):
         """What is iterated over next: the batches of an epoch from a step on, counted from 0.
 
@@ -157,27 +167,48 @@ class Loader:
 
 
 class BatchedLoader(Loader):
-    """Keeps the decoded images in memory, on the GPU where they take at most a quarter of what is free there."""
+    """Keeps the decoded images in memory, on the GPU where they fit, else prefetched from the host's."""
 
     def __init__(self, image_set, view, opt, n_views, train, stream):
         super().__init__(image_set.labels, opt, train, stream)
         self.view, self.n_views, self.device = view, n_views, torch.device(opt.device)
-        self.data, self.heights, self.widths = image_set.decode(view.short_side)
-        compiled = train and opt.epochs * len(image_set) * n_views * view.size**2 >= COMPILE_PAYS
-        self.operations = views.compiled_operations(self.device) if compiled else views.OPERATIONS
-        if self.device.type == 'cuda' and self.data.nbytes < torch.cuda.mem_get_info()[0] / 4:
-            self.data = self.data.to(self.device)
+        self.data, self.heights, self.widths = image_set.decode(view.short_side, self.device)
+        self.operations = self._operations(view, opt, n_views, train)
+        self.elsewhere = self.data.device.type != self.device.type      # too many for the GPU
+        self.copying = torch.cuda.Stream() if self.elsewhere and self.device.type == 'cuda' else None
 
     def __iter__(self):
-        for step, indices in self.batches:
-            repeated, mine = indices.repeat(self.n_views), local_slice(len(indices))
-            params = views.sample_params(self.view, self.heights[repeated], self.widths[repeated],
-                                         self.batches.generator(step, *self.stream))
-            params, indices = params.local(mine, len(indices)), indices[mine]
+        raw = (self._raw(step, indices) for step, indices in self.batches)
+        for batch in ahead(raw) if self.elsewhere else raw:
+            yield self._views(*batch)                   # no name here keeps a batch while the next is made
+
+    def _raw(self, step, indices):
+        """Number, images [bsz, 3, w, h] uint8, labels and ViewParams of a batch, before anything is computed on it."""
+        repeated, mine = indices.repeat(self.n_views), local_slice(len(indices))
+        params = views.sample_params(self.view, self.heights[repeated], self.widths[repeated],
+                                     self.batches.generator(step, *self.stream), self.device)
+        params, indices = params.local(mine, len(indices)), indices[mine]
+        with torch.cuda.stream(self.copying):
             data = to_device(self.data.index_select(0, to_device(indices, self.data.device)), self.device)
-            usual = self.sizes[step] == self.sizes[0]           # an odd size would be compiled again
-            images = views.apply(self.view, data, params, self.operations if usual else views.OPERATIONS)
-            yield images, to_device(self.labels[indices], self.device)
+        if self.copying:
+            self.copying.synchronize()                   # only the thread that prefetches waits
+        return step, data, self.labels[indices], params
+
+    def _views(self, step, data, labels, params):
+        if self.copying:
+            data.record_stream(torch.cuda.current_stream())
+        operations = self.operations if self._is_usual(step) else views.OPERATIONS
+        return views.apply(self.view, data, params, operations), to_device(labels, self.device)
+
+
+def ahead(iterator):
+    """The items of an iterator; each is made in a thread while the one before is used."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, iterator, None)
+        while (item := following.result()) is not None:
+            following = thread.submit(next, iterator, None)
+            yield item
+            del item
 
 
 class MultiCrop:
@@ -229,6 +260,7 @@ class WorkerLoader(Loader):
         else:
             augment = _Crops(view, n_views, finish=self.device.type == 'cpu')
             self.rest = None if augment.finish else augment.rest
+            self.operations = self._operations(view, opt, n_views, train) if self.rest else None
         # Batches that wait may take a quarter of the memory: those of thousands of large images are gigabytes.
         images_here = math.ceil(min(opt.batch_size, len(image_set)) / world_size())
         batch_bytes = images_here * n_views * 3 * view.size**2 * (1 if self.rest else 4)
@@ -238,18 +270,23 @@ class WorkerLoader(Loader):
                                  persistent_workers=train and workers > 0, collate_fn=_collate,
                                  prefetch_factor=max(1, min(4, waiting // workers)) if workers else None,
                                  pin_memory=self.device.type == 'cuda', worker_init_fn=_start_worker)
-        self.empty = torch.empty(0, 3, view.size, view.size), torch.empty(0, dtype=torch.long)
+        self.empty = torch.empty(0, 3, view.size, view.size), image_set.labels[:0]
 
     def __iter__(self):
         for step, batch in enumerate(self._loaded(), self.batches.first_step):
             if isinstance(batch, UserError):
                 raise UserError(str(batch))     # not itself: its traceback would hold this frame, and that the workers
-            images, labels = (part.to(self.device, non_blocking=True) for part in batch or self.empty)
-            if self.rest and len(images):
-                sizes = torch.full((self.n_views * self.sizes[step],), self.rest.size)
-                params = views.sample_params(self.rest, sizes, sizes, self.batches.generator(step, 1, *self.stream))
-                images = views.apply(self.rest, images, params.local(local_slice(self.sizes[step]), self.sizes[step]))
-            yield images, labels
+            yield self._finished(step, *(part.to(self.device, non_blocking=True) for part in batch or self.empty))
+
+    def _finished(self, step, images, labels):
+        """A batch from the workers, with the part of its views that is left to opt.device."""
+        if self.rest and len(images):
+            sizes = torch.full((self.n_views * self.sizes[step],), self.rest.size)
+            generator = self.batches.generator(step, 1, *self.stream)
+            params = views.sample_params(self.rest, sizes, sizes, generator, self.device)
+            images = views.apply(self.rest, images, params.local(local_slice(self.sizes[step]), self.sizes[step]),
+                                 self.operations if self._is_usual(step) else views.OPERATIONS)
+        return images, labels
 
     def _loaded(self):
         """What self.loader gives; UserError where its processes end, or cannot be started or reached."""

@@ -107,6 +107,8 @@ def main():
     with writing(folders[0].parent):
         check_folders(folders)
     train, rng = load_images(opt).train, np.random.default_rng(args.seed)
+    if train.multi_label:
+        raise UserError(f'--data_folder {args.data_folder}: its images have several labels, expected one class each')
     names = file_names(train.classes, args)
     members = [np.flatnonzero(train.labels.numpy() == number) for number in range(len(train.classes))]
     smallest = min(min(train.load(i).size) for part in members for i in part[:args.per_class])

@@ -178,8 +178,10 @@ def test_processes_that_each_normalize_still_have_one_network(in_processes):
 
 
 @pytest.mark.parametrize('n', [2, 3])
-@pytest.mark.parametrize('program', [main_ce, main_linear])
-@pytest.mark.parametrize('extra', [[], ['--mix', 'mixup'], ['--label_smoothing', '0.1']])
+@pytest.mark.parametrize('program, extra', [
+    *((program, extra) for program in ('ce', 'linear') for extra in ([], ['--mix', 'mixup'],
+                                                                     ['--label_smoothing', '0.1'])),
+    ('finetune', [])])
 def test_classifiers_learn_the_same_in_processes(in_processes, program, extra, n):
     def classify():
         torch.set_default_dtype(torch.float64)
@@ -189,8 +191,9 @@ def test_classifiers_learn_the_same_in_processes(in_processes, program, extra, n
             opt.size, opt.output_name = 8, 'x'
             training.set_device(opt)
             model = None
-            if program is main_linear:
-                opt.syncBN, opt.ckpt, opt.num_classes = False, 'x', 3
+            if program != 'ce':
+                opt.finetune, opt.freeze_bn, opt.num_classes = program == 'finetune', False, 3
+                opt.syncBN = opt.finetune
                 encoder = main_ce.SupCEResNet('resnet18', width=0.0625)
                 model, _ = main_linear.set_model(opt, {'model': encoder.state_dict()})
             values, model = train_one_epoch(main_ce, opt, Loader([13, 5, 3], 1, (0, 1, 2)), 3, model=model)
@@ -318,20 +321,20 @@ def test_every_share_suits_batch_norm(monkeypatch, n):
         assert max(map(len, shares)) <= max(3, -(-n // processes))
 
 
-@pytest.mark.parametrize('shape', [(6, 3, 4, 4), (6, 3)])
-def test_batch_norm_over_processes_is_that_of_the_whole_batch(in_processes, shape):
+@pytest.mark.parametrize('kind', [nn.BatchNorm2d, BatchNormAct2d, nn.BatchNorm1d])
+def test_batch_norm_over_processes_is_that_of_the_whole_batch(in_processes, kind):
     """Outputs, gradients of input, weight and bias, running statistics; one process has nothing."""
-    rng = torch.Generator().manual_seed(0)
+    rng, shape = torch.Generator().manual_seed(0), (6, 3) if kind is nn.BatchNorm1d else (6, 3, 4, 4)
     x = 3 * torch.randn(shape, generator=rng, dtype=torch.float64) + 100
     sizes, weights = [4, 0, 2], torch.randn(shape, generator=rng, dtype=torch.float64)
 
     def normalize():
-        norm = nn.Sequential((nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d)(3).double())
+        norm = nn.Sequential(kind(3).double())
         nn.init.uniform_(norm[0].weight, generator=torch.Generator().manual_seed(2))
         several = dist.is_initialized()
         own = slice(sum(sizes[:distributed.rank()]), sum(sizes[:distributed.rank() + 1])) if several else slice(0, 6)
         if several:
-            norm = synchronized(norm, cuda=False)
+            norm = synchronized(norm)
             assert type(norm[0]) is SyncBatchNorm
         part = x[own].clone().requires_grad_()
         y = norm(part)
@@ -345,6 +348,28 @@ def test_batch_norm_over_processes_is_that_of_the_whole_batch(in_processes, shap
         torch.testing.assert_close(torch.cat([part[i] for part in parts]), whole[i], rtol=1e-9, atol=1e-9)
     for part in parts:
         torch.testing.assert_close(part[2:], whole[2:], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_batch_norm_over_processes_in_half_precision(in_processes, memory_format):
+    """Statistics and sums are float32, also those of a process without images; the images stay in their dtype."""
+    x = (torch.randn(6, 3, 4, 4) + 5).contiguous(memory_format=memory_format)
+
+    def normalize(dtype):
+        norm = nn.Sequential(nn.BatchNorm2d(3))
+        norm = synchronized(norm) if dist.is_initialized() else norm
+        mine = slice(0, 6) if distributed.rank() == 0 else slice(0, 0)
+        part = x[mine].to(dtype).requires_grad_()
+        y = norm(part)
+        y.square().sum().backward()
+        assert y.dtype == part.grad.dtype == dtype and norm[0].running_mean.dtype == torch.float32
+        return y.detach().float(), part.grad.float(), norm[0].running_mean, norm[0].running_var
+    whole, = in_processes(1, lambda: normalize(torch.float32))
+    first, empty = in_processes(2, lambda: normalize(torch.bfloat16))
+    torch.testing.assert_close(first[0], whole[0], rtol=0.02, atol=0.02)
+    torch.testing.assert_close(first[1], whole[1], rtol=0.02, atol=0.05)
+    torch.testing.assert_close(first[2:], whole[2:], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(empty[2:], first[2:], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('kind', ['batched', 'workers', 'per_sample'])
@@ -400,18 +425,6 @@ def test_a_backbone_need_not_take_the_empty_part_of_a_process(monkeypatch):
     encoder = TimmEncoder('resnet18', 32)
     monkeypatch.setattr(encoder.backbone, 'forward', None)
     assert encoder(torch.zeros(0, 3, 32, 32)).shape == (0, 512)
-
-
-def test_batch_norms_for_gpus_match_pytorch(monkeypatch):
-    """With the activation of timm's own, and the empty part of a process in float32 as the other parts."""
-    network = nn.Sequential(nn.BatchNorm2d(3), BatchNormAct2d(3))
-    converted = synchronized(network, cuda=True)
-    assert all(isinstance(module, nn.SyncBatchNorm) for module in converted)
-    assert isinstance(converted[1].act, nn.ReLU)
-    for module in converted:
-        hook, = module._forward_pre_hooks.values()
-        half = torch.zeros(2, 3, 1, 1, dtype=torch.bfloat16)
-        assert hook(module, (half,))[0] is half and hook(module, (half[:0],))[0].dtype == torch.float32
 
 
 def test_a_process_of_torchrun_uses_one_gpu(monkeypatch):

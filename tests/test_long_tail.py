@@ -202,7 +202,7 @@ def test_logit_adjustment_is_the_formula():
     logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 2, 0])
     weights = logits.exp() * torch.tensor([60., 30., 10.])**0.5
     expected = -(weights[range(5), labels] / weights.sum(1)).log()
-    torch.testing.assert_close(main_ce.set_criterion(opt)(logits, labels), expected)
+    torch.testing.assert_close(main_ce.classification_loss(opt)(logits, labels), expected)
 
 
 @pytest.mark.parametrize('program', [main_ce, main_linear])

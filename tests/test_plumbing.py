@@ -111,15 +111,6 @@ def test_amp_does_not_depend_on_the_thread():
     assert seen == [torch.bfloat16]
 
 
-def test_compile_compiles_the_encoder(call, spy):
-    calls = spy(torch.nn.Module, 'compile')
-    opt = main_ce.parse_option(['--compile', '--model', 'resnet18', '--width', '0.0625'])
-    opt.device, opt.num_classes = 'cpu', 2
-    model = training.Network(main_ce.set_model(opt)[0], opt).model
-    assert [args[0] for args, _ in calls] == [model.encoder]
-    assert not any('_orig_mod' in name for name in model.state_dict())
-
-
 def test_compile_on_several_gpus_is_rejected(rejected, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import reprlib
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -30,6 +31,34 @@ def write_checkpoint(state, file):
         while error.__context__ is not None:            # PyTorch's writer follows a full disk with errors of its own
             error = error.__context__
         raise UserError(f'{file}: cannot be written ({error})') from error
+
+
+class Writer:
+    """Writes files in a thread, one after the other, while training goes on.
+
+    A call of `submit` or `finish` waits for the one before and raises its error. After `finish` everything is written.
+    """
+
+    def __init__(self):
+        self.thread, self.pending = ThreadPoolExecutor(1), None
+
+    def submit(self, write, *args):
+        self.finish()
+        self.pending = self.thread.submit(write, *args)
+
+    def finish(self):
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
+
+
+def copy_on_host(state):
+    """A copy of nested dicts and lists, with their tensors in the host's memory."""
+    if isinstance(state, dict):
+        return {name: copy_on_host(value) for name, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(map(copy_on_host, state))
+    return state.to('cpu', copy=True) if torch.is_tensor(state) else state
 
 
 def kept_checkpoints(folder, up_to=math.inf):
@@ -76,13 +105,14 @@ def check_parameters(model, state, source):
 def load_parameters(model, state, source):
     """Load a state dict without wrappers' prefixes into a model, wrapped or not.
 
-    Raises UserError where they do not fit, or where a parameter is not finite.
+    Returns how many there are. Raises UserError where they do not fit, or where one is not finite.
     """
     check_parameters(model, state, source)
     model.load_state_dict({name: state[name.replace('module.', '')] for name in model.state_dict()})
     for name, value in strip_wrappers(model.state_dict()).items():      # as they are now: 1e300 is inf in float32
         if not value.isfinite().all():
             raise UserError(f'{source}: {name} is not finite everywhere, expected a network that has not diverged')
+    return len(state)
 
 
 def load_optimizer(optimizer, saved, started=True, optional=()):
@@ -151,9 +181,10 @@ def whole_number(value, name):
     return value
 
 
-def read_checkpoint(file, keys):
+def read_checkpoint(file, keys, plain=False):
     """A checkpoint as a dict, of which one of `keys` holds parameters: -> (the dict, the parameters by their names).
 
+    With `plain` the dict may also be one of parameters, as model.state_dict() is, and counts as empty beside them.
     Nothing in the file is executed. What the dict holds beside the parameters is to be used as `plain_values` gives it.
     Raises UserError where the file is missing or no checkpoint.
     """
@@ -165,6 +196,8 @@ def read_checkpoint(file, keys):
         reason = error if type(error) is ValueError else type(error).__name__
         raise UserError(f'{file}: not a readable checkpoint ({reason!s:.200})') from error
     checkpoint = dict(dict.items(checkpoint)) if isinstance(checkpoint, dict) else {}
+    if plain and checkpoint and all(map(torch.is_tensor, checkpoint.values())):
+        checkpoint = {keys[0]: checkpoint}
     try:
         model = plain_values(next(checkpoint[key] for key in keys if key in checkpoint), tensors=True)
         state = strip_wrappers(model)
@@ -221,9 +254,32 @@ def load_encoder(checkpoint, opt, source):
     def build():
         return make_encoder(opt.model, size=opt.size, stem=opt.stem, width=opt.width)
     prefix = 'encoder.'
-    state = {name[len(prefix):]: value for name, value in checkpoint['model'].items() if name.startswith(prefix)}
+    state = {name[len(prefix):]: value for name, value in in_our_names(checkpoint['model'], opt.model).items()
+             if name.startswith(prefix)}
     with torch.device('meta'):                          # without memory, of which a file could ask for any amount
         check_parameters(build(), state, source)
     encoder = build()
     load_parameters(encoder, state, source)
     return encoder
+
+
+def in_our_names(state, model):
+    """Parameters under the names of these programs, encoder.<name>; `model` names the network.
+
+    Those of torchvision's and timm's ResNets (layer2.0.downsample.0.weight), and of other backbones of timm, are
+    renamed, and their classifier is left out. The inverse is export.named_as_elsewhere.
+    """
+    prefix = 'encoder.backbone.' if model.startswith('timm/') else 'encoder.'
+    if any(name.startswith(prefix) for name in state):
+        return state
+    classifier = ('fc.',)
+    if model.startswith('timm/'):
+        from networks.timm_encoder import classifier_names  # here, since timm takes seconds to import
+        classifier = classifier_names(model.removeprefix('timm/'))
+    else:
+        state = {name.replace('.downsample.', '.shortcut.'): value for name, value in state.items()}
+    kept = {name: value for name, value in state.items() if not name.startswith(classifier)}
+    for name in list(kept):                             # files from before PyTorch 0.4.1 lack these counts
+        if name.endswith('.running_mean'):
+            kept.setdefault(name.replace('running_mean', 'num_batches_tracked'), torch.tensor(0))
+    return {prefix + name: value for name, value in kept.items()}

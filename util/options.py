@@ -110,9 +110,9 @@ FLAG = {'action': 'store_true', 'default': False}
 OPTIONS = {
     'data': [
         ('--dataset', dict(default='cifar10', metavar='NAME',
-                           help='digits, cifar10, cifar100, imagenet, path or mvip')),
-        ('--data_folder --data_dir', dict(metavar='FOLDER', help='folder of the data; needed by --dataset path; '
-                                          'default: ./data, ./data/imagenet, ./data/MVIP/sets')),
+                           help='digits, cifar10, cifar100, imagenet, mvip, path or csv')),
+        ('--data_folder --data_dir', dict(metavar='FOLDER', help='folder of the data; needed by --dataset path and '
+                                          'csv; default: ./data, ./data/imagenet, ./data/MVIP/sets')),
         ('--mean', dict(type=MEAN, metavar='"(R, G, B)"',
                         help="channel means; default: the dataset's, or measured on the training images")),
         ('--std', dict(type=STD, metavar='"(R, G, B)"',
@@ -123,6 +123,9 @@ OPTIONS = {
                                'spread over the classes; default: all')),
         ('--samples_per_class', dict(type=COUNT, metavar='N', help='train on at most N images of each class, sampled '
                                      'with --seed; not of validation and augmentation folders; default: all')),
+        ('--label_fraction', dict(type=number(float, 0, 1, open_low=True), metavar='FRACTION', help='train on this '
+                                  'fraction of each class, at least one image, sampled with --seed; default: 1'),
+         CE + LINEAR),
         ('--sampler', dict(choices=('shuffle', 'class_balanced', 'pk'), default='shuffle',
                            help='training batches: shuffle: all images in random order; class_balanced: as many, each '
                            'class equally often; pk: --images_per_class images of each of batch_size / '
@@ -191,6 +194,11 @@ OPTIONS = {
                         help='cifar: 3x3 convolution; imagenet: 7x7 of stride 2 and max-pool, or as timm has it')),
         ('--width', dict(type=number(float, 1 / 64, 16), default=1., metavar='FACTOR',
                          help='multiplies the channels of every layer')),
+        ('--ckpt', dict(metavar='FILE', help='start from the encoder, and the head where it fits, of a checkpoint of '
+                        'these programs or SupContrast, or of weights of torchvision or timm; also .safetensors, and '
+                        'hf://owner/name[/file]; default: random weights'), SUPCON + CE),
+        ('--timm_pretrained', dict(FLAG, help="start --model timm/<name> from timm's weights, with their size, "
+                                   'normalization and stem'), SUPCON + CE),
         ('--zero_init', dict(FLAG, help='start residual blocks as the identity'), SUPCON + CE),
         ('--head', dict(type=head, default='mlp', metavar='HEAD', help='projection head: mlp, linear, or the sizes '
                         'of its layers such as 2048,2048,128'), SUPCON),
@@ -238,11 +246,14 @@ OPTIONS = {
                                 'main_ce.py last.ckpt'), SUPCON),
         ('--teacher_kind', dict(metavar='NAME', help='model of timm that it holds, default: '
                                 'efficientnetv2_rw_m; one of main_ce.py or main_linear.py records its own'), SUPCON),
-        ('--ckpt', dict(metavar='FILE', help='checkpoint of the pretrained encoder; needed, or:'), LINEAR),
+        ('--ckpt', dict(metavar='FILE', help='checkpoint of the pretrained encoder, or weights of torchvision or timm; '
+                        'also .safetensors, and hf://owner/name[/file]; needed, or:'), LINEAR),
         ('--pretrained', dict(type=folder_name, metavar='NAME', help='the run output/NAME, of the same --trial, needed '
                               'where --ckpt is not given'), LINEAR),
         ('--cache_features', dict(FLAG, help='compute the features of all images once, without augmentation, and '
                                   'train the classifier on these: another protocol, and many times faster'), LINEAR),
+        ('--finetune', dict(FLAG, help='train the encoder too'), LINEAR),
+        ('--freeze_bn', dict(FLAG, help='keep statistics, weights and biases of its batch norms'), LINEAR),
         ('--pretrained_ckpt', dict(type=folder_name, default='last.ckpt', metavar='FILE',
                                    help='checkpoint of that run'), LINEAR),
     ],
@@ -252,6 +263,8 @@ OPTIONS = {
                               help='images in a batch, over all devices')),
         ('--learning_rate --lr', dict(type=number(float, 0, 1e6, open_low=True), metavar='LR',
                                       help='learning rate')),
+        ('--encoder_lr', dict(type=number(float, 0, 1e6, open_low=True), metavar='LR', help='learning rate of the '
+                              'encoder, with the schedule of the other layers; default: --lr')),
         ('--base_lr', dict(type=number(float, 0, 1e6, open_low=True), metavar='LR', help='learning rate for 256 '
                            'images: replaces --lr by LR * batch size / 256; default: --lr')),
         ('--accum_steps', dict(type=COUNT, default=1, metavar='N', help='micro-batches that a batch goes through the '
@@ -306,8 +319,8 @@ OPTIONS = {
         ('--per_class', dict(FLAG, help='print the accuracy of each class'), CE + LINEAR),
         ('--evaluate', dict(FLAG, help="only evaluate the run's last.ckpt"), CE + LINEAR),
         ('--export', dict(metavar='FILE', help='write encoder and classifier for use elsewhere at the end, with '
-                          '--evaluate those of last.ckpt: .pth a state dict with the names of torchvision or timm, '
-                          '.pt2 a program of torch.export, or .onnx; default: no'), CE + LINEAR),
+                          '--evaluate those of last.ckpt: .safetensors or .pth a state dict with the names of '
+                          'torchvision or timm, .pt2 a program of torch.export, or .onnx; default: no'), CE + LINEAR),
         ('--debug', dict(FLAG, help='one epoch only')),
         ('--wandb', dict(FLAG, help='send curves and images to Weights & Biases too (pip install wandb)')),
         ('--wandb_entity', dict(metavar='NAME', help='its user or team; default: yours')),
@@ -349,6 +362,7 @@ REQUIRES = {
     **dict.fromkeys(('mvip_super_class', 'mvip_num_classes'), ('dataset', ('mvip',))),
     'aug_root': ('aug_output_name', None), 'aug_ex_id': ('aug_name_id', None), 'aug_ex_ood': ('aug_name_ood', None),
     'force': ('resume', None), 'exp_decay_epochs': ('exp_decay', None), 'feat_dim': ('head', ('mlp', 'linear')),
+    'freeze_bn': ('finetune', None),
     'momentum': ('optim_kind', ('SGD', 'RMSProp', 'RMSPropTF')),
     'optim_eps': ('optim_kind', ('RMSProp', 'RMSPropTF', 'Adam', 'AdamW')),
     **dict.fromkeys(('LARS', 'nesterov'), ('optim_kind', ('SGD',))),
@@ -357,8 +371,8 @@ REQUIRES = {
 # Options that decide on which images a network is trained or evaluated, and which network it is.
 NETWORK = ('model', 'stem', 'width')
 DATA = ('dataset', 'data_folder', 'imbalance', 'mvip_super_class', 'mvip_num_classes')
-EVALUATION = (*DATA, 'size', 'mean', 'std', 'max_samples', 'samples_per_class', 'seed', 'aug_mode', 'aug_root',
-              'aug_output_name', 'aug_name_id', 'aug_name_ood', 'aug_ex_id', 'aug_ex_ood', *NETWORK)
+EVALUATION = (*DATA, 'size', 'mean', 'std', 'max_samples', 'samples_per_class', 'label_fraction', 'seed', 'aug_mode',
+              'aug_root', 'aug_output_name', 'aug_name_id', 'aug_name_ood', 'aug_ex_id', 'aug_ex_ood', *NETWORK)
 
 
 class Parser(argparse.ArgumentParser):
@@ -447,8 +461,9 @@ def parse(program, description, argv, datasets, method=None, recorded=()):
     if chosen['dataset'] not in datasets:
         raise UserError(f"argument --dataset: found {chosen['dataset']!r}, expected one of {', '.join(datasets)}")
     info = datasets[chosen['dataset']]
+    pretrained = {'stem': 'imagenet'} if chosen.get('timm_pretrained') else {}
     defaults = {**program_defaults(program), **METHOD_DEFAULTS[program].get(method or chosen.get('method'), {}),
-                **info.defaults.get(program, {}), **recorded}
+                **info.defaults.get(program, {}), **pretrained, **recorded}
     opt = argparse.Namespace(**{**defaults, **given})
     if 'data_folder' in given and 'dataset' not in given and not recorded:
         _check_download(opt)
@@ -497,8 +512,9 @@ def underscores(word):
 
 def _complete(opt, program, given, info):
     """Check what depends on several options, and fill in what follows from them."""
-    if opt.dataset == 'path' and not opt.data_folder:
-        raise UserError('--dataset path: --data_folder is missing, expected a folder of images')
+    if opt.dataset in ('path', 'csv') and not opt.data_folder:
+        expected = {'path': 'of images', 'csv': 'with train.csv and val.csv'}[opt.dataset]
+        raise UserError(f'--dataset {opt.dataset}: --data_folder is missing, expected a folder {expected}')
     if opt.loader == 'batched' and opt.augment_policy in ('auto', 'rand', 'stacked_rand'):
         raise UserError(f'--augment_policy {opt.augment_policy} is sampled one image at a time, expected --loader '
                         'auto, workers or per_sample')
@@ -509,7 +525,9 @@ def _complete(opt, program, given, info):
         setattr(opt, name, bool(getattr(opt, name)))
     if opt.warm is None:                                # large batches need it
         opt.warm = opt.batch_size > 256 and program != 'main_linear'
-    for one, other in (('resume', 'overwrite'), ('exp_decay', 'cosine'), ('base_lr', 'learning_rate')):
+    for one, other in (('resume', 'overwrite'), ('exp_decay', 'cosine'), ('base_lr', 'learning_rate'),
+                       ('ckpt', 'timm_pretrained'), ('cache_features', 'finetune'),
+                       ('label_fraction', 'samples_per_class')):
         if one in given and other in given and getattr(opt, one) and getattr(opt, other):
             raise UserError(f'--{one} and --{other} are both given, expected at most one')
     if 'cache_dir' in given and opt.dataset in ('digits', 'cifar10', 'cifar100'):
@@ -517,6 +535,11 @@ def _complete(opt, program, given, info):
     for name in ('augment_policy', 'crop_min', 'jitter_strength', 'blur_p', 'cutout', 'erasing', 'mix'):
         if getattr(opt, 'cache_features', False) and name in given and getattr(opt, name) not in ('no', False):
             raise UserError(f'--{name} has no effect: --cache_features shows each image as evaluation does')
+    if getattr(opt, 'timm_pretrained', False) and (not opt.model.startswith('timm/') or opt.stem != 'imagenet'):
+        expected = '--stem imagenet, as the weights are' if opt.model.startswith('timm/') else '--model timm/<name>'
+        raise UserError(f'--timm_pretrained: found --model {opt.model} --stem {opt.stem}, expected {expected}')
+    if opt.encoder_lr and not getattr(opt, 'finetune', True):
+        raise UserError('--encoder_lr has no effect: linear evaluation trains no encoder, unless with --finetune')
     if opt.exp_decay:                                   # a method may have --cosine as its default
         opt.cosine = False
     if opt.nesterov and not opt.momentum:
@@ -538,7 +561,8 @@ def _complete(opt, program, given, info):
                         f'{expected_processes()} processes')
     cores = max(1, (os.cpu_count() or 1) // local_processes())
     opt.num_workers = cores if opt.num_workers is None else min(opt.num_workers, cores)
-    opt.split_seed = opt.loader_chosen = None           # see datasets
+    opt.split_seed = opt.loader_chosen = None           # see datasets, as for
+    opt.multi_label = False
     return opt
 
 
