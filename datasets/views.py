@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision import transforms
 
+from datasets.auto_augment import Policy
 from util.distributed import to_device
 from util.log import log
 
@@ -34,7 +35,7 @@ class View:
     padding: pixels of black around the square from which it is cut again at random, instead of `crop`.
     rotation: largest angle in degrees; corners that come from outside are black.
     auto: AutoAugment with its policy for 'cifar10', 'imagenet' or 'svhn'; rand: (number, magnitude) of RandAugment's
-        operations. Only `per_sample` executes these two.
+        operations. Both round to bytes (auto_augment.py).
     jitter: strengths of brightness, contrast, saturation and hue, as transforms.ColorJitter; None: no color jitter.
     jitter_p, grayscale: probabilities of the color jitter and of losing the colors.
     blur: probability of a Gaussian blur, its standard deviation uniform in 0.1 .. 2 pixels, over a tenth of the side.
@@ -69,11 +70,6 @@ class View:
     def blur_radius(self):
         """Pixels on each side that a blur takes in: a tenth of the side in all, as SimCLR."""
         return self.size // 10 // 2
-
-    @property
-    def per_sample_only(self):
-        """Whether only torchvision augments so, one image after the other."""
-        return bool(self.auto or self.rand)
 
     @property
     def group(self):
@@ -122,9 +118,14 @@ def after_crop(view):
     return steps
 
 
+def without_policy(view):
+    """The view without AutoAugment and RandAugment."""
+    return replace(view, auto=None, rand=None)
+
+
 def rest(view):
-    """What is left of a view for `sample_params` and `apply` after cropping and `after_crop`."""
-    return replace(view, crop=None, flip=0., resize=None, padding=0, rotation=0., auto=None, rand=None)
+    """What is left of a view for `sample_params` and `apply` after cropping and `after_crop(without_policy(view))`."""
+    return replace(view, crop=None, flip=0., resize=None, padding=0, rotation=0.)
 
 
 class Cutout(nn.Module):
@@ -147,7 +148,7 @@ class ViewParams:
     [4, n] brightness, contrast, saturation, hue (1, 1, 1, 0 where an image is not jittered), or None; gray [n] bool or
     None; sigmas [n] of blurs, 0 where there is none, or None; holes [n, k, 4] boxes of the view that are set to 0, or
     None; orders: the order of the four color operations in each group; groups: the slices of the views that are
-    executed together.
+    executed together; policy [n, steps]: operations of AutoAugment and RandAugment by their numbers in Policy, or None.
     """
     boxes: torch.Tensor
     limits: torch.Tensor
@@ -160,6 +161,7 @@ class ViewParams:
     holes: torch.Tensor | None
     orders: list
     groups: list
+    policy: torch.Tensor | None = None
 
     def local(self, rows, bsz):
         """The parameters of the views of some images, the slice `rows` of the batch of bsz."""
@@ -188,6 +190,7 @@ def sample_params(view, heights, widths, generator):
     flips = torch.rand(n, generator=generator) < view.flip
     shifts = torch.randint(2 * view.padding + 1, (n, 2), generator=generator) if view.padding else None
     angles = view.rotation * (2 * torch.rand(n, generator=generator) - 1) if view.rotation else None
+    policy = Policy(view.auto, view.rand, view.size).sample(n, generator) if view.auto or view.rand else None
     groups = groups_of(n, view)
     factors, orders = None, [None] * len(groups)
     if view.jitter:
@@ -208,7 +211,7 @@ def sample_params(view, heights, widths, generator):
     if view.erasing:
         holes.append(erasing_boxes(n, view.erasing, view.size, generator))
     holes = torch.cat(holes, 1) if holes else None
-    return ViewParams(boxes, limits, flips, shifts, angles, factors, gray, sigmas, holes, orders, groups)
+    return ViewParams(boxes, limits, flips, shifts, angles, factors, gray, sigmas, holes, orders, groups, policy)
 
 
 def groups_of(n, view):
@@ -317,6 +320,8 @@ def apply(view, images, params, operations=None):
             x = shift(x, shifts[part], view.padding)
         if angles is not None:
             x = rotate(x, angles[part])
+        if params.policy is not None:
+            x = Policy(view.auto, view.rand, view.size).apply(x, params.policy[part])
         for number in order or ():
             x = operations[COLORS[number]](x, factors[number, part])
         if params.gray is not None:

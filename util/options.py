@@ -468,9 +468,6 @@ def _complete(opt, program, given, info):
     """Check what depends on several options, and fill in what follows from them."""
     if opt.dataset == 'path' and not opt.data_folder:
         raise UserError('--dataset path: --data_folder is missing, expected a folder of images')
-    if opt.loader == 'batched' and opt.augment_policy in ('auto', 'rand', 'stacked_rand'):
-        raise UserError(f'--augment_policy {opt.augment_policy} is sampled one image at a time, expected --loader '
-                        'auto, workers or per_sample')
     for name in ('cosine', 'LARS', 'nesterov', 'amp'):
         setattr(opt, name, bool(getattr(opt, name)))
     if opt.warm is None:                                # large batches need it
