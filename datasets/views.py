@@ -76,9 +76,9 @@ class View:
         """Views that are executed together and share one order of the color operations.
 
         Few enough to stay in the cache of a CPU (measured at 32 pixels: 128 are 4 times faster than 2,048), enough
-        to keep a GPU busy.
+        to keep a GPU busy; more with AutoAugment and RandAugment, since each of their operations is of a few of them.
         """
-        return max(4, 2**17 // self.size**2)
+        return max(4, (2**19 if self.auto or self.rand else 2**17) // self.size**2)
 
 
 def per_sample(view):
