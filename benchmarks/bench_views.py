@@ -87,8 +87,8 @@ def main():
         for form, loader in loaders.items():
             speeds[form].append(epoch(loader, number)[1])
     medians = {form: statistics.median(values) for form, values in speeds.items()}
-    print(f'two views of {args.size} pixels each, policy {args.policy}, batches of {args.batch_size}, {args.num_workers} workers, on '
-          f'{args.device}; medians of {args.repeat}')
+    print(f'two views of {args.size} pixels each, policy {args.policy}, batches of {args.batch_size}, '
+          f'{args.num_workers} workers, on {args.device}; medians of {args.repeat}')
     print(f'{"form":12}{"images/s":>12}{"ratio":>8}{"first epoch, s":>16}')
     for form, speed in medians.items():
         print(f'{form:12}{speed:12.0f}{speed / medians["per_sample"]:8.1f}{first[form]:16.1f}')

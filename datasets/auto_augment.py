@@ -52,7 +52,6 @@ def magnitudes(name, level, bins, size):
     return 0.,
 
 
-@functools.cache
 class Policy:
     """What AutoAugment with the policy `auto`, and then RandAugment with `rand` = (number, magnitude), do to images of
     size x size; None: nothing.
@@ -72,7 +71,7 @@ class Policy:
             self.rand_steps, level = rand
             self.rand = torch.tensor([self._numbers(name, level, RAND_BINS) for name in RAND_OPERATIONS])
         names = [name for name, _ in self.operations]
-        self.kinds = [kind for kind in KINDS if kind in map(_kind, names)]
+        self.kinds = list(dict.fromkeys(map(_kind, names)))
         self.kind_of = torch.tensor([self.kinds.index(_kind(name)) for name in names])      # [operations]
         # Place of each operation among those of its kind.
         self.row_of = torch.tensor([(self.kind_of[:i] == kind).sum() for i, kind in enumerate(self.kind_of)])
@@ -100,15 +99,16 @@ class Policy:
     def apply(self, x, numbers):
         """Round images x [n, 3, size, size] of 0..1 to bytes and do the operations `numbers` [n, steps], which are on
         the CPU, to them, all images of one kind of operation at once."""
-        x = to_bytes(x.mul(255).round_())
+        x, place = to_bytes(x.mul(255).round_()), torch.arange(len(x))          # where each image is in x
         for step in numbers.T:
             kinds, order = self.kind_of[step].sort()
+            x, place = x.index_select(0, to_device(place[order], x.device)), order.argsort()
             counts = kinds.bincount(minlength=len(self.kinds)).tolist()
-            rows, back = to_device(self.row_of[step[order]], x.device), to_device(order.argsort(), x.device)
-            parts = x.index_select(0, to_device(order, x.device)).split(counts)
-            x = torch.cat([KINDS[kind](part, table[row]) if len(part) else part for kind, part, table, row in
-                           zip(self.kinds, parts, self._tables(x.device), rows.split(counts))]).index_select(0, back)
-        return x.float().div_(255)
+            rows = to_device(self.row_of[step[order]], x.device).split(counts)
+            for kind, part, row, table in zip(self.kinds, x.split(counts), rows, self._tables(x.device)):
+                if len(part) and kind != 'Identity':
+                    part.copy_(KINDS[kind](part, table.index_select(0, row)))
+        return x.index_select(0, to_device(place, x.device)).float().div_(255)
 
     def _tables(self, device):
         """For each kind what its operations need to know, [operations of the kind, ...] on a device."""
@@ -126,6 +126,12 @@ class Policy:
             values = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
             return torch.from_numpy(np.array(MAPS[name](values, magnitude)))
         return torch.tensor(1 + magnitude).view(1, 1, 1)
+
+
+@functools.cache
+def policy_of(auto, rand, size):
+    """The Policy, whose tables are made once."""
+    return Policy(auto, rand, size)
 
 
 def _kind(name):
@@ -203,5 +209,5 @@ def equalize(x, _):
     return table.gather(2, pixels).view_as(x)
 
 
-KINDS = {'Identity': lambda x, _: x, 'move': move, 'map': map_values, 'Color': color, 'Contrast': contrast,
+KINDS = {'move': move, 'map': map_values, 'Color': color, 'Contrast': contrast,
          'Sharpness': sharpness, 'AutoContrast': autocontrast, 'Equalize': equalize}

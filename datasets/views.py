@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision import transforms
 
-from datasets.auto_augment import Policy
+from datasets.auto_augment import policy_of
 from util.distributed import to_device
 from util.log import log
 
@@ -190,7 +190,7 @@ def sample_params(view, heights, widths, generator):
     flips = torch.rand(n, generator=generator) < view.flip
     shifts = torch.randint(2 * view.padding + 1, (n, 2), generator=generator) if view.padding else None
     angles = view.rotation * (2 * torch.rand(n, generator=generator) - 1) if view.rotation else None
-    policy = Policy(view.auto, view.rand, view.size).sample(n, generator) if view.auto or view.rand else None
+    policy = policy_of(view.auto, view.rand, view.size).sample(n, generator) if view.auto or view.rand else None
     groups = groups_of(n, view)
     factors, orders = None, [None] * len(groups)
     if view.jitter:
@@ -321,7 +321,7 @@ def apply(view, images, params, operations=None):
         if angles is not None:
             x = rotate(x, angles[part])
         if params.policy is not None:
-            x = Policy(view.auto, view.rand, view.size).apply(x, params.policy[part])
+            x = policy_of(view.auto, view.rand, view.size).apply(x, params.policy[part])
         for number in order or ():
             x = operations[COLORS[number]](x, factors[number, part])
         if params.gray is not None:
