@@ -48,7 +48,7 @@ class MomentumContrast(nn.Module):
     @torch.no_grad()
     def enqueue(self, keys, labels):
         """Replace the oldest keys."""
-        keys, labels = keys[-len(self.queue):], labels[-len(self.queue):]   # a last batch may have one more
+        keys, labels = keys[-len(self.queue):], labels[-len(self.queue):]   # a last batch may be larger
         places = (self.position + torch.arange(len(keys), device=keys.device)) % len(self.queue)
         self.queue.index_copy_(0, places, keys.to(self.queue))
         self.queue_labels.index_copy_(0, places, labels)

@@ -20,6 +20,7 @@ import main_supcon
 import methods
 from datasets import make_loader, views
 from datasets.image_set import ImageSet
+from datasets.loader import Batches
 from datasets.views import View
 from losses import SupConLoss
 from util import arguments, checkpoints, runs, training
@@ -200,9 +201,17 @@ def test_linear_evaluation_sees_the_images_as_pretraining_did(call, tmp_path):
     assert ours['split_seed'] == 5 and theirs['seed'] == 6
 
 
-def test_a_last_batch_of_one_image_joins_the_one_before(call):
-    out = run(call, main_ce, '--max_samples', 41, '--batch_size', 10, '--print_freq', 1)
-    assert '[1][4/4]' in out
+@pytest.mark.parametrize('n, bsz, sizes', [
+    (41, 10, [10, 10, 10, 6, 5]), (132, 64, [64, 34, 34]), (135, 64, [64, 36, 35]), (136, 64, [64, 64, 8]),
+    (5, 2, [2, 3]), (4, 3, [2, 2]), (7, 3, [3, 2, 2]), (7, 8, [7]), (128, 64, [64, 64])])
+def test_a_tiny_last_batch_shares_the_images_of_the_one_before(n, bsz, sizes):
+    """In training; as many steps, none larger. A last batch that is not tiny stays, as does evaluation's."""
+    opt = arguments.defaults(batch_size=bsz, seed=0)
+    batches = Batches(torch.zeros(n, dtype=torch.long), opt, train=True)
+    assert [len(indices) for _, indices in batches] == batches.sizes == sizes
+    assert sorted(i for _, indices in batches for i in indices.tolist()) == list(range(n))
+    rest = [n % bsz] * (n % bsz > 0)
+    assert Batches(torch.zeros(n, dtype=torch.long), opt, train=False).sizes == [bsz] * (n // bsz) + rest
 
 
 @pytest.mark.parametrize('arguments, words', [
