@@ -1,7 +1,10 @@
-"""Views per second: two SimCLR views of each image, sampled in batches, against torchvision's transforms in workers.
+"""Views per second: two views of each image, sampled in batches, against torchvision's transforms in workers.
 
-    python benchmarks/bench_views.py [--images 20000] [--size 32] [--batch_size 1024] [--num_workers N] [--repeat 5]
+    python benchmarks/bench_views.py [--policy sim|auto|rand] [--images 20000] [--size 32] [--batch_size 1024]
+                                     [--num_workers N] [--repeat 5]
 
+`sim` are SimCLR's views; `auto` AutoAugment with the policy of CIFAR-10, from 128 pixels on that of ImageNet, and
+`rand` two operations of RandAugment of magnitude 9, after cropping and flipping.
 `per_sample` are the original's transforms in DataLoader workers, `batched` the batched loader without a compiler,
 `compiled` as a long run has it; all three sample the same view of the same images, parts of scikit-learn's two
 photographs. They take turns, an epoch each; medians. A batch counts when it lies in memory on the device. The
@@ -40,7 +43,8 @@ def photographs(count, size):
 
 
 def loader_of(form, images, args):
-    opt = arguments.defaults(dataset='cifar10', size=args.size, mean=(0.5,) * 3, std=(0.25,) * 3, seed=0,
+    opt = arguments.defaults(dataset='imagenet' if args.size >= 128 else 'cifar10', augment_policy=args.policy,
+                        rand_n=2, rand_m=9, crop_min=0.2, size=args.size, mean=(0.5,) * 3, std=(0.25,) * 3, seed=0,
                         batch_size=args.batch_size, num_workers=args.num_workers, device=args.device,
                         loader='per_sample' if form == 'per_sample' else 'batched',
                         epochs=COMPILE_PAYS if form == 'compiled' else 1)
@@ -64,6 +68,7 @@ def epoch(loader, number):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--policy', choices=('sim', 'auto', 'rand'), default='sim')
     parser.add_argument('--images', type=int, default=20000)
     parser.add_argument('--size', type=int, default=32)
     parser.add_argument('--batch_size', type=int, default=1024)
@@ -82,8 +87,8 @@ def main():
         for form, loader in loaders.items():
             speeds[form].append(epoch(loader, number)[1])
     medians = {form: statistics.median(values) for form, values in speeds.items()}
-    print(f'two views of {args.size} pixels each, batches of {args.batch_size}, {args.num_workers} workers, on '
-          f'{args.device}; medians of {args.repeat}')
+    print(f'two views of {args.size} pixels each, policy {args.policy}, batches of {args.batch_size}, '
+          f'{args.num_workers} workers, on {args.device}; medians of {args.repeat}')
     print(f'{"form":12}{"images/s":>12}{"ratio":>8}{"first epoch, s":>16}')
     for form, speed in medians.items():
         print(f'{form:12}{speed:12.0f}{speed / medians["per_sample"]:8.1f}{first[form]:16.1f}')

@@ -22,6 +22,12 @@ HERE = Path(__file__).resolve().parent
 # Name: (what the ratio is of, the goal, the command and its arguments)
 BENCHMARKS = {
     'views': ('compiled batched views / transforms in workers', 24, ['bench_views.py', '--images', '50000']),
+    'auto views': ('the same with AutoAugment', 15, ['bench_views.py', '--images', '50000', '--policy', 'auto']),
+    'rand views': ('the same with RandAugment, 2 operations', 15,
+                   ['bench_views.py', '--images', '50000', '--policy', 'rand']),
+    'large auto views': ('the same with AutoAugment, 224 pixels', 3,
+                         ['bench_views.py', '--images', '1024', '--size', '224', '--batch_size', '128', '--policy',
+                          'auto']),
     'step': ('--amp step / original step', 2.5, ['bench_step.py', '--batch_size', '128', '--steps', '3']),
     'linear': ('epoch of images / of --cache_features', 50, ['bench_linear.py']),
     'loss': ('dense / linear, 16,384 views', 4, ['bench_loss.py']),

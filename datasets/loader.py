@@ -35,8 +35,8 @@ def make_loader(image_set, view, opt, n_views=1, train=True, stream=()):
 
     opt.loader: 'batched' decodes everything into memory first and samples views on opt.device; 'workers' decodes and
     crops in opt.num_workers worker processes and does the colors on opt.device; 'per_sample' does all in the workers;
-    'auto' takes 'batched' where the images fit into half of the free memory, padding is not most of it, and the view
-    can be sampled in batches, else 'workers'.
+    'auto' takes 'batched' where the images fit into half of the free memory and padding is not most of it, else
+    'workers'.
 
     stream: (a number,) for other random views of the same batches.
     """
@@ -45,15 +45,13 @@ def make_loader(image_set, view, opt, n_views=1, train=True, stream=()):
         kind = train and opt.loader_chosen or _loader_that_fits(image_set, view)
         if train:
             opt.loader_chosen = kind                    # recorded, since a run that resumes must sample the same views
-    if kind == 'batched' and not view.per_sample_only:
+    if kind == 'batched':
         return BatchedLoader(image_set, view, opt, n_views, train, stream)
     return WorkerLoader(image_set, view, opt, n_views, train, stream, per_sample=opt.loader == 'per_sample')
 
 
 def _loader_that_fits(image_set, view):
     """What --loader auto chooses, alike in all processes."""
-    if view.per_sample_only:
-        return 'workers'
     needed, filled = image_set.decoded_bytes(view.short_side)
     too_large = needed >= available_memory() / 2 / local_processes() or mostly_padding(needed, filled)
     return 'workers' if all_max(too_large) else 'batched'
@@ -398,6 +396,10 @@ class _Crops:
 
     def __init__(self, view, n_views, finish):
         self.view, self.n_views, self.rest, self.finish = view, n_views, views.rest(view), finish
+        if finish:                                      # AutoAugment and RandAugment of single images: by PIL
+            self.rest = views.without_policy(self.rest)
+        else:
+            view = views.without_policy(view)
         # Steps that need PIL images; flips alone do not.
         self.after = transforms.Compose(views.after_crop(view)) if views.after_crop(replace(view, flip=0.)) else None
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision import transforms
 
+from datasets.auto_augment import policy_of
 from util.distributed import all_to_device
 from util.log import log
 
@@ -34,7 +35,7 @@ class View:
     padding: pixels of black around the square from which it is cut again at random, instead of `crop`.
     rotation: largest angle in degrees; corners that come from outside are black.
     auto: AutoAugment with its policy for 'cifar10', 'imagenet' or 'svhn'; rand: (number, magnitude) of RandAugment's
-        operations. Only `per_sample` executes these two.
+        operations. Both round to bytes (auto_augment.py).
     jitter: strengths of brightness, contrast, saturation and hue, as transforms.ColorJitter; None: no color jitter.
     jitter_p, grayscale: probabilities of the color jitter and of losing the colors.
     blur: probability of a Gaussian blur, its standard deviation uniform in 0.1 .. 2 pixels, over a tenth of the side.
@@ -71,15 +72,10 @@ class View:
         return self.size // 10 // 2
 
     @property
-    def per_sample_only(self):
-        """Whether only torchvision augments so, one image after the other."""
-        return bool(self.auto or self.rand)
-
-    @property
     def group(self):
         """Views that a CPU executes together, so few that they stay in its cache (measured at 32 pixels: 128 are 4
-        times faster than 2,048)."""
-        return max(4, 2**17 // self.size**2)
+        times faster than 2,048); more with AutoAugment and RandAugment, since each operation is of a few of them."""
+        return max(4, (2**19 if self.auto or self.rand else 2**17) // self.size**2)
 
 
 def per_sample(view):
@@ -119,9 +115,14 @@ def after_crop(view):
     return steps
 
 
+def without_policy(view):
+    """The view without AutoAugment and RandAugment."""
+    return replace(view, auto=None, rand=None)
+
+
 def rest(view):
-    """What is left of a view for `sample_params` and `apply` after cropping and `after_crop`."""
-    return replace(view, crop=None, flip=0., resize=None, padding=0, rotation=0., auto=None, rand=None)
+    """What is left of a view for `sample_params` and `apply` after cropping and `after_crop(without_policy(view))`."""
+    return replace(view, crop=None, flip=0., resize=None, padding=0, rotation=0.)
 
 
 class Cutout(nn.Module):
@@ -144,7 +145,7 @@ class ViewParams:
     [4, n] brightness, contrast, saturation, hue (1, 1, 1, 0 where an image is not jittered), or None; gray [n] bool or
     None; sigmas [n] of blurs, 0 where there is none, or None; holes [n, k, 4] boxes of the view that are set to 0, or
     None; orders: the order of the four color operations in each group; groups: the slices of the views that are
-    executed together.
+    executed together; policy [n, steps]: operations of AutoAugment and RandAugment by their numbers in Policy, or None.
     """
     boxes: torch.Tensor
     limits: torch.Tensor
@@ -157,6 +158,7 @@ class ViewParams:
     holes: torch.Tensor | None
     orders: list
     groups: list
+    policy: torch.Tensor | None = None
 
     def local(self, rows, bsz):
         """The parameters of the views of some images, the slice `rows` of the batch of bsz."""
@@ -186,6 +188,7 @@ def sample_params(view, heights, widths, generator, device='cpu'):
     flips = torch.rand(n, generator=generator) < view.flip
     shifts = torch.randint(2 * view.padding + 1, (n, 2), generator=generator) if view.padding else None
     angles = view.rotation * (2 * torch.rand(n, generator=generator) - 1) if view.rotation else None
+    policy = policy_of(view.auto, view.rand, view.size).sample(n, generator) if view.auto or view.rand else None
     groups = groups_of(n, view, device)
     factors, orders = None, [None] * len(groups)
     if view.jitter:
@@ -206,7 +209,7 @@ def sample_params(view, heights, widths, generator, device='cpu'):
     if view.erasing:
         holes.append(erasing_boxes(n, view.erasing, view.size, generator))
     holes = torch.cat(holes, 1) if holes else None
-    return ViewParams(boxes, limits, flips, shifts, angles, factors, gray, sigmas, holes, orders, groups)
+    return ViewParams(boxes, limits, flips, shifts, angles, factors, gray, sigmas, holes, orders, groups, policy)
 
 
 def groups_of(n, view, device='cpu'):
@@ -319,6 +322,8 @@ def apply(view, images, params, operations=None):
             x = shift(x, shifts[part].long(), view.padding)
         if angles is not None:
             x = rotate(x, angles[part])
+        if params.policy is not None:
+            x = policy_of(view.auto, view.rand, view.size).apply(x, params.policy[part])
         for number in order or ():
             x = operations[COLORS[number]](x, factors[number, part])
         if gray is not None and len(gray):

@@ -299,7 +299,6 @@ def test_the_published_teacher_has_a_small_stem():
      ['large/ckpt_best.pth', 'pos_embed']),
     (['--KD', '--teacher_path', 'nan'], ['nan/last.ckpt', 'fc.bias is not finite']),
     (['--optim-kind', 'Lion'], ['--optim_kind', 'Lion', 'AdamW']),
-    (['--augment-policy', 'rand', '--loader', 'batched'], ['--augment_policy rand', 'per_sample']),
     (['--cutout'], ['--cutout_length 16', '8 pixels']),
     (['--rand-m', '31'], ['--rand_m', '30']),
     (['--aug_mode', 'with_both', '--aug_output_name', 'x', '--aug_name_id', 'a', '--aug_name_ood', 'b'], ['GenSCL']),
@@ -385,7 +384,8 @@ def test_lars_adapts_weights_and_leaves_biases_alone(weight_decay):
 
 @pytest.mark.parametrize('arguments', [
     ['--optim-kind', 'RMSProp', '--lr', '0.001'], ['--optim-kind', 'AdamW', '--lr', '0.001'], ['--LARS'],
-    ['--augment-policy', 'auto'], ['--augment-policy', 'rand', '--cutout', '--cutout-length', '4'],
+    ['--augment-policy', 'auto', '--loader', 'batched'],
+    ['--augment-policy', 'stacked_rand', '--cutout', '--cutout-length', '4'],
     ['--augment-policy', 'no', '--cutout', '--cutout-length', '4', '--n_holes', '2'],
     ['--mix', 'cutmix', '--ce_weight', '1'], ['--no_cosine', '--no_warm']])
 def test_options_run(call, arguments):

@@ -3,6 +3,7 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ import main_supcon
 import methods
 from datasets import classification_view, evaluation_view, load_images, make_loader, pretraining_view, views
 from datasets.image_set import ImageSet
-from datasets.loader import WorkerLoader
+from datasets.loader import WorkerLoader, _Crops
 from datasets.sources import folder
 from datasets.views import View
 from losses import SupConLoss
@@ -358,6 +359,22 @@ def test_workers_give_both_views_of_the_same_images(jpegs):
     augment = loader.loader.dataset.augment
     augment.finish, loader.rest = False, augment.rest
     torch.testing.assert_close(next(iter(loader))[0], images)
+
+
+def test_workers_leave_autoaugment_to_a_gpu(jpegs):
+    """Where the training device does the colors, of whole batches, workers only crop and flip."""
+    image_set = folder(jpegs / 'train')
+    plain = View(64, (0.5,) * 3, (0.2,) * 3, crop=(0.2, 1.), flip=0.5)
+    view = replace(plain, auto='imagenet', rand=(2, 9))
+    crops = _Crops(view, 2, finish=False)
+    assert all(torch.equal(crops(image_set, i, i), _Crops(plain, 2, finish=False)(image_set, i, i)) for i in range(12))
+    results = []
+    for each in (view, plain):
+        loader = make_loader(image_set, each, options('--loader', 'workers', '--batch_size', 12, '--num_workers', 0), 2)
+        loader.loader.dataset.augment = _Crops(each, 2, finish=False)
+        loader.rest = loader.loader.dataset.augment.rest
+        results.append(next(iter(loader))[0])
+    assert (results[0] != results[1]).flatten(1).any(1).sum() > 12
 
 
 def test_jpegs_are_decoded_at_the_scale_that_is_needed(jpegs):

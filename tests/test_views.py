@@ -214,11 +214,11 @@ def statistics(x):
                         (x[..., :size].mean((2, 3)) - x[..., -size:].mean((2, 3))).std(0)])
 
 
-def compare(batched, per_sample):
+def compare(batched, per_sample, rtol=0.04):
     (mean, others), (expected_mean, expected_others) = statistics(batched), statistics(per_sample)
     # Pillow rounds down after each operation: its images are darker by about 1/255, here 0.02.
     torch.testing.assert_close(mean, expected_mean, rtol=0, atol=0.05)
-    torch.testing.assert_close(others, expected_others, rtol=0.04, atol=0)
+    torch.testing.assert_close(others, expected_others, rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize('size, rotation', [(32, 0.), (20, 15.), (48, 0.)])
@@ -309,7 +309,6 @@ def test_executors_agree_on_what_hides_pixels(real_images, view):
 @pytest.mark.parametrize('view', [View(32, MEAN, STD, crop=(0.2, 1.), auto='cifar10'),
                                   View(32, MEAN, STD, padding=4, rand=(2, 9), cutout=(1, 8), erasing=1.)])
 def test_policies_of_torchvision_run_per_sample(real_images, view):
-    assert view.per_sample_only
     transform = views.per_sample(view)
     names = [type(step).__name__ for step in transform.transforms]
     assert ('AutoAugment' if view.auto else 'RandAugment') in names

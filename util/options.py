@@ -515,9 +515,6 @@ def _complete(opt, program, given, info):
     if opt.dataset in ('path', 'csv') and not opt.data_folder:
         expected = {'path': 'of images', 'csv': 'with train.csv and val.csv'}[opt.dataset]
         raise UserError(f'--dataset {opt.dataset}: --data_folder is missing, expected a folder {expected}')
-    if opt.loader == 'batched' and opt.augment_policy in ('auto', 'rand', 'stacked_rand'):
-        raise UserError(f'--augment_policy {opt.augment_policy} is sampled one image at a time, expected --loader '
-                        'auto, workers or per_sample')
     if opt.sampler == 'pk' and (not opt.images_per_class or opt.batch_size % opt.images_per_class):
         found = f'{opt.images_per_class} does not divide' if opt.images_per_class else 'is missing, expected to divide'
         raise UserError(f'--sampler pk: --images_per_class {found} --batch_size {opt.batch_size}')
@@ -532,8 +529,6 @@ def _complete(opt, program, given, info):
             raise UserError(f'--{one} and --{other} are both given, expected at most one')
     if 'cache_dir' in given and opt.dataset in ('digits', 'cifar10', 'cifar100'):
         raise UserError(f'--cache_dir has no effect: --dataset {opt.dataset} is no folder of images')
-    if 'data_folder' in given and opt.dataset == 'digits':
-        raise UserError('--data_folder has no effect: --dataset digits is no folder of images')
     for name in ('augment_policy', 'crop_min', 'jitter_strength', 'blur_p', 'cutout', 'erasing', 'mix'):
         if getattr(opt, 'cache_features', False) and name in given and getattr(opt, name) not in ('no', False):
             raise UserError(f'--{name} has no effect: --cache_features shows each image as evaluation does')
