@@ -1,15 +1,22 @@
 """Supervised contrastive losses in memory linear in the number of views. The file needs only torch: copy it anywhere.
 
-For anchors z_i, contrasts z_j, similarities s_ij = z_i . z_j / temperature, positives P(i) and
-allowed contrasts A(i) (never z_i itself):
+For anchors z_i, contrasts z_j, similarities s_ij = z_i . z_j / temperature, allowed contrasts A(i) (never z_i itself),
+positives P(i) and negatives N(i) = A(i) without P(i):
 
-    L_i  = logsumexp_{j in A(i)} s_ij  -  mean_{j in P(i)} s_ij
+    L_i  = logsumexp_{j in A(i)} s_ij  -  mean_{p in P(i)} s_ip
     loss = temperature / base_temperature * mean_i L_i
 
 - SupCon: P(i) holds the other views of all images with i's label
   (Khosla et al., 2020, https://arxiv.org/abs/2004.11362, Eq. 2).
 - SimCLR: P(i) holds the other views of the same image
   (Chen et al., 2020, https://arxiv.org/abs/2002.05709, Eq. 1).
+- SupCon's Eq. 3: L_i = logsumexp_{j in A(i)} s_ij  -  logsumexp_{p in P(i)} s_ip  +  log |P(i)|.
+- SINCERE: L_i = mean_{p in P(i)} [log(exp(s_ip) + sum_{j in N(i)} exp(s_ij)) - s_ip]
+  (Feeney and Hughes, 2023, https://arxiv.org/abs/2309.14277).
+- DCL: L_i = logsumexp_{j in N(i)} s_ij  -  mean_{p in P(i)} s_ip
+  (Yeh et al., 2021, https://arxiv.org/abs/2110.06848).
+- BCL: SupCon with exp(s_ij) / (number of contrasts of j's class) in the first term and a prototype of each class
+  among the contrasts (Zhu et al., 2022, https://arxiv.org/abs/2207.09052).
 - GenSCL: labels are distributions y_i over the classes, and the mean is weighted with w_ij = cos(y_i, y_j)
   (Kim et al., 2022, https://arxiv.org/abs/2206.00384).
 - Hard negatives: near-out-of-distribution images made from class c carry the label -(c + 1). They are no anchors,
@@ -17,11 +24,12 @@ allowed contrasts A(i) (never z_i itself):
 - Several processes (torch.distributed): each has a slice of the batch. Its views are anchors, the views of all
   processes are contrasts, and each gets the loss of the whole batch.
 
-`reference_loss` is the formula with N x N matrices. The losses need none. For the second term class sums are enough:
-mean_{j in P(i)} s_ij = z_i . (class sum - z_i) / (count - 1) / temperature, and with unit vectors u_i = y_i / |y_i| the
-weighted sum is z_i . M u_i / temperature, M = sum_j z_j u_j^T [dim, C]. The first term is computed in blocks of the
-matrix, and each block is computed again in the backward pass.
+`reference_loss` is the formula with N x N matrices. The losses need none: they compute blocks of rows, and each block
+again in the backward pass. Where the second term is a plain mean, class sums are enough for it: mean_{p in P(i)} s_ip =
+z_i . (class sum - z_i) / (count - 1) / temperature, and for GenSCL with unit vectors u_i = y_i / |y_i| the weighted sum
+is z_i . M u_i / temperature, M = sum_j z_j u_j^T [dim, C].
 """
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -51,12 +59,27 @@ def _check(name, value, allowed):
         raise ValueError(f"{name} is {value!r}, expected {' or '.join(map(repr, allowed))}")
 
 
+def _check_shapes(features, labels):
+    if features.dim() < 3:
+        raise ValueError(f'features are {list(features.shape)}, expected [bsz, n_views, ...]')
+    bsz = len(features)
+    if labels is not None and labels.shape not in ((bsz,), (bsz, 1)):
+        raise ValueError(f'labels are {list(labels.shape)}, expected [{bsz}] for features '
+                         f'{list(features.flatten(2).shape)}')
+
+
 class SupConLoss(_ContrastiveLoss):
     """Supervised contrastive loss (SupCon), and without labels the SimCLR loss.
 
         criterion = SupConLoss(temperature=0.1)
         loss = criterion(features, labels)                          # SupCon
         loss = criterion(features)                                  # SimCLR
+
+        criterion = SupConLoss(temperature=0.1, denominator_mode='one_positive')
+        loss = criterion(features, labels)                          # SINCERE
+
+        criterion = SupConLoss(temperature=0.1, denominator_mode='only_negatives')
+        loss = criterion(features)                                  # DCL; with labels its supervised form
 
         criterion = SupConLoss(temperature=0.1, hard_negatives=True)
         loss = criterion(features, labels)                          # SupCon, hard negatives among the labels
@@ -74,8 +97,6 @@ class SupConLoss(_ContrastiveLoss):
         positives_cap: at most this many positives of other images, a multiple of the number of views: the first in
             the order of the batch with all their views; positives beyond leave A(i) too. -1: all.
         hard_negatives: whether negative labels -(c + 1) mark hard negatives of class c; if not, they are an error.
-
-    Summation_location, denominator_mode and positives_cap need N x N matrices unless they have their defaults.
     """
 
     def __init__(self, temperature: float = 0.07, contrast_mode: str = 'all', base_temperature: float = 0.07,
@@ -103,7 +124,7 @@ class SupConLoss(_ContrastiveLoss):
             features: [bsz, n_views, ...], normally of unit length; dimensions after the second are flattened.
             labels: [bsz] class of each image; with hard_negatives, -(c + 1) for one made from class c.
             mask: [bsz, bsz] weights >= 0 instead of labels: mask[i, j] is how much image j is a positive of
-                image i. May be asymmetric. Needs N x N matrices. With several processes [bsz, images of all].
+                image i. May be asymmetric; gets no gradient. With several processes [bsz, images of all].
             positives: what the positives of an anchor share with it: 'class', or only the 'image', as without labels;
                 labels then only indicate which hard negatives an anchor sees.
             keys: [n_keys, dim] contrasts instead of the features, as of a momentum encoder: the first bsz belong to the
@@ -120,8 +141,7 @@ class SupConLoss(_ContrastiveLoss):
             ValueError: wrong shapes (both are named), labels and mask together, unknown positives, or negative labels
                 without hard_negatives. On a GPU, which is not waited for, the last is a failed device-side assertion.
         """
-        if features.dim() < 3:
-            raise ValueError(f'features are {list(features.shape)}, expected [bsz, n_views, ...]')
+        _check_shapes(features, labels)
         sizes = _all_sizes(len(features))
         self._check_arguments(features, labels, mask, positives, keys, key_labels, n_total=sum(sizes))
         features = _at_least_float32(features.flatten(2))
@@ -134,17 +154,16 @@ class SupConLoss(_ContrastiveLoss):
             source_class = _source_class(contrasts.labels)
         eq_2 = (self.summation_location, self.denominator_mode, self.positives_cap) == ('out', 'all', -1)
 
-        with torch.autocast(features.device.type, enabled=False):       # similarities / temperature need float32
+        with _full_precision(features.device):
             if eq_2 and mask is None:
                 log_denominator = _log_sum_exp(anchors.z, contrasts.z, self.temperature, self_index, anchors.labels,
                                                source_class)
                 mean_positive, has_positives = _mean_positive(anchors, contrasts, positives, self_index)
                 losses = torch.where(has_positives, log_denominator - mean_positive / self.temperature, 0)
             else:
-                weights, allowed = _weights_and_allowed(anchors, contrasts, positives, self_index, source_class, mask,
-                                                        self.positives_cap)
-                losses = reference_loss(anchors.z, contrasts.z, weights, allowed, self.temperature,
-                                        self.summation_location, self.denominator_mode)
+                pairs = _Pairs(anchors, contrasts, self_index, positives, source_class, self.positives_cap)
+                losses = _RowLosses.apply(anchors.z, contrasts.z, mask, pairs, self.temperature,
+                                          self.summation_location, self.denominator_mode)
             loss = _global_mean(losses, anchors.labels >= 0)
         return loss * (self.temperature / self.base_temperature)
 
@@ -154,8 +173,6 @@ class SupConLoss(_ContrastiveLoss):
         of_features = f'for features {list(features.shape)}'
         if mask is not None and (labels is not None or keys is not None):
             raise ValueError(f"{'labels' if keys is None else 'keys'} and mask are both given, expected at most one")
-        if labels is not None and labels.shape not in ((bsz,), (bsz, 1)):
-            raise ValueError(f'labels are {list(labels.shape)}, expected [{bsz}] {of_features}')
         if mask is not None and mask.shape != (bsz, n_total):
             raise ValueError(f'mask is {list(mask.shape)}, expected [{bsz}, {n_total}] {of_features}')
         if keys is not None and (keys.dim() != 2 or len(keys) < n_total or keys.shape[1] != dim):
@@ -165,6 +182,57 @@ class SupConLoss(_ContrastiveLoss):
             raise ValueError('key_labels are expected with keys and labels, one for each key')
         if self.positives_cap > 0 and self.positives_cap % n_views:
             raise ValueError(f'positives_cap is {self.positives_cap}, expected a multiple of {n_views}, the views')
+
+
+class BalancedSupConLoss(_ContrastiveLoss):
+    """Balanced contrastive loss (BCL) for classes of unequal sizes.
+
+        criterion = BalancedSupConLoss(temperature=0.1, base_temperature=0.1)
+        loss = criterion(features, labels, prototypes)
+
+    SupCon whose denominator is sum_{j in A(i)} exp(s_ij) / n_ij: n_ij is how many contrasts have j's class, the anchor
+    itself not counted, so that each class adds the mean of its exponentials. The contrasts are the views and a
+    prototype of each class, a positive of its class (Zhu et al., 2022, https://arxiv.org/abs/2207.09052).
+
+    Args:
+        temperature, contrast_mode, base_temperature: as for SupConLoss; 0.1 and 0.1 is the published form.
+    """
+
+    def forward(self, features: Tensor, labels: Tensor, prototypes: Tensor | None = None) -> Tensor:
+        """Compute the loss of one batch; float16 and bfloat16 features are computed in float32.
+
+        Args:
+            features, labels: as for SupConLoss.
+            prototypes: [C, dim], row c is of class c, normally of unit length; they get gradients. All processes have
+                the same, which count once. None: the contrasts are the views alone.
+
+        Returns:
+            A scalar. An anchor without positives adds 0 and still counts in the mean.
+
+        Raises:
+            ValueError: wrong shapes, or labels that are negative or have no prototype; on a GPU, which is not waited
+                for, the last two are a failed device-side assertion.
+        """
+        _check_shapes(features, labels)
+        features = _at_least_float32(features.flatten(2))
+        anchors, contrasts, self_index = _views(features, labels, _all_sizes(len(features)), self.contrast_mode, False)
+        if prototypes is not None:
+            if prototypes.dim() != 2 or prototypes.shape[1] != features.shape[2]:
+                raise ValueError(f'prototypes are {list(prototypes.shape)}, expected [C, {features.shape[2]}] for '
+                                 f'features {list(features.shape)}')
+            _check_labels(contrasts.labels, contrasts.labels < len(prototypes),
+                          f'labels are too large, expected less than {len(prototypes)}, the prototypes')
+            classes = torch.arange(len(prototypes), device=features.device)
+            contrasts = contrasts._replace(z=torch.cat([contrasts.z, prototypes.to(features.dtype)]),
+                                           labels=torch.cat([contrasts.labels, classes]))
+        numbers = _numbered(contrasts.labels)
+        ones = torch.ones_like(contrasts.z[:, 0])
+        class_sizes = torch.zeros_like(ones).index_add(0, numbers, ones)[numbers]
+        with _full_precision(features.device):
+            pairs = _Pairs(anchors, contrasts, self_index, class_sizes=class_sizes)
+            losses = _RowLosses.apply(anchors.z, contrasts.z, None, pairs, self.temperature)
+            loss = _global_mean(losses)
+        return loss * (self.temperature / self.base_temperature)
 
 
 class GenSupConLoss(_ContrastiveLoss):
@@ -212,7 +280,7 @@ class GenSupConLoss(_ContrastiveLoss):
             anchors, contrasts = features[0], _gather(features[1], sizes)
             u, v = labels[0], _gather(labels[1], sizes)
             self_index = None
-        with torch.autocast(anchors.device.type, enabled=False):
+        with _full_precision(anchors.device):
             log_denominator = _log_sum_exp(anchors, contrasts, self.temperature, self_index)
             sum_positive, has_positives = self._sum_positive(anchors.double(), contrasts.double(), u, v)
             loss = torch.where(has_positives, log_denominator, 0).sum() - sum_positive / self.temperature
@@ -261,11 +329,12 @@ def contrastive_accuracy(features: Tensor, labels: Tensor | None = None, positiv
 
 
 def reference_loss(anchors: Tensor, contrasts: Tensor, weights: Tensor, allowed: Tensor, temperature: float = 0.07,
-                   summation_location: str = 'out', denominator_mode: str = 'all') -> Tensor:
+                   summation_location: str = 'out', denominator_mode: str = 'all',
+                   log_weights: Tensor | float = 0.) -> Tensor:
     """The loss L_i of each anchor as the formula is written, with n x m matrices: [n].
 
-    Everything here that is faster is compared with it, and SupConLoss uses it for the options that need the matrices.
-    The loss of a batch z [N, dim] with labels [N] is the mean of
+    Nothing here calls it: tests and benchmarks compare the losses with it. The loss of a batch z [N, dim] with labels
+    [N] is the mean of
 
         not_self = ~torch.eye(N, dtype=torch.bool)
         reference_loss(z, z, (labels[:, None] == labels) & not_self, not_self)
@@ -276,16 +345,17 @@ def reference_loss(anchors: Tensor, contrasts: Tensor, weights: Tensor, allowed:
         weights: w_ij, [n, m]: above 0 where j is in P(i), else 0. Booleans count as 1 and 0.
         allowed: [n, m] booleans: whether j is in A(i).
         temperature, summation_location, denominator_mode: as for SupConLoss.
+        log_weights: b_ij, [n, m]: the denominator sums exp(s_ij + b_ij).
     """
     similarity = anchors @ contrasts.T / temperature                                    # s_ij
     weights = weights.to(similarity.dtype)
     sum_of_weights = weights.sum(1)
     valid = sum_of_weights > 0                                                          # other anchors have the loss 0
     if denominator_mode == 'all':
-        log_denominator = _masked_logsumexp(similarity, allowed)                        # [n, 1]
+        log_denominator = _masked_logsumexp(similarity + log_weights, allowed)          # [n, 1]
     else:
         negatives = allowed & (weights == 0)
-        log_denominator = _masked_logsumexp(similarity, negatives)                      # [n, 1]
+        log_denominator = _masked_logsumexp(similarity + log_weights, negatives)        # [n, 1]
         if denominator_mode == 'one_positive':
             log_denominator = torch.logaddexp(similarity, log_denominator)              # [n, m]
         else:
@@ -305,27 +375,6 @@ def _masked_logsumexp(logits, mask):
     some = mask.any(1, keepdim=True)
     result = logits.masked_fill(~mask & some, -torch.inf).logsumexp(1, keepdim=True)
     return torch.where(some, result, -torch.inf)
-
-
-def _weights_and_allowed(anchors, contrasts, positives, self_index, source_class, mask, positives_cap):
-    """P(i) and A(i) as reference_loss takes them: the weights of the positives and what is allowed, [n, m] each."""
-    allowed = torch.ones(len(anchors.z), len(contrasts.z), dtype=torch.bool, device=anchors.z.device)
-    if mask is None:
-        weights = (anchors.ids(positives)[:, None] == contrasts.ids(positives)) & (contrasts.labels >= 0)
-    else:
-        weights = mask.repeat(anchors.n_views, contrasts.n_views)
-    if self_index is not None:
-        allowed.scatter_(1, self_index[:, None], False)
-        weights = weights.masked_fill(~allowed, 0)
-    if source_class is not None:
-        allowed &= (source_class < 0) | (source_class == anchors.labels[:, None])
-    if positives_cap >= 0:
-        of_others = (weights > 0) & (contrasts.images != anchors.images[:, None])
-        rank = of_others.unflatten(1, (contrasts.n_views, -1))[:, 0].cumsum(1)          # of images, alike in each view
-        beyond = of_others & (rank > positives_cap // contrasts.n_views).repeat(1, contrasts.n_views)
-        weights = weights.masked_fill(beyond, 0)
-        allowed &= ~beyond
-    return weights, allowed
 
 
 # ---------------------------------------- Views: the anchors and the contrasts ----------------------------------------
@@ -352,7 +401,8 @@ def _views(features, labels, sizes, contrast_mode, hard_negatives):
     else:
         labels = _gather(labels.flatten(), sizes)
         if not hard_negatives:
-            _check_not_negative(labels)
+            _check_labels(labels, labels >= 0, 'labels are negative, expected classes from 0 on, or '
+                          'hard_negatives=True and -(c + 1) for class c')
     z, all_z, self_index = _anchors_and_contrasts(features, sizes, contrast_mode)
     contrasts = _Views(all_z, images.repeat(n_views), labels.repeat(n_views), n_views)
     n_anchor_views = n_views if contrast_mode == 'all' else 1
@@ -362,7 +412,8 @@ def _views(features, labels, sizes, contrast_mode, hard_negatives):
 def _views_of_keys(keys, labels):
     """Each key is the one view of an image; the first ones are of the images of the batch."""
     images = torch.arange(len(keys), device=keys.device)
-    return _Views(keys, images, images if labels is None else labels, 1)
+    # A copy, since a queue may take new labels before the backward pass.
+    return _Views(keys, images, images if labels is None else labels.clone(), 1)
 
 
 def _anchors_and_contrasts(x, sizes, contrast_mode='all'):
@@ -384,13 +435,27 @@ def _at_least_float32(x):
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _check_not_negative(labels):
-    """Negative labels are an error: at once on a CPU; a GPU is not waited for, it stops at its next use."""
-    message = 'labels are negative, expected classes from 0 on, or hard_negatives=True and -(c + 1) for class c'
+@contextlib.contextmanager
+def _full_precision(device):
+    """Similarities are divided by the temperature, and need float32: no autocast, and no TF32 where a user or an
+    environment variable (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, set in some containers) allows it."""
+    matmul = torch.backends.cuda.matmul
+    setting, exact = ('fp32_precision', 'ieee') if hasattr(matmul, 'fp32_precision') else ('allow_tf32', False)
+    before = getattr(matmul, setting)
+    setattr(matmul, setting, exact)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        setattr(matmul, setting, before)
+
+
+def _check_labels(labels, valid, message):
+    """Labels that are not valid are an error: at once on a CPU; a GPU is not waited for, it stops at its next use."""
     if labels.is_cuda:
-        torch._assert_async((labels >= 0).all(), message)
-    elif (labels < 0).any():
-        raise ValueError(f'{message}; found {labels.min().item()}')
+        torch._assert_async(valid.all(), message)
+    elif not valid.all():
+        raise ValueError(f'{message}; found {labels[~valid][0].item()}')
 
 
 def _source_class(labels):
@@ -438,8 +503,10 @@ def _numbered(ids):
 # ------------------------------------------------ Blocked log-sum-exp -------------------------------------------------
 
 # Similarities held at a time. 2**21 floats are 8 MB, which stay in the cache of a CPU; a batch of 1,024 images takes
-# two blocks.
+# two blocks. 2**24 are 64 MB, small beside a network on a GPU, and work enough for each of its kernels. _RowLosses
+# holds about six tensors of this size.
 BLOCK = 2**21
+BLOCK_CUDA = 2**24
 
 
 def _log_sum_exp(anchors, contrasts, temperature, self_index, labels=None, source_class=None):
@@ -480,22 +547,30 @@ class _LogSumExp(torch.autograd.Function):
     def backward(ctx, grad):
         anchors, contrasts, self_index, labels, source_class, result = ctx.saved_tensors
         grad = grad / ctx.temperature
-        grad_anchors = torch.empty_like(anchors)
-        grad_contrasts = torch.zeros_like(contrasts) if ctx.needs_input_grad[1] else None       # keys need none
-        with torch.autocast(anchors.device.type, enabled=False):
-            for rows in _blocks(anchors, contrasts):
-                prob = _logits(anchors, contrasts, rows, ctx.temperature, self_index, labels, source_class)
-                prob.sub_(result[rows, None]).exp_().mul_(grad[rows, None])
-                torch.mm(prob, contrasts, out=grad_anchors[rows])
-                if grad_contrasts is not None:
-                    grad_contrasts.addmm_(prob.T, anchors[rows])
-        return grad_anchors, grad_contrasts, None, None, None, None
+
+        def grad_logits(rows):
+            logits = _logits(anchors, contrasts, rows, ctx.temperature, self_index, labels, source_class)
+            return logits.sub_(result[rows, None]).exp_().mul_(grad[rows, None])
+        return *_gradients(anchors, contrasts, ctx.needs_input_grad[1], grad_logits), None, None, None, None
 
 
 def _blocks(anchors, contrasts):
     """Slices of the anchors, as many as have BLOCK similarities."""
-    step = max(1, BLOCK // max(1, len(contrasts)))
+    step = max(1, (BLOCK_CUDA if anchors.is_cuda else BLOCK) // max(1, len(contrasts)))
     return [slice(i, min(i + step, len(anchors))) for i in range(0, len(anchors), step)]
+
+
+def _gradients(anchors, contrasts, of_contrasts, grad_logits):
+    """Gradients of anchors and contrasts (None where not needed, as by keys) from grad_logits(rows), [rows, m]."""
+    grad_anchors = torch.empty_like(anchors)
+    grad_contrasts = torch.zeros_like(contrasts) if of_contrasts else None
+    with _full_precision(anchors.device):
+        for rows in _blocks(anchors, contrasts):
+            block = grad_logits(rows)
+            torch.mm(block, contrasts, out=grad_anchors[rows])
+            if of_contrasts:
+                grad_contrasts.addmm_(block.T, anchors[rows])
+    return grad_anchors, grad_contrasts
 
 
 def _logits(anchors, contrasts, rows, temperature=1., self_index=None, labels=None, source_class=None):
@@ -548,7 +623,7 @@ class _SymmetricLogSumExp(torch.autograd.Function):
         scale = grad / sums.masked_fill(sums == 0, 1) / ctx.temperature         # a single row has no contrasts
         grad_z = torch.zeros_like(z)
         factors = z.new_empty(min(TILE, len(z))**2)
-        with torch.autocast(z.device.type, enabled=False):
+        with _full_precision(z.device):
             for rows, columns, block in _SymmetricLogSumExp._blocks(z, ctx.temperature, ctx.bound):
                 factor = factors[:block.numel()].view_as(block)
                 block.mul_(torch.add(scale[rows, None], scale[columns], out=factor))
@@ -570,6 +645,124 @@ class _SymmetricLogSumExp(torch.autograd.Function):
                 if rows == columns:
                     block.fill_diagonal_(-torch.inf)
                 yield rows, columns, block.sub_(bound).exp_()
+
+
+# ------------------------------------------- Blocked losses of any setting --------------------------------------------
+
+
+class _Pairs(NamedTuple):
+    """What decides which contrasts are in P(i) and A(i), and their weights in the denominator."""
+    anchors: _Views
+    contrasts: _Views
+    self_index: Tensor | None               # [n] the contrast that is the anchor
+    positives: str = 'class'
+    source_class: Tensor | None = None      # [m]
+    positives_cap: int = -1
+    class_sizes: Tensor | None = None       # [m] how many contrasts have the class of each
+
+    def block(self, rows, mask):
+        """w_ij, above 0 where j is in P(i), and whether j is in A(i), of some anchors: [rows, m] each."""
+        anchors, contrasts = self.anchors, self.contrasts
+        if mask is None:
+            weights = anchors.ids(self.positives)[rows, None] == contrasts.ids(self.positives)
+        else:
+            images = torch.arange(rows.start, rows.stop, device=mask.device) % len(mask)
+            weights = mask[images].repeat(1, contrasts.n_views)
+        allowed = torch.ones_like(weights, dtype=torch.bool)
+        if self.self_index is not None:
+            weights.scatter_(1, self.self_index[rows, None], 0)
+            allowed.scatter_(1, self.self_index[rows, None], False)
+        if self.source_class is not None:
+            in_distribution = self.source_class < 0
+            weights = weights & in_distribution
+            allowed &= in_distribution | (self.source_class == anchors.labels[rows, None])
+        if self.positives_cap >= 0:
+            of_others = weights.bool() & (contrasts.images != anchors.images[rows, None])
+            rank = of_others.unflatten(1, (contrasts.n_views, -1))[:, 0].cumsum(1, dtype=torch.int32)
+            beyond = of_others & (rank > self.positives_cap // contrasts.n_views).repeat(1, contrasts.n_views)
+            weights = weights.masked_fill(beyond, 0)
+            allowed &= ~beyond
+        return weights, allowed
+
+
+class _RowLosses(torch.autograd.Function):
+    """L_i of each anchor for all settings of SupConLoss, pairs and mask [bsz, images]: [n].
+
+    Computes the formula of reference_loss for a block of rows at a time; keeps n losses and n denominators. With
+    q_ij = exp(s_ij + b_ij) / D_i and p_ij = w_ij / sum_j w_ij, for 'in' multiplied by exp(log_prob_ij + L_i),
+
+        d L_i / d s_ij = q_ij sum_j p_ij - p_ij
+
+    Where the positive is added to D_i ('one_positive'), log_prob_ij = log(exp(s_ij) / (exp(s_ij) + D_i)), and p_ij is
+    multiplied by D_i / (exp(s_ij) + D_i).
+    """
+
+    @staticmethod
+    def forward(ctx, anchors, contrasts, mask, pairs, temperature, location='out', denominator='all'):
+        result = anchors.new_empty(len(anchors))
+        log_denominators = torch.empty_like(result)
+        for rows in _blocks(anchors, contrasts):
+            logits, terms, p = _RowLosses._block(anchors, contrasts, rows, mask, pairs, temperature, denominator)
+            log_denominator = terms.logsumexp(1)
+            log_prob = _RowLosses._log_prob(logits, log_denominator, denominator)
+            losses = -((p * log_prob).sum(1) if location == 'out' else _RowLosses._log_mean_exp(log_prob, p))
+            valid = p.sum(1) > 0
+            if denominator != 'one_positive':
+                valid &= log_denominator != -torch.inf
+            result[rows] = torch.where(valid, losses, 0)
+            # inf marks an anchor that adds 0. Without negatives any finite value that is small enough will do.
+            log_denominator = log_denominator.clamp(min=torch.finfo(result.dtype).min)
+            log_denominators[rows] = torch.where(valid, log_denominator, torch.inf)
+        ctx.save_for_backward(anchors, contrasts, mask, result, log_denominators)
+        ctx.settings = pairs, temperature, location, denominator
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        anchors, contrasts, mask, result, log_denominators = ctx.saved_tensors
+        pairs, temperature, location, denominator = ctx.settings
+        grad = torch.where(log_denominators == torch.inf, 0, grad / temperature)
+
+        def grad_logits(rows):
+            logits, terms, p = _RowLosses._block(anchors, contrasts, rows, mask, pairs, temperature, denominator)
+            log_denominator = log_denominators[rows]
+            q = terms.sub_(log_denominator[:, None]).exp_()
+            if location == 'in':
+                log_prob = _RowLosses._log_prob(logits, log_denominator, denominator)
+                highest = math.log(torch.finfo(p.dtype).max) - 1            # only of contrasts with p_ij = 0
+                p.mul_(log_prob.add_(result[rows, None]).clamp_(max=highest).exp_())
+            if denominator == 'one_positive':
+                p.mul_(torch.sigmoid(log_denominator[:, None] - logits))
+            return q.mul_(p.sum(1, keepdim=True)).sub_(p).mul_(grad[rows, None])
+        return *_gradients(anchors, contrasts, ctx.needs_input_grad[1], grad_logits), None, None, None, None, None
+
+    @staticmethod
+    def _block(anchors, contrasts, rows, mask, pairs, temperature, denominator):
+        """s_ij; s_ij + b_ij, -inf where D_i leaves j out; w_ij / sum_j w_ij of some anchors: [rows, m] each."""
+        logits = _logits(anchors, contrasts, rows, temperature)
+        weights, allowed = pairs.block(rows, mask)
+        left_out = ~allowed if denominator == 'all' else ~allowed | weights.bool()
+        p = weights.to(logits.dtype)
+        terms = logits.clone()
+        if pairs.class_sizes is not None:
+            terms.sub_((pairs.class_sizes - p).log_())                  # the anchor itself does not count in its class
+        p.div_(p.sum(1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny))
+        return logits, terms.masked_fill_(left_out, -torch.inf), p
+
+    @staticmethod
+    def _log_prob(logits, log_denominator, denominator):
+        """log(exp(s_ij) / D_ij)."""
+        x = logits - log_denominator[:, None]
+        if denominator == 'one_positive':                               # F.logsigmoid takes 7 times as long on a CPU
+            return torch.sigmoid(x.abs()).log_().add_(x.clamp_(max=0))
+        return x
+
+    @staticmethod
+    def _log_mean_exp(x, p):
+        """log sum_j p_ij exp(x_ij) for each row, [n]; neither log(0) nor exp(-inf), which are slow on a CPU."""
+        highest = x.masked_fill(p == 0, -torch.inf).amax(1, keepdim=True)
+        return highest[:, 0] + ((x - highest).clamp_(max=0).exp_().mul_(p)).sum(1).log()
 
 
 # ---------------------------------------------------- Collectives -----------------------------------------------------

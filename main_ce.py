@@ -15,14 +15,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from datasets import classification_view, evaluation_view, load_images, make_loader
-from datasets.mixing import mix
+from datasets.mixing import as_distributions, mix
+from methods import log_frequencies
 from networks.resnet_big import SupCEResNet
 from util import arguments, errors, metrics, options, training
 from util.checkpoints import load_checkpoint
+from util.curves import confusion_image
 from util.distributed import global_mean, rank
 from util.export import Exporter
 from util.log import log
 from util.runs import Run, run_folder
+from util.weights import start_from_weights
 
 
 def parse_option(argv=None):
@@ -48,6 +51,7 @@ def set_loader(opt, augment=True):
     """
     data = load_images(opt)
     opt.num_classes = len(data.train.classes)
+    opt.class_sizes = data.train.class_sizes() if opt.imbalance or opt.logit_adjustment else None
     train_loader = make_loader(data.train, classification_view(opt) if augment else evaluation_view(opt), opt,
                                train=augment)
     loaders = {name: make_loader(part, evaluation_view(opt), opt, train=False)
@@ -55,13 +59,25 @@ def set_loader(opt, augment=True):
     return train_loader, loaders, data.train.classes
 
 
-def set_model(opt):
-    """Encoder and classifier, and the loss of each image."""
-    if opt.model.startswith('timm/'):
-        log(f'--model {opt.model}: starts from random weights')
+def set_model(opt, new=True):
+    """Encoder and classifier, with the weights that a `new` run starts from, and the loss of each image."""
     model = SupCEResNet(opt.model, opt.num_classes, size=opt.size, stem=opt.stem, width=opt.width,
-                        zero_init=opt.zero_init)
-    return model, nn.CrossEntropyLoss(label_smoothing=opt.label_smoothing, reduction='none')
+                        zero_init=opt.zero_init, pretrained=opt.timm_pretrained and new)
+    if new:
+        start_from_weights(model, opt)
+    return model, classification_loss(opt)
+
+
+def classification_loss(opt):
+    """The loss of each image, [bsz]: cross-entropy, with --logit_adjustment of adjusted logits (Menon et al., 2021,
+    https://arxiv.org/abs/2007.07314); of several labels binary cross-entropy, its mean over classes."""
+    if opt.multi_label:
+        return lambda logits, labels: F.binary_cross_entropy_with_logits(logits, labels, reduction='none').mean(1)
+    criterion = nn.CrossEntropyLoss(label_smoothing=opt.label_smoothing, reduction='none')
+    if not opt.logit_adjustment:
+        return criterion
+    adjustment = opt.logit_adjustment * log_frequencies(opt)
+    return lambda logits, labels: criterion(logits + adjustment, labels)
 
 
 def train(train_loader, network, criterion, optimizer, scaler, epoch, run, opt):
@@ -69,28 +85,41 @@ def train(train_loader, network, criterion, optimizer, scaler, epoch, run, opt):
     network.model.train()
     for images, labels in run.steps(train_loader, epoch):           # images [bsz, 3, size, size]
         if opt.mix:
-            images, labels = mix(images, F.one_hot(labels, opt.num_classes).float(), opt.mix, opt.mix_alpha, run.rng)
+            images, labels = mix(images, as_distributions(labels, opt.num_classes), opt.mix, opt.mix_alpha, run.rng)
         output = network(images)                                    # [bsz, num_classes]
         loss = global_mean(criterion(output.float(), labels))
         training.update(loss, optimizer, scaler)
-        run.record(train_loss=loss, train_acc=metrics.accuracy(output, labels))
+        run.record(train_loss=loss, train_acc=metrics.accuracy(output, labels),
+                   gradient_norm=training.gradient_norm(network.model, scaler))
+        del images                                                  # its memory is needed for the next batch
     averages = run.averages()
     log(f"Train epoch {epoch}, total time {run.seconds:.2f}, accuracy:{averages['train_acc']:.2f}")
     return averages
 
 
 def validate(loaders, model, opt):
-    """-> loss, accuracy (%) and, with ood images, how well they are separated; and the accuracy of each class."""
+    """-> loss, accuracy (%) and, with ood images, how well they are separated; the accuracy of each class; the
+    confusion matrix. Where images have several labels: mAP and F1 (%); the average precision of each class; None."""
     logits, labels = training.forward_all(model, loaders['val'], opt)
+    if opt.multi_label:
+        values, per_class = metrics.multi_label_scores(logits, labels)
+        log(' * ' + ' '.join(f'{name} {value:.3f}' for name, value in values.items()))
+        values = {f'val_{name}': value for name, value in values.items()}
+        return {'val_loss': F.binary_cross_entropy_with_logits(logits, labels).item(), **values}, per_class, None
+    confusion = metrics.confusion_matrix(logits.argmax(1), labels, opt.num_classes)
     correct = (logits.argmax(1) == labels).float()
     values = {'val_loss': F.cross_entropy(logits, labels).item(), 'val_acc': 100 * correct.mean().item()}
     if logits.shape[1] > 5:
         values['val_acc5'] = 100 * (logits.topk(5).indices == labels[:, None]).any(1).float().mean().item()
     log(f" * Acc@1 {values['val_acc']:.3f}" + (f" Acc@5 {values['val_acc5']:.3f}" if 'val_acc5' in values else ''))
+    if opt.imbalance:
+        groups = metrics.accuracy_by_class_size(correct, labels, opt.class_sizes)
+        values.update({f'val_acc_{name}': value for name, value in groups.items()})
+        log(' * Acc@1 over classes: ' + ' '.join(f'{name} {value:.3f}' for name, value in groups.items()))
     if 'ood' in loaders:
         id_logits = training.forward_all(model, loaders['id'], opt)[0] if 'id' in loaders else logits
         values.update(metrics.ood_metrics(logits, id_logits, training.forward_all(model, loaders['ood'], opt)[0]))
-    return values, {c: 100 * correct[labels == c].mean().item() for c in labels.unique().tolist()}
+    return values, {c: 100 * correct[labels == c].mean().item() for c in labels.unique().tolist()}, confusion
 
 
 def fit(run, train_loader, loaders, model, criterion, classes, opt):
@@ -106,16 +135,18 @@ def fit(run, train_loader, loaders, model, criterion, classes, opt):
         for epoch in range(first_epoch, opt.epochs + 1):
             values = train(train_loader, network, criterion, optimizer, scaler, epoch, run, opt)
             if epoch == opt.epochs or opt.eval_freq and epoch % opt.eval_freq == 0:
-                validation, per_class = validate(loaders, model, opt)
-                run.best_acc = max(run.best_acc, validation['val_acc'])
+                validation, per_class, confusion = validate(loaders, model, opt)
+                run.best_acc = max(run.best_acc, validation['val_mAP' if opt.multi_label else 'val_acc'])
                 values.update(validation)
             run.finish_epoch(epoch, values)
         if first_epoch > opt.epochs:                            # a finished run, resumed
-            validation, per_class = validate(loaders, model, opt)
+            validation, per_class, confusion = validate(loaders, model, opt)
         report(loaders, validation, per_class, classes, opt)
+        if confusion is not None:
+            run.log_image('confusion', confusion_image(confusion.cpu(), classes))
         if exporter:
             exporter.write()
-        log(f'best accuracy: {run.best_acc:.2f}')
+        log(f"best {'mAP' if opt.multi_label else 'accuracy'}: {run.best_acc:.2f}")
 
 
 def evaluate(run, loaders, model, exporter, classes, opt):
@@ -124,7 +155,7 @@ def evaluate(run, loaders, model, exporter, classes, opt):
         if getattr(opt, name):
             log(f'--{name} has no effect with --evaluate, which writes nothing')
     run.load(model, classes)
-    validation, per_class = validate(loaders, model, opt)
+    validation, per_class, _ = validate(loaders, model, opt)
     report(loaders, validation, per_class, classes, opt)
     if exporter:
         exporter.write()
@@ -134,7 +165,7 @@ def report(loaders, validation, per_class, classes, opt):
     """What the last validation has beside the accuracy."""
     if opt.per_class:
         for number, value in per_class.items():
-            log(f'accuracy of {classes[number]}: {value:.2f}')
+            log(f"{'AP' if opt.multi_label else 'accuracy'} of {classes[number]}: {value:.2f}")
     if 'ood' in loaders:
         log(metrics.ood_report(validation))
 
@@ -145,7 +176,7 @@ def main(argv=None):
     training.set_device(opt)
     training.set_warmup(opt)
     train_loader, loaders, classes = set_loader(opt)
-    model, criterion = set_model(opt)
+    model, criterion = set_model(opt, new=run.checkpoint is None)
     fit(run, train_loader, loaders, model, criterion, classes, opt)
 
 

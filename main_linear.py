@@ -1,8 +1,9 @@
-"""Linear evaluation: a linear classifier on a frozen, pretrained encoder.
+"""Linear evaluation: a linear classifier on a frozen, pretrained encoder; with --finetune both are trained.
 
     python main_linear.py --batch_size 512 --learning_rate 5 --ckpt output/<run>/trial=0/last.ckpt
     python main_linear.py --batch_size 512 --learning_rate 1 --ckpt simclr.pth          a checkpoint of SupContrast
     python main_linear.py --pretrained cifar10_bsz_1024_mixup_cutmix_1.0_KD_1.0_SGD_lr_0.5           a GenSCL run
+    python main_linear.py --finetune --learning_rate 0.1 --encoder_lr 0.01 --ckpt last.ckpt          all layers
     python main_linear.py --cache_features --ckpt last.ckpt              without augmentation, an epoch in a moment
 
 Uses all GPUs in CUDA_VISIBLE_DEVICES, or the CPU; in several processes: torchrun --nproc_per_node 8 main_linear.py ...
@@ -12,20 +13,17 @@ if __name__ == '__main__':                      # the imports below take seconds
     from util.options import answer_early
     answer_early('main_linear', __doc__)
 
-import re
 import time
-from pathlib import Path
-
-from torch import nn
 
 from datasets.loader import FeatureLoader
-from main_ce import fit, set_loader
+from main_ce import classification_loss, fit, set_loader
 from networks.resnet_big import LinearProbe
 from util import arguments, errors, options, training
-from util.checkpoints import load_checkpoint, load_encoder
+from util.checkpoints import load_encoder
 from util.errors import UserError
 from util.log import log
 from util.runs import Run, run_folder
+from util.weights import read_weights
 
 
 def parse_option(argv=None):
@@ -38,7 +36,7 @@ def parse_option(argv=None):
         raise UserError('expected the pretrained encoder, either --ckpt FILE or --pretrained NAME')
     else:
         ckpt = opt.ckpt or run_folder(opt.pretrained, opt.trial) / opt.pretrained_ckpt
-    checkpoint = load_checkpoint(ckpt)
+    checkpoint = read_weights(ckpt)
     recorded = checkpoint['opt']
     opt = arguments.parse_recorded('main_linear', __doc__, argv, ckpt, recorded, names, method=recorded.get('method'))
     opt.ckpt = str(ckpt)
@@ -55,26 +53,16 @@ def parse_option(argv=None):
     opt.output_name = opt.output_name or (
         f'{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}_bsz_{opt.batch_size}'
         + '_cosine' * opt.cosine + '_warm' * opt.warm
-        + arguments.name_suffix('main_linear', opt, ('model', 'width', 'stem', 'size')) + f'_of_{encoder_name(opt)}')
+        + arguments.name_suffix('main_linear', opt, ('model', 'width', 'stem', 'size'))
+        + f'_of_{arguments.checkpoint_name(opt)}')
     return opt, checkpoint
 
 
-def encoder_name(opt):
-    """The encoder in the run's name: output/NAME/trial=0/last.ckpt -> NAME."""
-    file = Path(opt.ckpt)
-    parts = [file.parent.name, file.stem]
-    if file.parent.name.startswith('trial='):
-        trial = file.parent.name.removeprefix('trial=')
-        parts = [file.parent.parent.name, f'trial_{trial}' * (trial != opt.trial), file.stem.removeprefix('last')]
-    return re.sub(r'[^\w.+=,@%-]+', '-', '_'.join(part for part in parts if part))
-
-
 def set_model(opt, checkpoint):
-    """The frozen encoder of the checkpoint with a new classifier, and the loss of each image."""
+    """The checkpoint's encoder, frozen unless with --finetune, with a new classifier, and the loss of each image."""
     encoder = load_encoder(checkpoint, opt, opt.ckpt)
     log(f"{opt.ckpt}: {opt.model} after {checkpoint.get('epoch', 'unknown')} epochs")
-    return LinearProbe(encoder, opt.num_classes), nn.CrossEntropyLoss(label_smoothing=opt.label_smoothing,
-                                                                      reduction='none')
+    return LinearProbe(encoder, opt.num_classes, opt.finetune, opt.freeze_bn), classification_loss(opt)
 
 
 def cached_features(train_loader, loaders, model, opt):

@@ -12,15 +12,17 @@ if __name__ == '__main__':                      # the imports below take seconds
     from util.options import answer_early
     answer_early('main_supcon', __doc__)
 
-from datasets import evaluation_view, load_images, make_loader, pretraining_view
-from methods import METHODS, N_VIEWS, Momentum
+from datasets import evaluation_view, load_images, local_view, make_loader, pretraining_view
+from datasets.loader import MultiCrop
+from methods import make_method
 from networks.moco import MomentumContrast
 from networks.resnet_big import SupConResNet
 from util import arguments, errors, training
 from util.log import log
-from util.metrics import feature_spread, knn_accuracy
+from util.metrics import feature_statistics, knn_accuracy, knn_map
 from util.runs import Run
 from util.teachers import load_teacher, read_teacher
+from util.weights import start_from_weights
 
 
 def parse_option(argv=None):
@@ -39,25 +41,31 @@ def parse_option(argv=None):
 
 
 def set_loader(opt):
-    """Training batches of two views, and both sets as they are for the kNN accuracy; also the classes."""
+    """Training batches of --n_views views, with --local_crops and small ones, and both sets as they are for the kNN
+    accuracy; also the classes."""
     data = load_images(opt)
     opt.num_classes = len(data.train.classes)
-    if opt.denominator_mode == 'only_negatives' and opt.method == 'SupCon' and opt.num_classes == 1:
+    opt.class_sizes = data.train.class_sizes() if opt.method == 'BCL' else None
+    if opt.denominator_mode == 'only_negatives' and opt.positives == 'class' and opt.num_classes == 1:
         raise errors.UserError('--denominator_mode only_negatives: images of one class have no negatives')
     train = data.train.join(data.ood) if opt.aug_mode == 'with_both' else data.train        # with hard negatives
-    train_loader = make_loader(train, pretraining_view(opt), opt, N_VIEWS)
+    train_loader = make_loader(train, pretraining_view(opt), opt, opt.n_views)
+    if opt.local_crops:
+        local_loader = make_loader(train, local_view(opt), opt, opt.local_crops, stream=(3,))
+        train_loader = MultiCrop(train_loader, local_loader)
     memory_loader, val_loader = (make_loader(part, evaluation_view(opt), opt, train=False)
                                  for part in (data.train, data.val))
     return train_loader, memory_loader, val_loader, data.train.classes
 
 
-def set_model(opt):
-    """Encoder and projection head, with a classifier for --ce_weight and a momentum copy for --moco."""
-    if opt.model.startswith('timm/'):
-        log(f'--model {opt.model}: starts from random weights')
+def set_model(opt, new=True):
+    """Encoder and projection head, with a classifier for --ce_weight and a momentum copy for --moco; with the weights
+    that a `new` run starts from."""
     model = SupConResNet(opt.model, opt.head, opt.feat_dim, num_classes=opt.num_classes if opt.ce_weight else 0,
                          head_bn=opt.head_bn, normalize_embedding=opt.normalize_embedding, size=opt.size, stem=opt.stem,
-                         width=opt.width, zero_init=opt.zero_init)
+                         width=opt.width, zero_init=opt.zero_init, pretrained=opt.timm_pretrained and new)
+    if new:
+        start_from_weights(model, opt)
     if opt.moco:
         model.moco = MomentumContrast(model, opt.moco_k, opt.moco_m)
     return model
@@ -69,17 +77,20 @@ def train(train_loader, network, method, optimizer, scaler, epoch, run):
     for images, labels in run.steps(train_loader, epoch):           # images [n_views * bsz, 3, size, size]
         features, loss, accuracy = method(network, images, labels, run.rng)
         training.update(loss, optimizer, scaler)
-        run.record(loss=loss, contrastive_acc=accuracy, feature_spread=feature_spread(features))
+        run.record(loss=loss, contrastive_acc=accuracy, **feature_statistics(features),
+                   gradient_norm=training.gradient_norm(network.model, scaler))
+        del images                                                  # its memory is needed for the next batch
     averages = run.averages()
     log(f'epoch {epoch}, total time {run.seconds:.2f}')
     return averages
 
 
 def validate(memory_loader, val_loader, model, opt):
-    """Accuracy (%) of a kNN classifier on the encoder's features: whether pretraining learns, without a classifier."""
+    """Accuracy (%) of a kNN classifier on the encoder's features: whether pretraining learns, without a classifier.
+    Where images have several labels, its mAP (%)."""
     memory, memory_labels = training.forward_all(model.encoder, memory_loader, opt)
     features, labels = training.forward_all(model.encoder, val_loader, opt)
-    return knn_accuracy(memory, memory_labels, features, labels)
+    return (knn_map if opt.multi_label else knn_accuracy)(memory, memory_labels, features, labels)
 
 
 def main(argv=None):
@@ -89,12 +100,13 @@ def main(argv=None):
     training.set_warmup(opt)
     teacher_checkpoint = read_teacher(opt)
     train_loader, memory_loader, val_loader, classes = set_loader(opt)
-    model = set_model(opt)
+    model = set_model(opt, new=run.checkpoint is None)
     teacher = load_teacher(teacher_checkpoint, opt, classes) if opt.KD else None
-    method = (Momentum if opt.moco else METHODS[opt.method])(opt, len(classes), teacher)
+    method = make_method(opt, len(classes), teacher)
     network = training.Network(model, opt)
     optimizer, scaler = training.set_optimizer(opt, model), training.set_scaler(opt)
     first_epoch, warned = run.restore(model, optimizer, scaler), False
+    score = 'kNN mAP' if opt.multi_label else 'kNN accuracy'
     with run.start(classes):
         for epoch in range(first_epoch, opt.epochs + 1):
             averages = train(train_loader, network, method, optimizer, scaler, epoch, run)
@@ -106,10 +118,10 @@ def main(argv=None):
             if epoch == opt.epochs or opt.eval_freq and epoch % opt.eval_freq == 0:
                 averages['knn_acc'] = validate(memory_loader, val_loader, model, opt)
                 log(f" * contrastive accuracy {averages['contrastive_acc']:.2f}\t"
-                    f"kNN accuracy {averages['knn_acc']:.2f}")
+                    f"{score} {averages['knn_acc']:.2f}")
             run.finish_epoch(epoch, averages)
         if first_epoch > opt.epochs:                            # a finished run, resumed
-            log(f' * kNN accuracy {validate(memory_loader, val_loader, model, opt):.2f}')
+            log(f' * {score} {validate(memory_loader, val_loader, model, opt):.2f}')
 
 
 if __name__ == '__main__':

@@ -5,8 +5,9 @@ contrastive accuracy of the batch:
 
     features, loss, accuracy = method(network, images, labels, rng)
 
-images [n_views * bsz, 3, size, size], view after view; labels [bsz], of which -(c + 1) marks a near-out-of-distribution
-image made from class c, a hard negative; rng, a NumPy generator in the same state in all processes -> features
+images [n_views * bsz, 3, size, size], view after view, with --local_crops a tuple of these and of small crops; labels
+[bsz], of which -(c + 1) marks a near-out-of-distribution image made from class c, a hard negative, or [bsz, C] of 0 and
+1, where images have several; rng, a NumPy generator in the same state in all processes -> features
 [bsz, n_views, feat_dim], loss and accuracy (%) scalars.
 
 A new method is a class here and its row in METHODS.
@@ -16,91 +17,134 @@ import math
 import torch
 from torch.nn import functional as F
 
-from datasets.mixing import mix_views
-from losses import GenSupConLoss, SupConLoss, contrastive_accuracy
+from datasets.mixing import as_distributions, mix_views
+from losses import BalancedSupConLoss, GenSupConLoss, SupConLoss, contrastive_accuracy
 from util.distributed import all_sizes, all_to_all_rows, gather, global_mean, local_slice, to_device
 from util.training import in_micro_batches
-
-N_VIEWS = 2
 
 
 class SupCon:
     """The positives of a view are the other views of its class (Khosla et al., 2020,
-    https://arxiv.org/abs/2004.11362)."""
-    positives = 'class'
+    https://arxiv.org/abs/2004.11362), with --positives image only those of its image."""
 
     def __init__(self, opt, num_classes, teacher=None):
-        self.opt, self.hard_negatives = opt, opt.aug_mode == 'with_both'
+        self.opt, self.n_views, self.hard_negatives = opt, opt.n_views + opt.local_crops, opt.aug_mode == 'with_both'
         self.criterion = SupConLoss(opt.temp, opt.contrast_mode, opt.base_temperature, opt.summation_location,
                                     opt.denominator_mode, opt.positives_cap, self.hard_negatives)
 
     def __call__(self, network, images, labels, rng):
-        features, logits = features_and_logits(network, images, N_VIEWS)
-        loss = self.criterion(features, labels, positives=self.positives)
+        opt = self.opt
+        features, logits = features_and_logits(network, images, self.n_views)
+        classes = None if opt.multi_label else labels                   # SimCLR alone is called with several labels
+        loss = self.criterion(features, classes, positives=opt.positives)
         if logits is not None:
-            loss = loss + self.opt.ce_weight * classifier_loss(logits, labels.repeat(N_VIEWS))
-        return features, loss, contrastive_accuracy(features, labels, self.positives, self.hard_negatives)
+            loss = loss + opt.ce_weight * classifier_loss(logits, torch.cat([labels] * self.n_views), opt)
+        return features, loss, contrastive_accuracy(features, classes, opt.positives, self.hard_negatives)
 
 
 class SimCLR(SupCon):
-    """The positive of a view is the other view of its image (Chen et al., 2020, https://arxiv.org/abs/2002.05709)."""
-    positives = 'image'
+    """The positives of a view are the other views of its image: SupCon with --positives image (Chen et al., 2020,
+    https://arxiv.org/abs/2002.05709)."""
+
+
+class SINCERE(SupCon):
+    """A positive is compared with the negatives, not with the other positives: SupCon with --denominator_mode
+    one_positive (Feeney and Hughes, 2023, https://arxiv.org/abs/2309.14277)."""
+
+
+class DCL(SupCon):
+    """The denominator holds the negatives alone: SupCon with --denominator_mode only_negatives; the published method
+    has --positives image too (Yeh et al., 2021, https://arxiv.org/abs/2110.06848)."""
 
 
 class Momentum(SupCon):
     """SupCon or SimCLR with momentum contrast (--moco; He et al., 2020, https://arxiv.org/abs/1911.05722).
 
-    The first views are the anchors. Their contrasts are keys: those of the second views, by a momentum copy of the
-    model, and a queue of earlier ones with their labels.
+    All views but the last of each image are anchors. Their contrasts are keys: those of the last views, by a momentum
+    copy of the model, and a queue of earlier ones with their labels.
     """
 
-    def __init__(self, opt, num_classes, teacher=None):
-        super().__init__(opt, num_classes)
-        self.positives = METHODS[opt.method].positives
-
     def __call__(self, network, images, labels, rng):
-        moco, (images, others) = network.model.moco, images.chunk(N_VIEWS)
+        opt, moco = self.opt, network.model.moco
+        images, others = images[:-len(labels)], images[-len(labels):]
         moco.update(network.model)
-        keys, all_labels = momentum_keys(moco, others, labels, self.opt, rng)
+        keys, all_labels = momentum_keys(moco, others, labels, opt, rng)
         contrasts, contrast_labels = moco.contrasts(keys, all_labels)
         moco.enqueue(keys, all_labels)
 
-        features, logits = features_and_logits(network, images, 1)
-        loss = self.criterion(features, labels, positives=self.positives, keys=contrasts, key_labels=contrast_labels)
+        features, logits = features_and_logits(network, images, opt.n_views - 1)
+        loss = self.criterion(features, labels, positives=opt.positives, keys=contrasts, key_labels=contrast_labels)
         if logits is not None:
-            loss = loss + self.opt.ce_weight * classifier_loss(logits, labels)
-        features = torch.stack([features[:, 0], keys[local_slice(len(keys))]], 1)     # the keys are the other views
-        return features, loss, contrastive_accuracy(features, labels, self.positives, self.hard_negatives)
+            loss = loss + opt.ce_weight * classifier_loss(logits, labels.repeat(opt.n_views - 1), opt)
+        features = torch.cat([features, keys[local_slice(len(keys))][:, None]], 1)      # the keys are the last views
+        return features, loss, contrastive_accuracy(features, labels, opt.positives, self.hard_negatives)
+
+
+class BCL:
+    """Balanced contrastive learning for long tails: each class weighs the same in the denominator, and has a prototype
+    among the contrasts; beside it the cross-entropy of adjusted logits, --ce_weight times (Zhu et al., 2022,
+    https://arxiv.org/abs/2207.09052).
+
+    The prototypes are the classifier's weights, which are vectors like the encoder's features, through the head.
+    """
+    weight = 0.6                                                                # as published
+
+    def __init__(self, opt, num_classes, teacher=None):
+        self.criterion = BalancedSupConLoss(opt.temp, opt.contrast_mode, opt.base_temperature)
+        self.opt, self.n_views, self.adjustment = opt, opt.n_views + opt.local_crops, log_frequencies(opt)
+
+    def __call__(self, network, images, labels, rng):
+        features, logits = features_and_logits(network, images, self.n_views)
+        prototypes = network.model.project(network.model.fc.weight)             # [num_classes, feat_dim]
+        loss = (self.weight * self.criterion(features, labels, prototypes)
+                + self.opt.ce_weight * classifier_loss(logits + self.adjustment, labels.repeat(self.n_views), self.opt))
+        return features, loss, contrastive_accuracy(features, labels)
 
 
 class GenSCL:
     """Views are mixed on their own, and positives weigh as much as their label distributions are alike; the class
-    probabilities of a teacher (--KD) are further labels (Kim et al., 2022, https://arxiv.org/abs/2206.00384)."""
+    probabilities of a teacher (--KD) are further labels (Kim et al., 2022, https://arxiv.org/abs/2206.00384).
+
+    The loss takes two groups of views, of each image one half of its views.
+    """
 
     def __init__(self, opt, num_classes, teacher=None):
         self.criterion = GenSupConLoss(opt.temp, opt.contrast_mode, opt.base_temperature)
         self.opt, self.num_classes, self.teacher = opt, num_classes, teacher
 
     def __call__(self, network, images, labels, rng):
-        opt, labels = self.opt, F.one_hot(labels, self.num_classes).float()
+        opt, n_views, labels = self.opt, self.opt.n_views, as_distributions(labels, self.num_classes)
         if opt.mix:
-            images, labels = mix_views(images, labels, N_VIEWS, opt.mix, opt.mix_alpha, rng)
+            images, labels = mix_views(images, labels, n_views, opt.mix, opt.mix_alpha, rng)
         else:
-            labels = labels.repeat(N_VIEWS, 1)
+            labels = labels.repeat(n_views, 1)
         targets = [(1., labels)]                                                # (weight, [n_views * bsz, num_classes])
         if self.teacher is not None:
             probabilities = (in_micro_batches(self.teacher, images, opt).float() / opt.KD_temp).softmax(1)
             targets = [(1., probabilities)] if opt.KD_alpha == math.inf else [*targets, (opt.KD_alpha, probabilities)]
 
-        features, logits = features_and_logits(network, images, N_VIEWS)
-        loss = sum(weight * self.criterion(features.unbind(1), soft.chunk(N_VIEWS)) for weight, soft in targets)
+        features, logits = features_and_logits(network, images, n_views)
+        halves = features.transpose(0, 1).flatten(0, 1).chunk(2)                # each [n_views / 2 * bsz, feat_dim]
+        loss = sum(weight * self.criterion(halves, soft.chunk(2)) for weight, soft in targets)
         learned = targets[0][1]
         if logits is not None:
-            loss = loss + opt.ce_weight * classifier_loss(logits, learned)
-        return features, loss, contrastive_accuracy(features, by_image(learned, N_VIEWS))
+            loss = loss + opt.ce_weight * classifier_loss(logits, learned, opt)
+        return features, loss, contrastive_accuracy(features, by_image(learned, n_views))
 
 
-METHODS = {'SupCon': SupCon, 'SimCLR': SimCLR, 'GenSCL': GenSCL}
+METHODS = {'SupCon': SupCon, 'SimCLR': SimCLR, 'SINCERE': SINCERE, 'DCL': DCL, 'BCL': BCL, 'GenSCL': GenSCL}
+
+
+def make_method(opt, num_classes, teacher=None):
+    """The method of --method and --moco.
+
+    SupCon of images with several labels is GenSCL's loss on these labels: a positive weighs as much as its labels and
+    the anchor's overlap, by cosine similarity.
+    """
+    if opt.moco:
+        return Momentum(opt, num_classes)
+    name = 'GenSCL' if opt.multi_label and opt.positives == 'class' else opt.method
+    return METHODS[name](opt, num_classes, teacher)
 
 
 def features_and_logits(network, images, n_views):
@@ -116,11 +160,20 @@ def by_image(x, n_views):
     return x.unflatten(0, (n_views, -1)).transpose(0, 1)
 
 
-def classifier_loss(logits, labels):
-    """Cross-entropy of logits [n, C] for labels [n], of which negative ones do not count, or distributions [n, C]."""
+def classifier_loss(logits, labels, opt):
+    """Cross-entropy of logits [n, C] for labels [n], of which negative ones do not count, or distributions [n, C]; for
+    images with several labels binary cross-entropy, the mean over the classes."""
+    if opt.multi_label:
+        return global_mean(F.binary_cross_entropy_with_logits(logits, labels, reduction='none').mean(1))
     if labels.dim() == 2:
         return global_mean(F.cross_entropy(logits, labels, reduction='none'))
     return global_mean(F.cross_entropy(logits, labels.clamp(min=0), reduction='none'), labels >= 0)
+
+
+def log_frequencies(opt):
+    """Log of the fraction of the training images that each class has: [num_classes]."""
+    sizes = torch.tensor(opt.class_sizes, device=opt.device, dtype=torch.float).clamp(min=1)
+    return (sizes / sizes.sum()).log()
 
 
 def momentum_keys(moco, images, labels, opt, rng):

@@ -2,10 +2,12 @@
 
     python benchmarks/bench_epoch.py [--model resnet18] [--images 50000] [--batch_size 1024] [--num_workers N]
 
-`ours` is main_supcon.py --amp, views sampled in batches; `original` is float32, channels first, torchvision's
-transforms in worker processes. Each is a process of its own; medians of the epochs after the first. `views` is the time
-of all views without training. On a GPU also the largest memory, and the fraction of the chip's bfloat16 peak that an
-epoch reaches. On a CPU the defaults are smaller. The last line is the ratio of original to ours.
+`ours` is main_supcon.py --amp, with its checkpoint after each epoch. `original` is the loop of SupContrast written
+plainly: float32, channels first, torchvision's transforms in worker processes, the loss with N x N matrices,
+cudnn.benchmark, and the loss read in each step. Each is a process of its own on one GPU; medians of the epochs after
+the first. `views` is the time of all views without training. On a GPU also the largest memory, and the fraction of the
+chip's bfloat16 peak that an epoch reaches. On a CPU the defaults are smaller. The last line is the ratio of original to
+ours.
 """
 import argparse
 import collections
@@ -16,6 +18,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -26,15 +29,83 @@ FORMS = ('ours', 'original')
 PEAK = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12}        # dense bfloat16 operations per second, NVIDIA's figures
 
 
-def original_epoch(loader, model, criterion, optimizer):
-    """The loop of the original program."""
-    model.train()
-    for images, labels in loader:
-        loss = criterion(model(images).unflatten(0, (2, -1)).transpose(0, 1), labels)
-        loss.item()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+def seconds_of(function, *arguments):
+    """How long a call takes, with the work that it leaves on a GPU."""
+    import torch
+    start = time.perf_counter()
+    function(*arguments)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure_original(image_set, opt, args):
+    """Seconds of the epochs, and of sampling their views."""
+    import torch
+    from torch.utils.data import DataLoader, Dataset
+
+    from datasets import pretraining_view, views
+    from losses import reference_loss
+    from networks.resnet_big import SupConResNet
+
+    class TwoViews(Dataset):
+        transform = views.per_sample(pretraining_view(opt))             # torchvision's
+
+        def __len__(self):
+            return len(image_set)
+
+        def __getitem__(self, index):
+            image = image_set.load(index)
+            return [self.transform(image), self.transform(image)], image_set.labels[index]
+
+    def epoch():
+        model.train()
+        for images, labels in loader:
+            images, labels = torch.cat(images).to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            z, labels = model(images), labels.repeat(2)
+            not_self = ~torch.eye(len(z), dtype=torch.bool, device=device)
+            positives = (labels[:, None] == labels) & not_self
+            loss = 0.1 / 0.07 * reference_loss(z, z, positives, not_self, temperature=0.1).mean()
+            loss.item()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    torch.backends.cudnn.benchmark = True
+    loader = DataLoader(TwoViews(), args.batch_size, shuffle=True, num_workers=args.num_workers,
+                        pin_memory=device == 'cuda')
+    model = SupConResNet(args.model).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
+    times = [(seconds_of(epoch), seconds_of(collections.deque, loader, 0)) for _ in range(args.epochs + 1)]
+    return zip(*times)
+
+
+def measure_ours(image_set, opt, args):
+    """Seconds of the epochs, and of sampling their views."""
+    import main_supcon
+    from datasets import make_loader, pretraining_view
+    from methods import SupCon
+    from util import training
+    from util.runs import Run
+
+    training.set_device(opt)
+    training.set_warmup(opt)
+    opt.num_classes = len(image_set.classes)
+    loader = make_loader(image_set, pretraining_view(opt), opt, 2)
+    model, method, run = main_supcon.set_model(opt), SupCon(opt, opt.num_classes), Run(opt)
+    network, optimizer = training.Network(model, opt), training.set_optimizer(opt, model)
+    scaler = training.set_scaler(opt)
+    run.restore(model, optimizer, scaler)
+
+    def epoch(number):
+        run.finish_epoch(number, main_supcon.train(loader, network, method, optimizer, scaler, number, run))
+
+    times = []
+    with run.start(image_set.classes):
+        for number in range(1, args.epochs + 2):
+            times.append((seconds_of(epoch, number), seconds_of(collections.deque, loader, 0)))
+    return zip(*times)
 
 
 def measure(form, args):
@@ -44,56 +115,25 @@ def measure(form, args):
     from torch.utils.flop_counter import FlopCounterMode
 
     import main_supcon
-    from datasets import make_loader, pretraining_view
-    from losses import SupConLoss
-    from methods import SupCon
     from networks.resnet_big import SupConResNet
-    from util import training
-    from util.runs import Run
 
-    original = form == 'original'
     # Other CPUs emulate bfloat16, many times slower.
     fast_bfloat16 = torch.cuda.is_available() or 'AVX512' in torch.backends.cpu.get_cpu_capability()
     opt = main_supcon.parse_option(['--model', args.model, '--batch_size', str(args.batch_size), '--temp', '0.1',
-                                    '--loader', 'per_sample' if original else 'batched', '--num_workers',
-                                    str(args.num_workers)] + ['--amp'] * (not original and fast_bfloat16))
+                                    '--loader', 'batched', '--epochs', str(args.epochs + 1)]
+                                   + ['--amp'] * fast_bfloat16)
     opt.size, opt.mean, opt.std = 32, (0.5,) * 3, (0.25,) * 3
-    if original:                                        # set_device would keep freed memory
-        opt.device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    else:
-        training.set_device(opt)
-    training.set_warmup(opt)
     image_set = photographs(min(args.images, 2000), 32)
     image_set = image_set.select([i % len(image_set) for i in range(args.images)])
-    loader = make_loader(image_set, pretraining_view(opt), opt, 2)
-    opt.num_classes = len(image_set.classes)
-    if original:
-        model, criterion = SupConResNet(args.model).to(opt.device), SupConLoss(temperature=0.1)
-        network, optimizer = model, torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
-    else:
-        model, method, run = main_supcon.set_model(opt), SupCon(opt, opt.num_classes), Run(opt)
-        network, optimizer = training.Network(model, opt), training.set_optimizer(opt, model)
-        scaler = training.set_scaler(opt)
-        run.restore(model, optimizer, scaler)
-    images, _ = next(iter(loader))
-    with FlopCounterMode(display=False) as counter:
-        network(images[:8]).sum().backward()
-    flops, gpu = counter.get_total_flops() / len(images[:8]) * 2 * args.images, opt.device == 'cuda'
-
-    def seconds_of(function, *arguments):
-        start = time.perf_counter()
-        function(*arguments)
-        if gpu:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    seconds, views = [], []
-    for epoch in range(1, args.epochs + 2):
-        loader.set_epoch(epoch)
-        views.append(seconds_of(collections.deque, loader, 0))
-        seconds.append(seconds_of(original_epoch, loader, model, criterion, optimizer) if original else
-                       seconds_of(main_supcon.train, loader, network, method, optimizer, scaler, epoch, run))
-    return {'seconds': statistics.median(seconds[1:]), 'views': statistics.median(views[1:]), 'flops': flops,
+    with torch.device('meta'), FlopCounterMode(display=False) as counter:
+        SupConResNet(args.model)(torch.zeros(8, 3, 32, 32)).sum().backward()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)                                # for the checkpoints
+        seconds, views = (measure_original if form == 'original' else measure_ours)(image_set, opt, args)
+        os.chdir(ROOT)
+    gpu = torch.cuda.is_available()
+    return {'seconds': statistics.median(seconds[1:]), 'views': statistics.median(views[1:]),
+            'flops': counter.get_total_flops() / 8 * 2 * args.images,
             'memory': torch.cuda.max_memory_allocated() if gpu else 0,
             'name': torch.cuda.get_device_name() if gpu else 'CPU'}
 
@@ -117,8 +157,9 @@ def main():
         return print(json.dumps(result))
     results = {}
     for form in FORMS:
-        output = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--form', form], check=True,
-                                stdout=subprocess.PIPE, text=True).stdout
+        one_gpu = {'CUDA_VISIBLE_DEVICES': os.environ.get('CUDA_VISIBLE_DEVICES', '0').split(',')[0]}
+        output = subprocess.run([sys.executable, os.path.abspath(__file__), *sys.argv[1:], '--form', form], check=True,
+                                stdout=subprocess.PIPE, text=True, env={**os.environ, **one_gpu}).stdout
         results[form] = json.loads(output.splitlines()[-1])
     ours, original = (results[form] for form in FORMS)
     print(f'{args.model}, {args.images} images, batches of {args.batch_size}, on {ours["name"]}; seconds per epoch')

@@ -37,7 +37,11 @@ BENCHMARKS = {
     'folder': ('ImageFolder / our workers, blur', None, ['bench_folder.py']),
     'epoch': ('original epoch / ours', None, ['bench_epoch.py']),
     'cost': ('slope of the loss time over views, log-log', None, ['plot_cost.py']),
-    'gpu resnet50': ('original epoch / ours, 50,000 images', 4, ['bench_epoch.py', '--model', 'resnet50']),
+    'gpu resnet50': ('original epoch / ours, 50,000 images', 4, ['bench_epoch.py', '--model', 'resnet50', '--epochs',
+                                                                '3']),
+    'gpu loss': ('dense / linear, 16,384 views', 1, ['bench_loss.py', '--views', '16384']),
+    'gpu large loss': ('dense / linear, 65,536 views', 1, ['bench_loss.py', '--views', '65536', '--repeat', '1']),
+    'gpu profile': ('fraction of the time that kernels run', 0.9, ['bench_profile.py']),
 }
 
 

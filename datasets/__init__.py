@@ -59,6 +59,7 @@ DATASETS = {
                             folder='./data/imagenet',
                             defaults=dict.fromkeys(('main_supcon', 'main_ce'), {'stem': 'imagenet'})),
     'path': DatasetInfo(sources.path),
+    'csv': DatasetInfo(sources.csv_files),
     'mvip': DatasetInfo(mvip.mvip, (0.4213, 0.4252, 0.4242), (0.1955, 0.1923, 0.1912), size=224, policy='sim',
                         pretraining={'crop': (0.6, 1.), **PART}, classification={'crop': (0.8, 1.), **PART},
                         folder='./data/MVIP/sets', defaults={
@@ -100,18 +101,28 @@ class Data:
 
 
 def load_images(opt):
-    """The ImageSets of a run: Data; fills in opt.size, opt.mean and opt.std where they are None."""
+    """The ImageSets of a run: Data; sets opt.multi_label, and opt.size, opt.mean and opt.std where they are None."""
     info = dataset_info(opt)
     cache_dir = _cache_dir(opt)
     try:
         train, val = info.load(opt)
+        opt.multi_label = train.multi_label
+        if opt.multi_label:
+            check_multi_label(opt)
         parts = train, val, *load_augmentations(opt, train.classes)
     except OSError as error:                            # a folder that may not be listed, a disk that fails
         raise UserError(f'--data_folder {opt.data_folder}: cannot be read ({error})') from error
     per_class = opt.samples_per_class, None, None, None
+    if getattr(opt, 'label_fraction', None):            # not an option of pretraining
+        per_class = train.counts_of_fraction(opt.label_fraction), None, None, None
     train, val, extra_id, extra_ood = (
         part and replace(part.sample(opt.max_samples, opt.seed, number), cache_dir=cache_dir)
         for part, number in zip(parts, per_class))
+    if opt.imbalance:
+        opt.split_seed = opt.seed if opt.split_seed is None else opt.split_seed
+        train = train.long_tailed(opt.imbalance, opt.split_seed)
+        sizes = train.class_sizes()
+        log(f'--imbalance {opt.imbalance:g}: {len(train)} training images, {max(sizes)} to {min(sizes)} of a class')
     opt.size = opt.size or info.size
     if opt.mean is None or opt.std is None:
         mean, std = (info.mean, info.std) if info.mean else train.statistics()
@@ -124,6 +135,27 @@ def load_images(opt):
                 extra_ood if opt.aug_mode != 'id_only' else None)
 
 
+# Options that need one class for each image, and how they do nothing.
+ONE_CLASS = {'label_smoothing': 0., 'moco': False, 'KD': False, 'summation_location': 'out', 'denominator_mode': 'all',
+             'positives_cap': -1, 'aug_output_name': None, 'sampler': 'shuffle', 'imbalance': None,
+             'logit_adjustment': 0., 'local_crops': 0}
+
+
+def check_multi_label(opt):
+    """UserError for an option that images with several labels cannot have."""
+    for name, default in ONE_CLASS.items():
+        if (value := getattr(opt, name, default)) != default:
+            raise UserError(f'--{name} {value}: images of {opt.data_folder} have several labels, expected one each')
+    if not hasattr(opt, 'n_views'):                                     # not pretraining
+        return
+    if opt.method == 'BCL':
+        raise UserError(f'--method BCL: images of {opt.data_folder} have several labels, expected SupCon, SimCLR or '
+                        'GenSCL')
+    if opt.positives == 'class' and opt.n_views % 2:                    # SupCon of several labels is GenSCL's loss
+        raise UserError(f'--n_views {opt.n_views}: images of {opt.data_folder} have several labels, expected an even '
+                        'number')
+
+
 def _cache_dir(opt):
     """The folder of --cache_dir, which need not be there yet, or None."""
     if opt.cache_dir and os.path.lexists(opt.cache_dir) and not os.path.isdir(opt.cache_dir):
@@ -132,14 +164,22 @@ def _cache_dir(opt):
 
 
 def dataset_info(opt):
-    """The row of --dataset; images of --dataset path with --stem imagenet are shown as ImageNet's."""
+    """The row of --dataset; the user's own images with --stem imagenet are shown as ImageNet's."""
     info = DATASETS[opt.dataset]
-    return replace(info, **LARGE) if opt.dataset == 'path' and opt.stem == 'imagenet' else info
+    return replace(info, **LARGE) if opt.dataset in ('path', 'csv') and opt.stem == 'imagenet' else info
 
 
 def pretraining_view(opt):
     """The view of contrastive pretraining."""
     return _training_view(opt, dataset_info(opt).pretraining, opt.augment_policy or 'sim')
+
+
+def local_view(opt):
+    """The small crops of multi-crop (Caron et al., 2020, https://arxiv.org/abs/2006.09882): from 5 % of the area to the
+    smallest other view, --local_size pixels."""
+    view = pretraining_view(opt)
+    smallest, _ = view.crop
+    return replace(view, size=opt.local_size or round(opt.size * 3 / 7), crop=(min(0.05, smallest / 2), smallest))
 
 
 def classification_view(opt):

@@ -20,6 +20,9 @@ def load_augmentations(opt, classes):
     if not opt.aug_output_name:
         return None, None
     root = Path(opt.aug_root) / opt.aug_output_name
+    if opt.aug_name_id and opt.aug_name_ood and (
+            os.path.realpath(root / opt.aug_name_id) == os.path.realpath(root / opt.aug_name_ood)):
+        raise UserError(f'--aug_name_ood {opt.aug_name_ood}: the same folder as --aug_name_id, expected another')
     parts = []
     for kind, name, limit in (('id', opt.aug_name_id, opt.aug_ex_id), ('ood', opt.aug_name_ood, opt.aug_ex_ood)):
         part = augmentation_folder(root / name, classes, limit, f'--aug_name_{kind}') if name else None

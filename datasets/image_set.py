@@ -28,7 +28,7 @@ class ImageSet:
     """n labeled images, in memory or in files.
 
     source: uint8 array [n, h, w, 3], or a list of n file names or objects with `read()` and `size()`.
-    labels: [n] int64, numbers of `classes`.
+    labels: [n] int64, numbers of `classes`; or [n, C] float32 of 0 and 1, where images have several.
     cache_dir: folder where what is decoded of files is kept for the next time, or None.
     """
     source: np.ndarray | list
@@ -39,6 +39,17 @@ class ImageSet:
 
     def __len__(self):
         return len(self.labels)
+
+    @property
+    def multi_label(self):
+        return self.labels.dim() == 2
+
+    def strata(self):
+        """The class by which an image counts where as many of each are sampled, [n]: of several the rarest."""
+        if not self.multi_label:
+            return self.labels.numpy()
+        labels = self.labels.numpy() > 0
+        return np.where(labels, labels.sum(0), len(self) + 1).argmin(1)
 
     def load(self, i, needed=None):
         """Image i as RGB; raises UserError with the name of a file that is no readable image.
@@ -69,21 +80,41 @@ class ImageSet:
     def sample(self, count, seed, per_class=None):
         """At most `count` images, as many of each class as of any other while they last, sampled with `seed`.
 
-        per_class: at most so many of each class; None as either: all.
+        An image with several labels counts as of the rarest. per_class: at most so many of each class, a number or one
+        for each; None as either: all.
         """
         if per_class is None and (count is None or count >= len(self)):
             return self
         order = np.random.default_rng(seed).permutation(len(self))
-        labels = self.labels.numpy()[order]
+        labels = self.strata()[order]
         rank = np.zeros(len(self), dtype=int)                           # the position within its class
         for c in np.unique(labels):
             rank[labels == c] = np.arange((labels == c).sum())
         if per_class is not None:
-            order, rank = order[rank < per_class], rank[rank < per_class]
+            kept = rank < np.broadcast_to(per_class, len(self.classes))[labels]
+            order, rank = order[kept], rank[kept]
         return self.select(np.sort(order[np.argsort(rank, kind='stable')[:count]]))
 
-    def decode(self, short_side):
-        """All images as tensors, decoded once: [n, 3, w, h] uint8 and their heights and widths [n].
+    def class_sizes(self):
+        """How many images there are of each class, without hard negatives: a list."""
+        return self.labels[self.labels >= 0].bincount(minlength=len(self.classes)).tolist()
+
+    def long_tailed(self, ratio, seed):
+        """At most largest * ratio**(-c / (C - 1)) images of class c of C, rounded down, at least one, sampled with
+        `seed`; largest: how many the largest class has (Cui et al., 2019, https://arxiv.org/abs/1901.05555)."""
+        largest, last = max(self.class_sizes()), max(1, len(self.classes) - 1)
+        exact = [largest * ratio**(-c / last) for c in range(len(self.classes))]
+        counts = [max(1, int(count + 1e-6)) for count in exact]         # what should be 50 may be 49.999...
+        return self.sample(None, seed, counts)
+
+    def counts_of_fraction(self, fraction):
+        """How many images of each class a fraction of it is, at least one: [C]."""
+        counts = np.bincount(self.strata(), minlength=len(self.classes))
+        return np.maximum(1, (fraction * counts).round().astype(int))
+
+    def decode(self, short_side, device='cpu'):
+        """All images as tensors, decoded once: [n, 3, w, h] uint8, on a GPU where they fit into a quarter of its free
+        memory, and their heights and widths [n].
 
         Images larger than `short_side` are scaled down until the shorter side has that length; none is enlarged.
         Images of unlike sizes lie in the top left corner of the largest height and width.
@@ -96,6 +127,7 @@ class ImageSet:
                 sizes = torch.tensor(self.source.shape[1:3]).expand(len(self), 2)
             else:
                 data, sizes = self._decode(short_side)
+            data = data.to(device) if fits(data, device) else data
             self._decoded[short_side] = data, sizes[:, 0], sizes[:, 1]
         return self._decoded[short_side]
 
@@ -185,8 +217,8 @@ class ImageSet:
 
         def check(arrays):
             values = arrays['statistics']
-            return (values.shape == (2, 3) and values.dtype == np.float64 and np.isfinite(values).all()
-                    and (values[1] > 0).all())
+            return (values.shape == (2, 3) and values.dtype == np.float64
+                    and ((values >= 0) & (values <= 1)).all() and (values[1] > 0).all())
         return tuple(map(tuple, cached(file, make, check)['statistics'].tolist()))
 
     def _statistics(self, probes):
@@ -197,6 +229,11 @@ class ImageSet:
         mean = counts @ levels / pixels
         std = np.sqrt(np.maximum(counts @ levels**2 / pixels - mean**2, 0))
         return tuple(mean.round(4).tolist()), tuple(np.maximum(std, 1e-3).round(4).tolist())
+
+
+def fits(data, device):
+    """Whether a tensor takes less than a quarter of a GPU's free memory."""
+    return torch.device(device).type == 'cuda' and data.nbytes < torch.cuda.mem_get_info()[0] / 4
 
 
 def mostly_padding(padded, filled):

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -25,8 +26,8 @@ from util.log import log
 from util.memory import available_memory
 
 
-def make_loader(image_set, view, opt, n_views=1, train=True):
-    """An iterable of (images [n_views * bsz, 3, size, size], labels [bsz]), view after view, on opt.device.
+def make_loader(image_set, view, opt, n_views=1, train=True, stream=()):
+    """An iterable of (images [n_views * bsz, 3, size, size], labels [bsz] or [bsz, C]), view after view, on opt.device.
 
     Call `set_epoch(epoch)` before each epoch: permutation and views depend on opt.seed and the epoch alone, and those
     of a batch on nothing that was sampled before. With train=False the images come in their own order. Of several
@@ -36,6 +37,8 @@ def make_loader(image_set, view, opt, n_views=1, train=True):
     crops in opt.num_workers worker processes and does the colors on opt.device; 'per_sample' does all in the workers;
     'auto' takes 'batched' where the images fit into half of the free memory and padding is not most of it, else
     'workers'.
+
+    stream: (a number,) for other random views of the same batches.
     """
     kind = opt.loader
     if kind == 'auto':
@@ -43,8 +46,8 @@ def make_loader(image_set, view, opt, n_views=1, train=True):
         if train:
             opt.loader_chosen = kind                    # recorded, since a run that resumes must sample the same views
     if kind == 'batched':
-        return BatchedLoader(image_set, view, opt, n_views, train)
-    return WorkerLoader(image_set, view, opt, n_views, train, per_sample=opt.loader == 'per_sample')
+        return BatchedLoader(image_set, view, opt, n_views, train, stream)
+    return WorkerLoader(image_set, view, opt, n_views, train, stream, per_sample=opt.loader == 'per_sample')
 
 
 def _loader_that_fits(image_set, view):
@@ -60,26 +63,64 @@ COMPILE_PAYS = 2**33
 
 
 class Batches:
-    """The order of n images: yields the number of each batch from first_step on, and the indices [bsz] in it.
+    """Which images each batch holds: yields its number, from first_step on, and the indices [bsz] of images with labels
+    [n], of which -(c + 1) counts as class c.
 
-    In training a last batch of one image, which batch norm cannot take, is added to the batch before it.
+    Without `train` all images in their order. In training by opt.sampler:
+    - 'shuffle': all images, in random order. A tiny last batch shares the images of the one before it equally: one of
+      4 images beside those of 64 costs a small network 6 points of accuracy, since evaluation takes the running
+      statistics of batch norms as the last batch left them; one of 1 image they cannot take at all.
+    - 'class_balanced': as many images, but each class equally often, and in a class each image (but for one).
+    - 'pk': opt.images_per_class images of each of as many random classes as a batch holds; small classes repeat theirs.
     """
 
-    def __init__(self, n, opt, train):
+    def __init__(self, labels, opt, train):
+        n, bsz = len(labels), opt.batch_size
+        self.n, self.seed, self.train, self.epoch, self.first_step = n, opt.seed, train, 0, 0
+        self.sampler, self.images_per_class = opt.sampler if train else None, opt.images_per_class
         if train and n < 2:
             raise UserError(f'found {n} training image, expected at least 2')
-        if train and n < opt.batch_size:
-            log(f'--batch_size {opt.batch_size}: found {n} training images, each batch holds all of them')
-        self.n, self.seed, self.train, self.epoch, self.first_step = n, opt.seed, train, 0, 0
-        self.sizes = [opt.batch_size] * (n // opt.batch_size) + [n % opt.batch_size] * (n % opt.batch_size > 0)
-        if train and self.sizes[-1] == 1:
-            self.sizes[-2:] = [self.sizes[-2] + 1]
+        self.sizes = [bsz] * (n // bsz) + [n % bsz] * (n % bsz > 0)
+        if self.sampler == 'pk':
+            self.sizes = [bsz] * max(1, n // bsz)
+        elif train and n < bsz:
+            log(f'--batch_size {bsz}: found {n} training images, each batch holds all of them')
+        elif train and n % bsz and n % bsz < max(2, bsz / 8):
+            both = bsz + n % bsz
+            self.sizes[-2:] = [both - both // 2, both // 2] if both > 3 else [both]
+        if self.sampler in ('class_balanced', 'pk'):
+            ordered, order = torch.where(labels < 0, -labels - 1, labels).sort(stable=True)
+            self.classes = order.split(ordered.unique_consecutive(return_counts=True)[1].tolist())  # indices of each
+        if self.sampler == 'pk' and len(self.classes) * self.images_per_class < bsz:
+            raise UserError(f'--sampler pk: found {len(self.classes)} classes, expected at least '
+                            f'{bsz // self.images_per_class}, --batch_size {bsz} / --images_per_class '
+                            f'{self.images_per_class}')
 
     def __iter__(self):
-        order = torch.randperm(self.n, generator=self.generator()) if self.train else torch.arange(self.n)
-        for step, indices in enumerate(order.split(self.sizes)):
-            if step >= self.first_step:
-                yield step, indices
+        if self.sampler == 'pk':
+            batches = (self._pk_batch(step) for step in range(self.first_step, len(self.sizes)))
+        else:
+            batches = self._order().split(self.sizes)[self.first_step:]
+        yield from enumerate(batches, self.first_step)
+
+    def _order(self):
+        """The images of an epoch, one after the other: [n]."""
+        if not self.train:
+            return torch.arange(self.n)
+        generator = self.generator()
+        order = torch.randperm(self.n, generator=generator)
+        if self.sampler == 'shuffle':
+            return order
+        counts = torch.full((len(self.classes),), self.n // len(self.classes))
+        counts[torch.randperm(len(counts), generator=generator)[:self.n % len(counts)]] += 1
+        parts = [_sampled(*part, generator) for part in zip(self.classes, counts.tolist())]
+        return torch.cat(parts)[order]
+
+    def _pk_batch(self, step):
+        generator, k = self.generator(step, 2), self.images_per_class
+        chosen = torch.randperm(len(self.classes), generator=generator)[:self.sizes[step] // k]
+        batch = torch.cat([_sampled(self.classes[number], k, generator) for number in chosen.tolist()])
+        return batch[torch.randperm(len(batch), generator=generator)]   # each device gets images of all classes
 
     def generator(self, *of):
         """Random numbers of the epoch, or of a batch: (step,) or (step, what it samples)."""
@@ -88,15 +129,31 @@ class Batches:
         return torch.Generator().manual_seed(int(seed))
 
 
-class Loader:
-    """What all loaders have: `len`, the steps of an epoch; `sizes`, the images of each batch in all processes."""
+def _sampled(members, count, generator):
+    """`count` of the members [n] in random order; each is there equally often, but for one."""
+    rounds = [torch.randperm(len(members), generator=generator) for _ in range(math.ceil(count / len(members)))]
+    return members[torch.cat([members[:0], *rounds])[:count]]
 
-    def __init__(self, n, opt, train):
-        self.batches = Batches(n, opt, train)
-        self.sizes, self.n = self.batches.sizes, n
+
+class Loader:
+    """What all loaders have: `len`, the steps of an epoch; `sizes`, the images of each batch in all processes; `labels`
+    [n] of all images."""
+
+    def __init__(self, labels, opt, train, stream=()):
+        self.batches, self.labels, self.stream = Batches(labels, opt, train), labels, stream
+        self.sizes = self.batches.sizes
 
     def __len__(self):
         return len(self.sizes)
+
+    def _operations(self, view, opt, n_views, train):
+        """The operations of views.apply on opt.device: compiled where the run is long enough."""
+        compiled = train and opt.epochs * len(self.labels) * n_views * view.size**2 >= COMPILE_PAYS
+        return views.compiled_operations(torch.device(opt.device)) if compiled else views.OPERATIONS
+
+    def _is_usual(self, step):
+        """Whether the batch has the size of the first: for another one the operations would be compiled again."""
+        return self.sizes[step] == self.sizes[0]
 
     def set_epoch(self, epoch, first_step=0):
         """What is iterated over next: the batches of an epoch from a step on, counted from 0.
@@ -110,27 +167,66 @@ class Loader:
 
 
 class BatchedLoader(Loader):
-    """Keeps the decoded images in memory, on the GPU where they take at most a quarter of what is free there."""
+    """Keeps the decoded images in memory, on the GPU where they fit, else prefetched from the host's."""
 
-    def __init__(self, image_set, view, opt, n_views, train):
-        super().__init__(len(image_set), opt, train)
-        self.labels, self.view, self.n_views, self.device = image_set.labels, view, n_views, torch.device(opt.device)
-        self.data, self.heights, self.widths = image_set.decode(view.short_side)
-        compiled = train and opt.epochs * len(image_set) * n_views * view.size**2 >= COMPILE_PAYS
-        self.operations = views.compiled_operations(self.device) if compiled else views.OPERATIONS
-        if self.device.type == 'cuda' and self.data.nbytes < torch.cuda.mem_get_info()[0] / 4:
-            self.data = self.data.to(self.device)
+    def __init__(self, image_set, view, opt, n_views, train, stream):
+        super().__init__(image_set.labels, opt, train, stream)
+        self.view, self.n_views, self.device = view, n_views, torch.device(opt.device)
+        self.data, self.heights, self.widths = image_set.decode(view.short_side, self.device)
+        self.operations = self._operations(view, opt, n_views, train)
+        self.elsewhere = self.data.device.type != self.device.type      # too many for the GPU
+        self.copying = torch.cuda.Stream() if self.elsewhere and self.device.type == 'cuda' else None
 
     def __iter__(self):
-        for step, indices in self.batches:
-            repeated, mine = indices.repeat(self.n_views), local_slice(len(indices))
-            params = views.sample_params(self.view, self.heights[repeated], self.widths[repeated],
-                                         self.batches.generator(step))
-            params, indices = params.local(mine, len(indices)), indices[mine]
+        raw = (self._raw(step, indices) for step, indices in self.batches)
+        for batch in ahead(raw) if self.elsewhere else raw:
+            yield self._views(*batch)                   # no name here keeps a batch while the next is made
+
+    def _raw(self, step, indices):
+        """Number, images [bsz, 3, w, h] uint8, labels and ViewParams of a batch, before anything is computed on it."""
+        repeated, mine = indices.repeat(self.n_views), local_slice(len(indices))
+        params = views.sample_params(self.view, self.heights[repeated], self.widths[repeated],
+                                     self.batches.generator(step, *self.stream), self.device)
+        params, indices = params.local(mine, len(indices)), indices[mine]
+        with torch.cuda.stream(self.copying):
             data = to_device(self.data.index_select(0, to_device(indices, self.data.device)), self.device)
-            usual = self.sizes[step] == self.sizes[0]           # an odd size would be compiled again
-            images = views.apply(self.view, data, params, self.operations if usual else views.OPERATIONS)
-            yield images, to_device(self.labels[indices], self.device)
+        if self.copying:
+            self.copying.synchronize()                   # only the thread that prefetches waits
+        return step, data, self.labels[indices], params
+
+    def _views(self, step, data, labels, params):
+        if self.copying:
+            data.record_stream(torch.cuda.current_stream())
+        operations = self.operations if self._is_usual(step) else views.OPERATIONS
+        return views.apply(self.view, data, params, operations), to_device(labels, self.device)
+
+
+def ahead(iterator):
+    """The items of an iterator; each is made in a thread while the one before is used."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, iterator, None)
+        while (item := following.result()) is not None:
+            following = thread.submit(next, iterator, None)
+            yield item
+            del item
+
+
+class MultiCrop:
+    """Two loaders of the same batches as one, of ((images of the first, of the second), labels)."""
+
+    def __init__(self, loader, local):
+        self.loader, self.local, self.sizes = loader, local, loader.sizes
+
+    def __len__(self):
+        return len(self.loader)
+
+    def set_epoch(self, epoch, first_step=0):
+        self.loader.set_epoch(epoch, first_step)
+        self.local.set_epoch(epoch, first_step)
+
+    def __iter__(self):
+        for (images, labels), (local, _) in zip(self.loader, self.local):
+            yield (images, local), labels
 
 
 class FeatureLoader(Loader):
@@ -138,9 +234,8 @@ class FeatureLoader(Loader):
     images, [n, dim] and [n], once, when the first batch is asked for."""
 
     def __init__(self, loader, compute, opt, train):
-        super().__init__(loader.n, opt, train)
-        self.loader, self.compute = loader, compute
-        self.features = self.labels = None
+        super().__init__(loader.labels, opt, train)
+        self.loader, self.compute, self.features = loader, compute, None
 
     def __iter__(self):
         if self.features is None:
@@ -154,10 +249,10 @@ class FeatureLoader(Loader):
 class WorkerLoader(Loader):
     """Worker processes decode and crop, and with per_sample do all else by torchvision's transforms too."""
 
-    def __init__(self, image_set, view, opt, n_views, train, per_sample):
+    def __init__(self, image_set, view, opt, n_views, train, stream, per_sample):
         if isinstance(image_set.source, list):
             image_set.sizes()                           # a file that is no image is found now, not in the first epoch
-        super().__init__(len(image_set), opt, train)
+        super().__init__(image_set.labels, opt, train, stream)
         self.n_views, self.device = n_views, torch.device(opt.device)
         self.rest = None                                # what the training device has to do
         if per_sample:
@@ -165,27 +260,33 @@ class WorkerLoader(Loader):
         else:
             augment = _Crops(view, n_views, finish=self.device.type == 'cpu')
             self.rest = None if augment.finish else augment.rest
+            self.operations = self._operations(view, opt, n_views, train) if self.rest else None
         # Batches that wait may take a quarter of the memory: those of thousands of large images are gigabytes.
         images_here = math.ceil(min(opt.batch_size, len(image_set)) / world_size())
         batch_bytes = images_here * n_views * 3 * view.size**2 * (1 if self.rest else 4)
         waiting = max(1, int(available_memory() / local_processes() / 4 / batch_bytes))
         workers = min(opt.num_workers, waiting)
-        self.loader = DataLoader(_Samples(image_set, augment), batch_sampler=_Keys(self.batches), num_workers=workers,
+        self.loader = DataLoader(_Samples(image_set, augment), batch_sampler=_Keys(self), num_workers=workers,
                                  persistent_workers=train and workers > 0, collate_fn=_collate,
                                  prefetch_factor=max(1, min(4, waiting // workers)) if workers else None,
                                  pin_memory=self.device.type == 'cuda', worker_init_fn=_start_worker)
-        self.empty = torch.empty(0, 3, view.size, view.size), torch.empty(0, dtype=torch.long)
+        self.empty = torch.empty(0, 3, view.size, view.size), image_set.labels[:0]
 
     def __iter__(self):
         for step, batch in enumerate(self._loaded(), self.batches.first_step):
             if isinstance(batch, UserError):
                 raise UserError(str(batch))     # not itself: its traceback would hold this frame, and that the workers
-            images, labels = (part.to(self.device, non_blocking=True) for part in batch or self.empty)
-            if self.rest and len(images):
-                sizes = torch.full((self.n_views * self.sizes[step],), self.rest.size)
-                params = views.sample_params(self.rest, sizes, sizes, self.batches.generator(step, 1))
-                images = views.apply(self.rest, images, params.local(local_slice(self.sizes[step]), self.sizes[step]))
-            yield images, labels
+            yield self._finished(step, *(part.to(self.device, non_blocking=True) for part in batch or self.empty))
+
+    def _finished(self, step, images, labels):
+        """A batch from the workers, with the part of its views that is left to opt.device."""
+        if self.rest and len(images):
+            sizes = torch.full((self.n_views * self.sizes[step],), self.rest.size)
+            generator = self.batches.generator(step, 1, *self.stream)
+            params = views.sample_params(self.rest, sizes, sizes, generator, self.device)
+            images = views.apply(self.rest, images, params.local(local_slice(self.sizes[step]), self.sizes[step]),
+                                 self.operations if self._is_usual(step) else views.OPERATIONS)
+        return images, labels
 
     def _loaded(self):
         """What self.loader gives; UserError where its processes end, or cannot be started or reached."""
@@ -238,12 +339,12 @@ def _end_workers():
 class _Keys:
     """Batch sampler: each sample is an index and the seed of its views, so that workers share no random state."""
 
-    def __init__(self, batches):
-        self.batches = batches
+    def __init__(self, loader):
+        self.batches, self.stream = loader.batches, loader.stream
 
     def __iter__(self):
         for step, indices in self.batches:
-            seeds = torch.randint(2**62, indices.shape, generator=self.batches.generator(step))
+            seeds = torch.randint(2**62, indices.shape, generator=self.batches.generator(step, *self.stream))
             mine = local_slice(len(indices))
             yield list(zip(indices[mine].tolist(), seeds[mine].tolist()))
 

@@ -7,6 +7,7 @@ https://arxiv.org/abs/1905.04899).
 import math
 
 import torch
+from torch.nn import functional as F
 
 from util.distributed import all_sizes, all_to_all_rows
 
@@ -29,6 +30,11 @@ def mix(images, labels, kind, alpha, rng):
     else:
         images, lam = cutmix(images, others, lam, rng)
     return images, torch.lerp(labels_of_others, labels, lam)
+
+
+def as_distributions(labels, num_classes):
+    """Labels [n] as one-hot rows [n, num_classes] float32; those of images with several labels stay as they are."""
+    return labels if labels.dim() == 2 else F.one_hot(labels, num_classes).float()
 
 
 def mix_views(images, labels, n_views, kind, alpha, rng):

@@ -1,7 +1,9 @@
-"""Where images come from: scikit-learn's digits, CIFAR, ImageNet, folders of images.
+"""Where images come from: scikit-learn's digits, CIFAR, ImageNet, folders of images, lists of files in csv.
 
 Each source is a function from the options to training and validation images (ImageSet), and a row of DATASETS.
 """
+import csv
+import io
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from torchvision import datasets as tv
 from datasets.image_set import EXTENSIONS, ImageSet
 from util.distributed import rank_zero_first
 from util.errors import UserError, is_peer_failure
-from util.files import as_text, files_below
+from util.files import as_text, files_below, open_regular
 from util.log import log
 
 
@@ -91,6 +93,63 @@ def folder(root):
     if skipped:
         log(f'{root}: {skipped} files that are no images by their names are left out')
     return ImageSet(files, torch.tensor(labels), sorted(map(as_text, folders)))
+
+
+def csv_files(opt):
+    """Images that train.csv and val.csv in the data folder list, with one label or several each.
+
+    Both begin with the header `file,labels`; files are relative to the folder, and `;` separates labels. Where each
+    image has one label it is its class. Raises UserError with the line of what is wrong.
+    """
+    root, lines = Path(opt.data_folder), {}
+    parts = [rows_of_csv(root, name, lines) for name in ('train.csv', 'val.csv')]
+    classes = sorted({label for _, labels, _ in parts[0] for label in labels})
+    numbers = {label: number for number, label in enumerate(classes)}
+    for _, labels, line in parts[1]:
+        if unknown := sorted(labels - numbers.keys()):
+            raise UserError(f'{line}: label {unknown[0]!r} has validation but no training images')
+    several = any(len(labels) > 1 for part in parts for _, labels, _ in part)
+    sets = []
+    for part in parts:
+        if several:
+            labels = torch.zeros(len(part), len(classes))
+            for i, (_, names, _) in enumerate(part):
+                labels[i, [numbers[name] for name in names]] = 1.
+        else:
+            labels = torch.tensor([numbers[name] for _, (name,), _ in part])
+        sets.append(ImageSet([file for file, _, _ in part], labels, classes))
+    return sets
+
+
+def rows_of_csv(root, name, lines):
+    """[(file, its set of labels, its line in words)] of a csv file in the folder root; lines: {file: line} so far."""
+    rows = []
+    try:
+        with open_regular(root / name, 2**31) as stream:
+            reader = csv.reader(io.TextIOWrapper(stream, encoding='utf-8-sig', newline=''), strict=True)
+            header = next(reader, [])
+            if header != ['file', 'labels']:
+                raise ValueError(f'found the header {",".join(header):.99}, expected file,labels')
+            for row in filter(None, reader):
+                line = f'{root / name}, line {reader.line_num}'
+                if len(row) != 2:
+                    raise UserError(f'{line}: found {len(row)} fields, expected file,labels; names with a comma in "')
+                file, labels = os.path.normpath(row[0]), [label.strip() for label in row[1].split(';')]
+                if os.path.isabs(file) or file.split(os.sep)[0] == os.pardir:
+                    raise UserError(f'{line}: {row[0]:.200} is outside of the folder, expected a file in it')
+                if not os.path.isfile(root / file):
+                    raise UserError(f'{line}: {row[0]:.200}: no such file in {root}')
+                if file in lines:
+                    raise UserError(f'{line}: {row[0]:.200} is listed already ({lines[file]})')
+                if not all(labels):
+                    raise UserError(f'{line}: an empty label in {row[1]!r:.200}, expected names separated by ;')
+                lines[file] = line
+                rows.append((str(root / file), set(labels), line))
+    except (OSError, ValueError, csv.Error) as error:   # ValueError: also bytes that are no text
+        raise UserError(f'{root / name}: cannot be read ({error!s:.300})') from error
+    if not rows:
+        raise UserError(f'{root / name}: no images in it, expected lines of file,labels')
+    return rows
 
 
 def split(images, fraction, seed):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torchvision import transforms
 
 from datasets.auto_augment import policy_of
-from util.distributed import to_device
+from util.distributed import all_to_device
 from util.log import log
 
 RATIO = (3 / 4, 4 / 3)                      # aspect ratio (width / height) of random crops, torchvision's default
@@ -73,11 +73,8 @@ class View:
 
     @property
     def group(self):
-        """Views that are executed together and share one order of the color operations.
-
-        Few enough to stay in the cache of a CPU (measured at 32 pixels: 128 are 4 times faster than 2,048), enough
-        to keep a GPU busy; more with AutoAugment and RandAugment, since each of their operations is of a few of them.
-        """
+        """Views that a CPU executes together, so few that they stay in its cache (measured at 32 pixels: 128 are 4
+        times faster than 2,048); more with AutoAugment and RandAugment, whose operations are each of a few of them."""
         return max(4, (2**19 if self.auto or self.rand else 2**17) // self.size**2)
 
 
@@ -182,8 +179,9 @@ class ViewParams:
         return ViewParams(**values, orders=orders, groups=groups)
 
 
-def sample_params(view, heights, widths, generator):
-    """Sample parameters for images of the given sizes ([n] tensors), on the CPU from `generator`."""
+def sample_params(view, heights, widths, generator, device='cpu'):
+    """Sample parameters for images of the given sizes ([n] tensors), on the CPU from `generator`, in groups that suit
+    the device that executes them."""
     n = len(heights)
     boxes = sample_boxes(view, heights, widths, generator)
     limits = boxes if view.crop else torch.stack([*torch.zeros(2, n), heights, widths], 1)
@@ -191,7 +189,7 @@ def sample_params(view, heights, widths, generator):
     shifts = torch.randint(2 * view.padding + 1, (n, 2), generator=generator) if view.padding else None
     angles = view.rotation * (2 * torch.rand(n, generator=generator) - 1) if view.rotation else None
     policy = policy_of(view.auto, view.rand, view.size).sample(n, generator) if view.auto or view.rand else None
-    groups = groups_of(n, view)
+    groups = groups_of(n, view, device)
     factors, orders = None, [None] * len(groups)
     if view.jitter:
         low = torch.tensor([max(0., 1 - s) for s in view.jitter[:3]] + [-view.jitter[3]])
@@ -214,9 +212,11 @@ def sample_params(view, heights, widths, generator):
     return ViewParams(boxes, limits, flips, shifts, angles, factors, gray, sigmas, holes, orders, groups, policy)
 
 
-def groups_of(n, view):
-    """Slices of at most View.group of n views."""
-    return [slice(i, min(i + view.group, n)) for i in range(0, n, view.group)]
+def groups_of(n, view, device='cpu'):
+    """Slices of n views that are executed together and share one order of the color operations: of at most View.group
+    on a CPU, four elsewhere, where the number of operations decides."""
+    size = view.group if torch.device(device).type == 'cpu' else max(view.group, math.ceil(n / 4))
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
 def sample_boxes(view, heights, widths, generator):
@@ -298,43 +298,49 @@ def apply(view, images, params, operations=None):
         return result
     images_of_views = torch.arange(n, device=device) % len(images)
     scale = 1 / torch.tensor(view.std)[:, None, None]
-    scale, shift_by = to_device(scale, device), to_device(-torch.tensor(view.mean)[:, None, None] * scale, device)
-    angles, factors, sigmas, holes = (None if x is None else to_device(x.float(), device) for x in (
-        params.angles, params.factors, params.sigmas, params.holes))
-    shifts = None if params.shifts is None else to_device(params.shifts, device)
-    taps = None
-    if view.flip or (params.boxes != torch.tensor([0, 0, view.size, view.size])).any():
+    shift_by = -torch.tensor(view.mean)[:, None, None] * scale
+    resized = view.flip or (params.boxes != torch.tensor([0, 0, view.size, view.size])).any()
+    # The views of each group that lose their colors or are blurred, known here without asking the device.
+    grayed, blurred = ([_numbers(x, group) for group in params.groups] for x in (params.gray, params.sigmas))
+    places = torch.cat([torch.arange(group.stop - group.start) for group in params.groups])
+    (scale, shift_by, boxes, limits, flips, places, shifts, angles, factors, sigmas, holes, *numbers) = all_to_device(
+        [scale, shift_by, params.boxes, params.limits, params.flips, places, params.shifts, params.angles,
+         params.factors, params.sigmas, params.holes, *grayed, *blurred], device)
+    grayed, blurred = numbers[:len(grayed)], numbers[len(grayed):]
+    if resized:
         number = math.ceil(2 * max(1, params.boxes[:, 2:].max().item() / view.size))
-        places = torch.cat([torch.arange(group.stop - group.start, dtype=torch.int32) for group in params.groups])
-        taps = operations['taps'](*(to_device(x.float(), device) for x in (params.boxes, params.limits, params.flips)),
-                                  to_device(places, device), *images.shape[2:], view.size, number)
-    for part, order in zip(params.groups, params.orders):
+        taps = operations['taps'](boxes, limits, flips, places.int(), *images.shape[2:], view.size, number)
+    for part, order, gray, blurry in zip(params.groups, params.orders, grayed, blurred):
         x = images.index_select(0, images_of_views[part])
-        if taps is None:
+        if not resized:
             x = transposed(x[:, :, :view.size, :view.size]).mul(1 / 255)
         else:
             columns, column_weights, rows, row_weights = (side[part] for side in taps)
             x = operations['transposed'](weighted_rows(x.float(), columns, column_weights))     # [n, 3, h, size]
             x = weighted_rows(x, rows, row_weights)
         if shifts is not None:
-            x = shift(x, shifts[part], view.padding)
+            x = shift(x, shifts[part].long(), view.padding)
         if angles is not None:
             x = rotate(x, angles[part])
         if params.policy is not None:
             x = policy_of(view.auto, view.rand, view.size).apply(x, params.policy[part])
         for number in order or ():
             x = operations[COLORS[number]](x, factors[number, part])
-        if params.gray is not None:
-            grayed = to_device(params.gray[part].nonzero()[:, 0], device)
-            x[grayed] = luma(x[grayed])[:, None]
-        if sigmas is not None:
-            blurred = to_device(params.sigmas[part].nonzero()[:, 0], device)
-            if len(blurred):
-                x[blurred] = blur(x[blurred], sigmas[part][blurred], view.blur_radius)
+        if gray is not None and len(gray):
+            gray = gray.long()
+            x[gray] = luma(x[gray])[:, None]
+        if blurry is not None and len(blurry):
+            blurry = blurry.long()
+            x[blurry] = blur(x[blurry], sigmas[part][blurry], view.blur_radius)
         torch.addcmul(shift_by, x, scale, out=result[part])             # (x - mean) / std
         if holes is not None:
             erase(result[part], holes[part])
     return result
+
+
+def _numbers(x, group):
+    """Which of a group's values [n] are not 0, numbered from its start; None for None."""
+    return None if x is None else x[group].nonzero()[:, 0]
 
 
 def resize_taps(boxes, limits, flips, places, w, h, size, number):

@@ -33,9 +33,8 @@ class MomentumContrast(nn.Module):
     @torch.no_grad()
     def update(self, network):
         """Move the copy towards the network."""
-        theirs = dict(network.named_parameters())
-        for name, parameter in self.network.named_parameters():
-            parameter.lerp_(theirs[name], 1 - self.momentum)
+        mine, theirs = dict(self.network.named_parameters()), dict(network.named_parameters())
+        torch._foreach_lerp_(list(mine.values()), [theirs[name] for name in mine], 1 - self.momentum)
 
     @torch.no_grad()
     def forward(self, images):
@@ -49,7 +48,7 @@ class MomentumContrast(nn.Module):
     @torch.no_grad()
     def enqueue(self, keys, labels):
         """Replace the oldest keys."""
-        keys, labels = keys[-len(self.queue):], labels[-len(self.queue):]   # a last batch may have one more
+        keys, labels = keys[-len(self.queue):], labels[-len(self.queue):]   # a last batch may be larger
         places = (self.position + torch.arange(len(keys), device=keys.device)) % len(self.queue)
         self.queue.index_copy_(0, places, keys.to(self.queue))
         self.queue_labels.index_copy_(0, places, labels)

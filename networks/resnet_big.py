@@ -114,12 +114,13 @@ class ResNet(nn.Module):
         zero_init: start the last batch norm of each block at 0, so that blocks start as the identity
             (Goyal et al., 2017, https://arxiv.org/abs/1706.02677, section 5.1).
 
-    Set `precision` to a dtype to compute in mixed precision.
+    Set `precision` to a dtype to compute in mixed precision, and `memory_format` to torch.channels_last to compute in
+    that: DataParallel's replicas lose the format of the parameters, but not that of the images.
     """
 
     def __init__(self, name='resnet50', stem='cifar', width=1.0, zero_init=False):
         super().__init__()
-        self.precision = None
+        self.precision, self.memory_format = None, torch.preserve_format
         if name not in RESNETS:
             raise ValueError(f"network is {name!r}, expected one of {', '.join(RESNETS)}")
         if stem not in ('cifar', 'imagenet'):
@@ -153,16 +154,18 @@ class ResNet(nn.Module):
 
     def forward(self, x):
         with mixed_precision(x, self.precision):
+            x = x.to(memory_format=self.memory_format)
             x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
             x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
             return x.mean((2, 3))
 
 
-def make_encoder(name, size=32, **settings):
-    """The ResNet `name`, or the backbone timm/<name> for images of `size` pixels; settings as for ResNet."""
+def make_encoder(name, size=32, pretrained=False, **settings):
+    """The ResNet `name`, or the backbone timm/<name> for images of `size` pixels, with timm's `pretrained` weights or
+    random ones; settings as for ResNet."""
     if name.startswith('timm/'):
         from networks.timm_encoder import TimmEncoder
-        return TimmEncoder(name[len('timm/'):], size, **settings)
+        return TimmEncoder(name[len('timm/'):], size, pretrained=pretrained, **settings)
     return ResNet(name, **settings)
 
 
@@ -197,10 +200,14 @@ class SupConResNet(nn.Module):
 
     def forward(self, x):
         encoded = self.encoder(x)
+        features = self.project(encoded)
+        return features if self.fc is None else (features, self.fc(encoded))
+
+    def project(self, encoded):
+        """The encoder's features [n, dim] through the head -> [n, feat_dim] of unit length."""
         projected = self.head(F.normalize(encoded, dim=1) if self.normalize_embedding else encoded)
         # Unit length to float32 precision under autocast too.
-        features = F.normalize(projected if projected.dtype == torch.float64 else projected.float(), dim=1)
-        return features if self.fc is None else (features, self.fc(encoded))
+        return F.normalize(projected if projected.dtype == torch.float64 else projected.float(), dim=1)
 
 
 def make_head(dim, sizes, batch_norm):
@@ -241,23 +248,38 @@ class LinearClassifier(nn.Module):
 
 
 class LinearProbe(nn.Module):
-    """A linear classifier on a frozen encoder: images [bsz, 3, h, w] -> logits [bsz, num_classes].
+    """A linear classifier on a pretrained encoder: images [bsz, 3, h, w] -> logits [bsz, num_classes].
 
-    Instead of images it also takes the encoder's features of them, [bsz, dim]. The encoder gets no gradient and stays
-    in eval mode, so that its batch norms keep their statistics.
+    Instead of images it also takes the encoder's features of them, [bsz, dim]. The encoder is frozen: it gets no
+    gradient and stays in eval mode, so that its batch norms keep their statistics. With `finetune` it is trained too;
+    with `freeze_bn` all but its batch norms is.
     """
 
-    def __init__(self, encoder, num_classes=10):
+    def __init__(self, encoder, num_classes=10, finetune=False, freeze_bn=False):
         super().__init__()
-        self.encoder = encoder.requires_grad_(False)
+        self.encoder = encoder.requires_grad_(finetune)
         self.classifier = LinearClassifier(dim=encoder.dim_out, num_classes=num_classes)
+        self.finetune, self.freeze_bn = finetune, freeze_bn
+        if freeze_bn:
+            for norm in batch_norms(encoder):
+                norm.requires_grad_(False)
 
     def train(self, mode=True):
         super().train(mode)
-        self.encoder.eval()
+        if not self.finetune:
+            self.encoder.eval()
+        elif self.freeze_bn:
+            for norm in batch_norms(self.encoder):
+                norm.eval()
         return self
 
     def forward(self, x):
-        with torch.no_grad():
-            features = x if x.dim() == 2 else self.encoder(x)
+        if x.dim() == 2:
+            return self.classifier(x)
+        with torch.set_grad_enabled(self.finetune and torch.is_grad_enabled()):
+            features = self.encoder(x)
         return self.classifier(features)
+
+
+def batch_norms(module):
+    return [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]

@@ -6,37 +6,65 @@ import torch
 from torch import nn
 
 from networks.precision import mixed_precision
+from networks.sync_bn import SyncBatchNorm
+from util.distributed import rank_zero_first
 from util.errors import UserError
 from util.log import log
 
 
 def check_name(name, option):
-    """UserError where timm has no model of this name, or where it names pretrained weights."""
+    """UserError where timm has no model of this name, or no pretrained weights of this tag (<model>.<tag>)."""
     base, _, tag = name.partition('.')
-    if tag and timm.is_model(base):
-        raise UserError(f'argument {option}: found {name!r}: {tag} names pretrained weights, which cannot be loaded, '
-                        f'expected {base}, with random weights')
+    if tag and timm.is_model(base) and not timm.is_model_pretrained(name):
+        raise UserError(f'argument {option}: found {name!r}: timm {timm.__version__} has no weights {tag} of {base}')
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), 1)
         raise UserError(f'argument {option}: found {name!r}, expected the name of a model of timm {timm.__version__}'
                         + ''.join(f', did you mean {other}?' for other in close))
 
 
-def timm_model(name, num_classes, stem, size):
-    """A model of timm with random weights; num_classes 0: without classifier.
+def pretrained_settings(name):
+    """What timm's weights of a model expect: {'size', 'mean', 'std'}. UserError where it has none."""
+    if not timm.is_model_pretrained(name):
+        raise UserError(f'--timm_pretrained: timm {timm.__version__} has no weights of {name}')
+    config = timm.get_pretrained_cfg(name)
+    return {'size': config.input_size[-1], 'mean': tuple(config.mean), 'std': tuple(config.std)}
+
+
+def classifier_names(name):
+    """What the names of a model's classifier parameters begin with, a tuple."""
+    config = timm.get_pretrained_cfg(name)
+    classifier = config.classifier if config and config.classifier else ()
+    return tuple(f'{part}.' for part in ([classifier] if isinstance(classifier, str) else classifier))
+
+
+def timm_model(name, num_classes, stem, size, pretrained=False):
+    """A model of timm with random weights, or `pretrained` ones, downloaded once; num_classes 0: without classifier.
 
     stem 'cifar' makes its first convolution 3x3 of stride 1 and removes the max-pool after it, so that small images
     keep their resolution, where it has such a stem; with 'imagenet' it stays as it is.
     """
     try:
-        model = timm.create_model(name, num_classes=num_classes, img_size=size)     # transformers need to know it
+        model = timm.create_model(name, pretrained, num_classes=num_classes, img_size=size)     # as transformers need
     except TypeError:
-        model = timm.create_model(name, num_classes=num_classes)
+        model = timm.create_model(name, pretrained, num_classes=num_classes)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(f'timm/{name} cannot be made for images of {size} pixels ({error})') from error
     if stem == 'cifar':
         _shrink_stem(model, name)
     return model
+
+
+def _downloaded(name, stem, size):
+    """A backbone with timm's weights; UserError where they cannot be had."""
+    try:
+        return rank_zero_first(lambda: timm_model(name, 0, stem, size, pretrained=True))
+    except UserError:
+        raise
+    except Exception as error:                          # of the connection, the hub, the disk
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f'--timm_pretrained: the weights of {name} cannot be downloaded, and are not in the cache '
+                        f'({reason})') from error
 
 
 def _shrink_stem(model, name):
@@ -57,16 +85,16 @@ def _shrink_stem(model, name):
 class TimmEncoder(nn.Module):
     """A backbone of timm as encoder: images [bsz, 3, size, size] -> features [bsz, dim_out].
 
-    dim_out is what the backbone gives. Set `precision` to a dtype to compute in mixed precision. Raises UserError where
-    the backbone takes no images of this size, or gives no vectors.
+    dim_out is what the backbone gives; pretrained: with timm's own weights. `precision` and `memory_format` as for
+    ResNet. Raises UserError where the backbone takes no images of this size, or gives no vectors.
     """
 
-    def __init__(self, name, size=32, stem='cifar', width=1.0, zero_init=False):
+    def __init__(self, name, size=32, stem='cifar', width=1.0, zero_init=False, pretrained=False):
         super().__init__()
         if width != 1 or zero_init:
             raise UserError(f"--model timm/{name} takes no {'--zero_init' if zero_init else f'--width {width}'}")
-        self.precision = None
-        self.backbone = timm_model(name, 0, stem, size)
+        self.precision, self.memory_format = None, torch.preserve_format
+        self.backbone = _downloaded(name, stem, size) if pretrained else timm_model(name, 0, stem, size)
         try:
             with torch.no_grad():
                 features = self.backbone.eval()(torch.zeros(1, 3, size, size))
@@ -79,7 +107,7 @@ class TimmEncoder(nn.Module):
         self.backbone.train()
 
     def forward(self, x):
-        if len(x) == 0 and not any(isinstance(module, nn.SyncBatchNorm) for module in self.modules()):
+        if len(x) == 0 and not any(isinstance(module, SyncBatchNorm) for module in self.modules()):
             return x.new_zeros(0, self.dim_out)             # not every backbone takes the empty part of a process
         with mixed_precision(x, self.precision):
-            return self.backbone(x)
+            return self.backbone(x.to(memory_format=self.memory_format))

@@ -10,7 +10,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util import errors  # noqa: E402
 from util.errors import UserError  # noqa: E402
+from util.files import open_regular  # noqa: E402
 
+LARGEST_LOG = 2**30                                     # bytes
 COLUMNS = ('experiment', 'top-1', 'conf.id', 'conf.ood', 'difference', 'AUROC', 'FPR95')
 
 
@@ -31,8 +33,9 @@ def results(folder):
     """The last results in the log of a run, as text: [top-1] or [top-1, the numbers of metrics.ood_report]."""
     file = Path(folder) / 'log.txt'
     try:
-        lines = file.read_text(encoding='utf-8').splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        with open_regular(file, LARGEST_LOG) as stream:
+            lines = stream.read().decode().splitlines()
+    except (OSError, ValueError) as error:
         raise UserError(f'{file}: not a readable log ({error})') from error
     best = [line.split()[-1] for line in lines if line.startswith('best accuracy: ')]
     ood = [line.split()[2::2] for line in lines if line.startswith('confidence id ')]

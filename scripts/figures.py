@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 from matplotlib.backend_bases import FigureCanvasBase
+from PIL import Image
 
 from util.errors import UserError, printable
 
@@ -32,15 +33,26 @@ def save(fig, file, dpi):
 
     Raises UserError where it cannot be written.
     """
-    partial = file.with_name(f'{uuid.uuid4().hex}.partial')
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    def write(partial):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')             # a letter that the font lacks is a box
             fig.savefig(partial, dpi=dpi, format=file.suffix[1:])
+    _replace(file, write)
+
+
+def save_image(array, file):
+    """As save, for a uint8 array [h, w, 3]."""
+    _replace(file, lambda partial: Image.fromarray(array).save(partial, file.suffix[1:]))
+
+
+def _replace(file, write):
+    partial = file.with_name(f'{uuid.uuid4().hex}.partial')
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
         os.replace(partial, file)
     except (OSError, ValueError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise UserError(f'--output {file}: cannot be written ({error})') from error
+        raise UserError(f'{file}: cannot be written ({error})') from error
     print(file)

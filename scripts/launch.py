@@ -126,7 +126,7 @@ def words_of_one(program, stages):
     words = [options.underscores(word) for word in split(os.environ[name], name)]
     for flag in sorted({'--trial', '--output_name', '--desc'} & flags_of(words)):
         raise UserError(f'{name}: {flag} is for all stages, expected after the name of the script')
-    check_links(words, stages)
+    check_links(take(words, '--ckpt')[1] if program == 'main_supcon' else words, stages)      # its own start
     return words
 
 

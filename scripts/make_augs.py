@@ -69,9 +69,13 @@ def shuffle_patches(image, patches, rng):
     return parts.swapaxes(1, 2).reshape(h * patches, w * patches, 3)
 
 
+def real_path(folder):
+    return Path(os.path.realpath(folder))               # Path.resolve raises RuntimeError for a link to itself
+
+
 def check_folders(folders):
     """UserError unless both can be made, and the files of one are not the other's."""
-    one, other = (folder.resolve() for folder in folders)
+    one, other = map(real_path, folders)
     if one == other or one in other.parents or other in one.parents:
         raise UserError(f'--aug_name_id and --aug_name_ood: {folders[0]} and {folders[1]} lie in each other, expected '
                         'two folders')
@@ -103,12 +107,14 @@ def main():
     with writing(folders[0].parent):
         check_folders(folders)
     train, rng = load_images(opt).train, np.random.default_rng(args.seed)
+    if train.multi_label:
+        raise UserError(f'--data_folder {args.data_folder}: its images have several labels, expected one class each')
     names = file_names(train.classes, args)
     members = [np.flatnonzero(train.labels.numpy() == number) for number in range(len(train.classes))]
     smallest = min(min(train.load(i).size) for part in members for i in part[:args.per_class])
     if smallest < args.patches:
         raise UserError(f'--patches {args.patches}: expected at most {smallest}, the side of the smallest image')
-    final = [folder.resolve() for folder in folders]                    # a link stays one
+    final = [real_path(folder) for folder in folders]                   # a link stays one
     partial = [folder.with_name(f'.{folder.name}.{uuid.uuid4().hex}.partial') for folder in final]
     try:
         with writing(folders[0].parent):
@@ -129,8 +135,8 @@ def main():
     finally:
         for folder in partial:
             shutil.rmtree(folder, ignore_errors=True)
-    for folder in folders:
-        print(f'{folder}: {len(list(folder.iterdir()))} images')
+    for folder, real in zip(folders, final):
+        print(f'{folder}: {len(list(real.iterdir()))} images')
 
 
 if __name__ == '__main__':

@@ -46,6 +46,8 @@ def features_of(ckpt, args):
     training.set_device(opt)
     encoder = checkpoints.load_encoder(checkpoint, opt, ckpt).to(opt.device)
     data = load_images(opt)
+    if opt.multi_label:
+        raise UserError(f'--ckpt {ckpt}: its images have several labels, expected one color each')
     parts = [part.sample(args.max_points, opt.seed) for part in (data.val, data.ood) if part]
     outputs = [training.forward_all(encoder, make_loader(part, evaluation_view(opt), opt, train=False), opt)
                for part in parts]

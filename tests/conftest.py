@@ -6,6 +6,9 @@ import sys
 import tarfile
 from pathlib import Path
 
+# Before torch is imported, for subprocesses too: the tests are of the CPU, but for tests/test_gpu.py.
+os.environ['CUDA_VISIBLE_DEVICES'] = os.environ.get('SUPCON_TEST_GPUS', '')
+
 import numpy as np
 import pytest
 import torch
@@ -176,7 +179,9 @@ def two_threads():
 def _fresh():
     """Each test has its own random numbers and no run's log."""
     torch.manual_seed(0)
+    hook = sys.unraisablehook
     yield
+    sys.unraisablehook = hook                           # errors.run replaces it
     close_log()
 
 
@@ -190,5 +195,5 @@ def copy(tmp_path):
 
 def shell(command, cwd, **environment):
     path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=500,
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=700,
                           env={**os.environ, 'PATH': path, **environment})

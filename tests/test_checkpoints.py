@@ -25,7 +25,7 @@ import main_supcon
 from datasets.loader import Loader
 from networks.timm_encoder import timm_model
 from scripts import evaluate
-from util import checkpoints, teachers, training
+from util import arguments, checkpoints, teachers, training
 from util.errors import UserError
 from util.runs import Run
 
@@ -314,6 +314,7 @@ SCALER = {'scale': 8., 'growth_factor': 2., 'backoff_factor': 0.5, 'growth_inter
 
 @pytest.mark.parametrize('change', [
     {'epoch': 1.}, {'epoch': True}, {'epoch': '1'}, {'epoch': -1}, {'epoch': 2**40}, {'step': 1.}, {'step': 2**40},
+    {'step': 2, 'meters': {}}, {'optimizer': torch.ones(3)},
     {'best_acc': 101}, {'best_acc': -1}, {'meters': {'train_loss': (NAN, 1)}}, {'meters': {'train_loss': (1., 0.5)}},
     {'meters': {'train_loss': (1., -1)}}, {'scaler': {'scale': 1.}}, {'scaler': {**SCALER, 'scale': 'x'}},
     {'scaler': {**SCALER, 'scale': NAN}}, {'scaler': {**SCALER, 'growth_interval': 0.5}}, {'opt': {5: 6}},
@@ -333,7 +334,7 @@ def test_the_scaler_of_float16_loads(whole):
 
 def test_a_step_after_the_end_of_the_epoch(call, whole):
     """The last one is none: then the epoch is over."""
-    loader = Loader(96, argparse.Namespace(batch_size=32, seed=0), train=True)
+    loader = Loader(torch.zeros(96), arguments.defaults(batch_size=32), train=True)
     loader.set_epoch(2, 3)
     with pytest.raises(UserError, match='step'):
         loader.set_epoch(2, 4)

@@ -230,7 +230,7 @@ def test_every_batch_has_its_own_random_numbers():
     """The permutation of an epoch and what each of its batches samples: all different, and the same again."""
     def numbers():
         for epoch in (1, 2):
-            batches = loaders.Batches(40, arguments.defaults(batch_size=10), train=True)
+            batches = loaders.Batches(torch.zeros(40), arguments.defaults(batch_size=10), train=True)
             batches.epoch = epoch
             for of in ((), (0,), (0, 0), (0, 1), (1,), (2,), (3,)):
                 yield torch.rand((), generator=batches.generator(*of)).item()
@@ -384,7 +384,8 @@ def test_wrong_cache_folders_are_rejected(rejected, tmp_path, image_folder):
 def test_wrong_statistics_in_a_cache_are_measured_again(cache, tmp_path):
     mean = cache()[1]
     file = next((tmp_path / 'cache').glob('*-statistics-*.npz'))
-    for wrong in ([[0.5] * 3, [0., 1, 1]], [[float('nan')] * 3, [1.] * 3], [[0.5] * 3] * 3):
+    for wrong in ([[0.5] * 3, [0., 1, 1]], [[float('nan')] * 3, [1.] * 3], [[0.5] * 3] * 3, [[2.] * 3, [1.] * 3],
+                  [[0.5] * 3, [1e300] * 3]):
         np.savez(file, statistics=np.array(wrong))
         assert cache()[1] == mean
 

@@ -23,7 +23,7 @@ import main_supcon
 from datasets import loader as loaders
 from datasets.image_set import ImageSet
 from datasets.views import View
-from losses import GenSupConLoss, SupConLoss, contrastive_accuracy
+from losses import BalancedSupConLoss, GenSupConLoss, SupConLoss, contrastive_accuracy
 from networks.sync_bn import SyncBatchNorm, average_statistics, synchronized
 from networks.timm_encoder import TimmEncoder
 from util import arguments, checkpoints, distributed, metrics, training
@@ -70,10 +70,11 @@ def mine(x):
 
 
 class Loader:
-    """The same batches of random images for any number of processes: views [2 * bsz, 3, 8, 8], labels [bsz]."""
+    """The same batches of random images for any number of processes: views [2 * bsz, 3, 8, 8], labels [bsz]; with
+    small crops ((views, [small * bsz, 3, 6, 6]), labels)."""
 
-    def __init__(self, sizes, views, labels):
-        self.sizes, self.views, self.labels = sizes, views, labels
+    def __init__(self, sizes, views, labels, small=0):
+        self.sizes, self.views, self.labels, self.small = sizes, views, labels, small
 
     def __len__(self):
         return len(self.sizes)
@@ -86,7 +87,9 @@ class Loader:
         for bsz in self.sizes:
             images = torch.rand(self.views, bsz, 3, 8, 8, generator=rng)
             labels = torch.tensor(self.labels)[torch.arange(bsz) % len(self.labels)]
-            yield images[:, distributed.local_slice(bsz)].flatten(0, 1), mine(labels)
+            images = images[:, distributed.local_slice(bsz)]
+            crops = images[:self.small, ..., 1:7, 1:7].flatten(0, 1)
+            yield (images.flatten(0, 1), crops) if self.small else images.flatten(0, 1), mine(labels)
 
 
 METHODS = {
@@ -97,7 +100,12 @@ METHODS = {
     'hard negatives': [], 'simclr with hard negatives': ['--method', 'SimCLR'],
     'cross-entropy and hard negatives': ['--ce_weight', '2'],
     'moco': ['--moco', '--moco_k', '26'], 'moco simclr': ['--moco', '--moco_k', '26', '--method', 'SimCLR'],
-    'accum_steps': ['--accum_steps', '3'], 'head_bn': ['--head_bn'],
+    'accum_steps': ['--accum_steps', '3'], 'head_bn': ['--head_bn'], 'dcl': ['--method', 'DCL'],
+    'three views': ['--n_views', '3', '--accum_steps', '2'],
+    'genscl of four views': ['--method', 'GenSCL', '--mix', 'mixup', '--no_warm', '--n_views', '4'],
+    'bcl': ['--method', 'BCL', '--n_views', '3'], 'bcl in parts': ['--method', 'BCL', '--accum_steps', '3'],
+    'multi-crop': ['--local_crops', '2', '--ce_weight', '1', '--temp', '0.2'],
+    'moco of three views': ['--moco', '--moco_k', '26', '--n_views', '3'],
 }
 
 
@@ -109,10 +117,12 @@ def steps(method, sizes, labels=(0, 1, 2, 1, 0)):
                                         '--batch_size', '13', '--temp', '0.5', '--lr', '0.1', '--epochs', '2',
                                         *METHODS[method]])
         opt.size, opt.print_freq, opt.aug_mode = 8, 1, 'with_both' if 'negatives' in method else 'none'
+        opt.class_sizes = [20, 10, 5]
         training.set_device(opt)
         training.set_warmup(opt)
         teacher = (lambda images: images.mean((2, 3))) if 'teacher' in method else None
-        averages, model = train_one_epoch(main_supcon, opt, Loader(sizes, 2, labels), 3, teacher)
+        loader = Loader(sizes, opt.n_views, labels, opt.local_crops)
+        averages, model = train_one_epoch(main_supcon, opt, loader, 3, teacher)
         average_statistics(model)
         return ((averages['loss'], averages['contrastive_acc']),
                 {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
@@ -126,8 +136,8 @@ def steps(method, sizes, labels=(0, 1, 2, 1, 0)):
 def test_processes_compute_the_loss_and_gradient_of_the_whole_batch(in_processes, monkeypatch, method, n):
     """13 images in uneven shares, with batch norm over all processes."""
     labels = (0, 1, -1, 2, 1, -3, 0) if 'negatives' in method else (0, 1, 2, 1, 0)
-    near = 1e-5 if 'cross-entropy' in method else 1e-10                 # cross-entropy is computed in float32
-    if method == 'accum_steps':                         # each of its micro-batches has its own batch norms
+    near = 1e-5 if 'cross-entropy' in method or 'bcl' in method or 'crop' in method else 1e-10
+    if 'accum_steps' in str(METHODS[method]):           # each of its micro-batches has its own batch norms
         monkeypatch.setattr(main_supcon.SupConResNet, 'train', lambda self, mode=True: nn.Module.train(self, False))
     whole, = in_processes(1, lambda: steps(method, [13], labels))
     assert len(whole[1]) > 20 and whole[0][0] > 0
@@ -168,8 +178,10 @@ def test_processes_that_each_normalize_still_have_one_network(in_processes):
 
 
 @pytest.mark.parametrize('n', [2, 3])
-@pytest.mark.parametrize('program', [main_ce, main_linear])
-@pytest.mark.parametrize('extra', [[], ['--mix', 'mixup'], ['--label_smoothing', '0.1']])
+@pytest.mark.parametrize('program, extra', [
+    *((program, extra) for program in ('ce', 'linear') for extra in ([], ['--mix', 'mixup'],
+                                                                     ['--label_smoothing', '0.1'])),
+    ('finetune', [])])
 def test_classifiers_learn_the_same_in_processes(in_processes, program, extra, n):
     def classify():
         torch.set_default_dtype(torch.float64)
@@ -179,8 +191,9 @@ def test_classifiers_learn_the_same_in_processes(in_processes, program, extra, n
             opt.size, opt.output_name = 8, 'x'
             training.set_device(opt)
             model = None
-            if program is main_linear:
-                opt.syncBN, opt.ckpt, opt.num_classes = False, 'x', 3
+            if program != 'ce':
+                opt.finetune, opt.freeze_bn, opt.num_classes = program == 'finetune', False, 3
+                opt.syncBN = opt.finetune
                 encoder = main_ce.SupCEResNet('resnet18', width=0.0625)
                 model, _ = main_linear.set_model(opt, {'model': encoder.state_dict()})
             values, model = train_one_epoch(main_ce, opt, Loader([13, 5, 3], 1, (0, 1, 2)), 3, model=model)
@@ -194,10 +207,22 @@ def test_classifiers_learn_the_same_in_processes(in_processes, program, extra, n
             torch.testing.assert_close(part[2][name], value, rtol=0, atol=1e-4)
 
 
+class Prototypes(nn.Linear):
+    """Features [..., 4], and a vector for each of four classes, which all processes have."""
+
+    def __init__(self):
+        super().__init__(5, 4, dtype=torch.float64)
+        self.prototypes = nn.Parameter(torch.randn(4, 4, dtype=torch.float64))
+
+    def forward(self, x):
+        return super().forward(x), self.prototypes
+
+
 @pytest.mark.parametrize('criterion', [
     SupConLoss(), SupConLoss(denominator_mode='only_negatives'), SupConLoss(contrast_mode='one'),
     SupConLoss(hard_negatives=True), SupConLoss(summation_location='in', positives_cap=2, hard_negatives=True),
-    GenSupConLoss(), GenSupConLoss(contrast_mode='one')])
+    SupConLoss(denominator_mode='one_positive'), SupConLoss(0.07, 'one', 0.07, 'in', 'one_positive', 2),
+    GenSupConLoss(), GenSupConLoss(contrast_mode='one'), BalancedSupConLoss(), BalancedSupConLoss(contrast_mode='one')])
 def test_the_loss_alone_in_any_training_loop(in_processes, criterion):
     """With PyTorch's own DistributedDataParallel around a network; one process has no image."""
     rng = torch.Generator().manual_seed(0)
@@ -210,21 +235,25 @@ def test_the_loss_alone_in_any_training_loop(in_processes, criterion):
     def step():
         several = dist.is_initialized()
         torch.manual_seed(0)
-        network = nn.Linear(5, 4).double()
+        network = Prototypes() if isinstance(criterion, BalancedSupConLoss) else nn.Linear(5, 4).double()
         network = nn.parallel.DistributedDataParallel(network) if several else network
         rows = slice(sum(sizes[:distributed.rank()]), sum(sizes[:distributed.rank() + 1])) if several else slice(0, 7)
-        z = F.normalize(network(x[rows]), dim=2)
+        z = network(x[rows])
+        z, prototypes = z if isinstance(z, tuple) else (z, None)
+        z = F.normalize(z, dim=2)
         if isinstance(criterion, GenSupConLoss):
             loss = criterion(z.unbind(1), (soft[rows], soft[rows]))
+        elif prototypes is not None:
+            loss = criterion(z, labels[rows], F.normalize(prototypes, dim=1))
         else:
             loss = criterion(z, labels[rows])
         loss.backward()
         accuracy = contrastive_accuracy(z, labels[rows], hard_negatives=hard_negatives)
-        return loss.item(), next(network.parameters()).grad, accuracy.item()
+        return loss.item(), [p.grad for p in network.parameters()], accuracy.item()
     whole, = in_processes(1, step)
-    for loss, gradient, accuracy in in_processes(3, step):
+    for loss, gradients, accuracy in in_processes(3, step):
         assert loss == pytest.approx(whole[0], rel=1e-12) and accuracy == pytest.approx(whole[2])
-        torch.testing.assert_close(gradient, whole[1], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(gradients, whole[1], rtol=1e-10, atol=1e-12)
 
 
 def test_negative_labels_of_one_process_stop_all(in_processes):
@@ -236,13 +265,23 @@ def test_negative_labels_of_one_process_stop_all(in_processes):
     assert in_processes(3, raises) == [True] * 3
 
 
-def test_a_mask_has_a_column_for_each_image_of_all_processes(in_processes):
+@pytest.mark.parametrize('criterion', [SupConLoss(), SupConLoss(contrast_mode='one', summation_location='in'),
+                                       SupConLoss(denominator_mode='one_positive', positives_cap=2)])
+def test_a_mask_has_a_column_for_each_image_of_all_processes(in_processes, criterion):
     rng = torch.Generator().manual_seed(0)
     z = F.normalize(torch.randn(5, 2, 3, generator=rng, dtype=torch.float64), dim=2)
-    mask = torch.rand(5, 5, generator=rng, dtype=torch.float64)
-    whole, = in_processes(1, lambda: SupConLoss()(z, mask=mask))
-    for loss in in_processes(2, lambda: SupConLoss()(mine(z), mask=mine(mask))):
-        torch.testing.assert_close(loss, whole, rtol=1e-12, atol=0)
+    mask = torch.rand(5, 5, generator=rng, dtype=torch.float64) * (torch.rand(5, 5, generator=rng) < 0.7)
+
+    def step():
+        features = mine(z).clone().requires_grad_()
+        loss = criterion(features, mask=mine(mask))
+        loss.backward()
+        return loss.detach(), features.grad
+    whole, = in_processes(1, step)
+    parts = in_processes(2, step)
+    for loss, _ in parts:
+        torch.testing.assert_close(loss, whole[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.cat([gradient for _, gradient in parts]) / 2, whole[1], rtol=1e-10, atol=1e-12)
     with pytest.raises(ValueError, match=r'mask is \[2, 5\], expected \[2, 2\]'):
         SupConLoss()(z[:2], mask=mask[:2])
 
@@ -282,20 +321,20 @@ def test_every_share_suits_batch_norm(monkeypatch, n):
         assert max(map(len, shares)) <= max(3, -(-n // processes))
 
 
-@pytest.mark.parametrize('shape', [(6, 3, 4, 4), (6, 3)])
-def test_batch_norm_over_processes_is_that_of_the_whole_batch(in_processes, shape):
+@pytest.mark.parametrize('kind', [nn.BatchNorm2d, BatchNormAct2d, nn.BatchNorm1d])
+def test_batch_norm_over_processes_is_that_of_the_whole_batch(in_processes, kind):
     """Outputs, gradients of input, weight and bias, running statistics; one process has nothing."""
-    rng = torch.Generator().manual_seed(0)
+    rng, shape = torch.Generator().manual_seed(0), (6, 3) if kind is nn.BatchNorm1d else (6, 3, 4, 4)
     x = 3 * torch.randn(shape, generator=rng, dtype=torch.float64) + 100
     sizes, weights = [4, 0, 2], torch.randn(shape, generator=rng, dtype=torch.float64)
 
     def normalize():
-        norm = nn.Sequential((nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d)(3).double())
+        norm = nn.Sequential(kind(3).double())
         nn.init.uniform_(norm[0].weight, generator=torch.Generator().manual_seed(2))
         several = dist.is_initialized()
         own = slice(sum(sizes[:distributed.rank()]), sum(sizes[:distributed.rank() + 1])) if several else slice(0, 6)
         if several:
-            norm = synchronized(norm, cuda=False)
+            norm = synchronized(norm)
             assert type(norm[0]) is SyncBatchNorm
         part = x[own].clone().requires_grad_()
         y = norm(part)
@@ -309,6 +348,28 @@ def test_batch_norm_over_processes_is_that_of_the_whole_batch(in_processes, shap
         torch.testing.assert_close(torch.cat([part[i] for part in parts]), whole[i], rtol=1e-9, atol=1e-9)
     for part in parts:
         torch.testing.assert_close(part[2:], whole[2:], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_batch_norm_over_processes_in_half_precision(in_processes, memory_format):
+    """Statistics and sums are float32, also those of a process without images; the images stay in their dtype."""
+    x = (torch.randn(6, 3, 4, 4) + 5).contiguous(memory_format=memory_format)
+
+    def normalize(dtype):
+        norm = nn.Sequential(nn.BatchNorm2d(3))
+        norm = synchronized(norm) if dist.is_initialized() else norm
+        mine = slice(0, 6) if distributed.rank() == 0 else slice(0, 0)
+        part = x[mine].to(dtype).requires_grad_()
+        y = norm(part)
+        y.square().sum().backward()
+        assert y.dtype == part.grad.dtype == dtype and norm[0].running_mean.dtype == torch.float32
+        return y.detach().float(), part.grad.float(), norm[0].running_mean, norm[0].running_var
+    whole, = in_processes(1, lambda: normalize(torch.float32))
+    first, empty = in_processes(2, lambda: normalize(torch.bfloat16))
+    torch.testing.assert_close(first[0], whole[0], rtol=0.02, atol=0.02)
+    torch.testing.assert_close(first[1], whole[1], rtol=0.02, atol=0.05)
+    torch.testing.assert_close(first[2:], whole[2:], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(empty[2:], first[2:], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('kind', ['batched', 'workers', 'per_sample'])
@@ -364,18 +425,6 @@ def test_a_backbone_need_not_take_the_empty_part_of_a_process(monkeypatch):
     encoder = TimmEncoder('resnet18', 32)
     monkeypatch.setattr(encoder.backbone, 'forward', None)
     assert encoder(torch.zeros(0, 3, 32, 32)).shape == (0, 512)
-
-
-def test_batch_norms_for_gpus_match_pytorch(monkeypatch):
-    """With the activation of timm's own, and the empty part of a process in float32 as the other parts."""
-    network = nn.Sequential(nn.BatchNorm2d(3), BatchNormAct2d(3))
-    converted = synchronized(network, cuda=True)
-    assert all(isinstance(module, nn.SyncBatchNorm) for module in converted)
-    assert isinstance(converted[1].act, nn.ReLU)
-    for module in converted:
-        hook, = module._forward_pre_hooks.values()
-        half = torch.zeros(2, 3, 1, 1, dtype=torch.bfloat16)
-        assert hook(module, (half,))[0] is half and hook(module, (half[:0],))[0].dtype == torch.float32
 
 
 def test_a_process_of_torchrun_uses_one_gpu(monkeypatch):

@@ -24,9 +24,9 @@ FOLDERS = ('', 'benchmarks', 'datasets', 'docs', 'networks', 'scripts', 'scripts
 every_page = pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-def example(heading):
-    """The Python code of a section of the README."""
-    return re.search(rf'^## {heading}\n.*?^```python\n(.*?)^```', README, re.MULTILINE | re.DOTALL)[1]
+def example(heading, page=README):
+    """The Python code of a section of the README, or of another page."""
+    return re.search(rf'^## {heading}\n.*?^```python\n(.*?)^```', page, re.MULTILINE | re.DOTALL)[1]
 
 
 def code(text):
@@ -131,6 +131,51 @@ def test_example_of_the_loss():
     names = {'features': features, 'labels': labels}
     exec(example('The method and its loss'), names)
     assert names['loss'].isfinite() and names['criterion'](features, labels) != names['loss']
+
+
+def weighted_loss(z, weights, temperature=0.1):
+    """The mean of sum_j w_ij (log sum_k exp s_ik - s_ij) / sum_j w_ij, by loops; weights(i, j) of views."""
+    n, losses = len(z), []
+    for i in range(n):
+        others = [j for j in range(n) if j != i]
+        s = {j: z[i] @ z[j] / temperature for j in others}
+        log_sum = torch.stack(list(s.values())).logsumexp(0)
+        losses.append(sum(weights(i, j) * (log_sum - s[j]) for j in others) / sum(weights(i, j) for j in others))
+    return sum(losses) / n * temperature / 0.07
+
+
+def loss_example(heading):
+    names = {}
+    exec(example(heading, (ROOT / 'docs' / 'loss_examples.md').read_text()), names)
+    assert names['loss'].isfinite()
+    return names
+
+
+def test_example_of_several_labels():
+    names = loss_example('Several labels per image')
+    features, y = names['features'], F.normalize(names['labels'].float(), dim=1)
+    z = features.transpose(0, 1).flatten(0, 1)
+    torch.testing.assert_close(names['loss'], weighted_loss(z, lambda i, j: y[i % 4] @ y[j % 4]))
+    same = names['multi_label_loss'](features, names['labels'], smoothing=1.)
+    torch.testing.assert_close(same, weighted_loss(z, lambda i, j: 1.))
+
+
+def test_example_of_regression():
+    names = loss_example('Regression')
+    z, ages = names['features'].transpose(0, 1).flatten(0, 1), names['ages']
+    torch.testing.assert_close(names['loss'], weighted_loss(
+        z, lambda i, j: torch.exp(-((ages[i % 4] - ages[j % 4]) / 5) ** 2 / 2)))
+
+
+def test_example_of_segmentation():
+    names = loss_example('Segmentation')
+    features, labels = torch.randn(2, 4, 2, 3), torch.tensor([[[0, 1, 255], [1, 1, 0]], [[0, 0, 2], [1, 255, 2]]])
+    z = F.normalize(torch.stack([features[b, :, y, x] for b in range(2) for y in range(2) for x in range(3)
+                                 if labels[b, y, x] != 255]), dim=1)
+    y = labels[labels != 255]
+    expected = weighted_loss(z, lambda i, j: float(y[i] == y[j]))
+    torch.testing.assert_close(names['pixel_loss'](features, labels), expected)
+    assert names['pixel_loss'](features, labels, n=5).isfinite()
 
 
 def test_example_of_a_new_loss():

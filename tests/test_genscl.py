@@ -632,7 +632,7 @@ def test_float16_scales_the_loss(call, monkeypatch, tmp_path):
     assert scaler['scale'] > 1
     ok(call, main_ce, *TINY, '--epochs', 2, '--amp', '--output_name', 'a', '--resume')
     again = torch.load('output/a/trial=0/last.ckpt', weights_only=True)
-    assert again['optimizer']['param_groups'][0]['fused'] is False      # see training.fused
+    assert not again['optimizer']['param_groups'][0]['fused']      # see training.fused
     again = again['scaler']
     assert again['_growth_tracker'] > scaler['_growth_tracker']
 

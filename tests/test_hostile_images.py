@@ -165,7 +165,7 @@ def test_a_pipe_among_caches_is_made_a_cache(image_folder, tmp_path, pipe, capsy
         pipe(folder / name)
     pipe(folder / f'{names[0]}.x.partial')
     read(root, mean=None, std=None, cache_dir=str(folder))
-    assert capsys.readouterr().out.count('not a valid cache, made again') == 2
+    assert capsys.readouterr().out.count('not a valid cache, written again') == 2
     assert all((folder / name).is_file() for name in names)
 
 

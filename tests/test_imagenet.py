@@ -356,7 +356,7 @@ def test_workers_give_both_views_of_the_same_images(jpegs):
     assert (images[:12] - expected).abs().mean() < 0.02
     opt = options('--loader', 'workers', '--batch_size', 12, '--num_workers', 0)
     loader = make_loader(image_set, view, opt, 2, train=False)
-    augment = loader.loader.dataset.sample
+    augment = loader.loader.dataset.augment
     augment.finish, loader.rest = False, augment.rest
     torch.testing.assert_close(next(iter(loader))[0], images)
 
@@ -516,7 +516,7 @@ def test_export_at_the_end_of_a_run(linear_run):
 def test_export_refuses_before_it_trains(rejected, tmp_path, monkeypatch):
     monkeypatch.setattr(export.importlib.util, 'find_spec', lambda name: None)
     (tmp_path / 'folder.pth').mkdir()
-    for file, words in (('x.pt', 'ends in .pth, .pt2, .onnx'), ('nowhere/x.pth', 'nowhere'),
+    for file, words in (('x.pt', 'ends in .pth, .safetensors, .pt2, .onnx'), ('nowhere/x.pth', 'nowhere'),
                         ('x.onnx', 'onnxscript is missing'), ('x' * 300 + '.pth', 'cannot be written'),
                         ('/proc/x.pth', 'cannot be written'), ('folder.pth', 'found a folder')):
         rejected(main_ce.main, *TINY, '--epochs', 1, '--export', file, words=[f'--export {file}', words])

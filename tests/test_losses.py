@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
-from losses import GenSupConLoss, SupConLoss, contrastive_accuracy, reference_loss
+from losses import BalancedSupConLoss, GenSupConLoss, SupConLoss, contrastive_accuracy, reference_loss
 
 
 def reference(features, labels=None, mask=None, positives='class', temperature=0.07, mode='all', base_temperature=0.07,
@@ -70,18 +71,29 @@ def test_reference_matches_the_formulas_in_exponentials(location, denominator):
     weights = torch.rand(5, 9, dtype=torch.float64) * (torch.rand(5, 9) < 0.5) * allowed
     exp = (anchors @ contrasts.T / 0.5).exp()
     negatives = exp * (allowed & (weights == 0))
-    sums = {'all': (exp * allowed).sum(1, keepdim=True), 'one_positive': exp + negatives.sum(1, keepdim=True),
-            'only_negatives': negatives.sum(1, keepdim=True)}
+    b = torch.rand(5, 9).double()
+    sums = {'all': (exp * allowed * b).sum(1, keepdim=True),
+            'one_positive': exp + (negatives * b).sum(1, keepdim=True),
+            'only_negatives': (negatives * b).sum(1, keepdim=True)}
     prob = exp / sums[denominator]
     weights /= weights.sum(1, keepdim=True)
     expected = -(weights * prob.log()).sum(1) if location == 'out' else -(weights * prob).sum(1).log()
-    found = reference_loss(anchors, contrasts, weights, allowed, 0.5, location, denominator)
+    found = reference_loss(anchors, contrasts, weights, allowed, 0.5, location, denominator, b.log())
     torch.testing.assert_close(found, expected)
 
 
 def random_features(bsz=7, n_views=2, shape=(5,), dtype=torch.float64):
     features = torch.randn(bsz, n_views, *shape, dtype=dtype)
     return F.normalize(features.flatten(2), dim=2).view_as(features).requires_grad_()
+
+
+@pytest.fixture
+def set_blocks(monkeypatch):
+    """set_blocks(n): so many similarities are computed at a time."""
+    def set_them(block):
+        monkeypatch.setattr(losses, 'BLOCK', block)
+        monkeypatch.setattr(losses, 'TILE', min(block // 10, losses.TILE))
+    return set_them
 
 
 def check(features, mode, location='out', denominator='all', cap=-1, **targets):
@@ -109,9 +121,8 @@ TARGETS = {
 @pytest.mark.parametrize('n_views', [1, 2, 3])
 @pytest.mark.parametrize('targets', TARGETS)
 @pytest.mark.parametrize('block', [losses.BLOCK, 40])                          # one block, and several uneven ones
-def test_value_and_gradient_match_reference(monkeypatch, mode, n_views, targets, block):
-    monkeypatch.setattr(losses, 'BLOCK', block)
-    monkeypatch.setattr(losses, 'TILE', min(block // 10, losses.TILE))
+def test_value_and_gradient_match_reference(set_blocks, mode, n_views, targets, block):
+    set_blocks(block)
     check(random_features(7, n_views), mode, **TARGETS[targets]())
 
 
@@ -122,7 +133,9 @@ ABLATIONS = [(location, denominator, cap) for location in ('out', 'in')
 @pytest.mark.parametrize('mode', ['all', 'one'])
 @pytest.mark.parametrize('n_views', [1, 2, 3])
 @pytest.mark.parametrize('targets', TARGETS)
-def test_ablations_match_reference(mode, n_views, targets):
+@pytest.mark.parametrize('block', [losses.BLOCK, 40])
+def test_ablations_match_reference(set_blocks, mode, n_views, targets, block):
+    set_blocks(block)
     for ablation in ABLATIONS:
         check(random_features(7, n_views), mode, *ablation, **TARGETS[targets]())
 
@@ -136,12 +149,121 @@ def test_ablations_differ():
     assert len({round(value, 9) for value in values}) == 2 * 6 + 2
 
 
-@pytest.mark.parametrize('targets', ['supcon', 'ood'])
+@pytest.mark.parametrize('targets', ['supcon', 'ood', 'weights'])
 @pytest.mark.parametrize('ablation', ABLATIONS)
-def test_gradcheck_of_ablations(targets, ablation):
+def test_gradcheck_of_ablations(set_blocks, targets, ablation):
+    set_blocks(40)
     keywords = TARGETS[targets]()
     criterion = SupConLoss(0.5, 'all', 0.07, *ablation, hard_negatives=True)
     assert torch.autograd.gradcheck(lambda f: criterion(f, **keywords), (random_features(),))
+
+
+def double_loop(features, labels, loss_of_anchor, temperature):
+    """The mean of loss_of_anchor(positives, negatives) over all views: similarities of each, lists of scalars."""
+    views = [(z, i) for i, image in enumerate(features) for z in image]
+    values = []
+    for a, (anchor, i) in enumerate(views):
+        positives, negatives = [], []
+        for b, (contrast, j) in enumerate(views):
+            if a != b:
+                same = i == j if labels is None else labels[i] == labels[j]
+                (positives if same else negatives).append(anchor @ contrast / temperature)
+        values.append(loss_of_anchor(positives, negatives))
+    return sum(values) / len(values)
+
+
+def sincere(positives, negatives):
+    """Feeney and Hughes, https://arxiv.org/abs/2309.14277."""
+    exp_negatives = sum(s.exp() for s in negatives)
+    return sum(-s + (s.exp() + exp_negatives).log() for s in positives) / len(positives)
+
+
+def dcl(positives, negatives):
+    """Yeh et al., https://arxiv.org/abs/2110.06848."""
+    return sum(s.exp() for s in negatives).log() - sum(positives) / len(positives)
+
+
+@pytest.mark.parametrize('setting, loss_of_anchor', [('one_positive', sincere), ('only_negatives', dcl)])
+@pytest.mark.parametrize('with_labels', [True, False])
+@pytest.mark.parametrize('block', [losses.BLOCK, 40])
+def test_sincere_and_dcl_match_double_loops(set_blocks, setting, loss_of_anchor, with_labels, block):
+    set_blocks(block)
+    features, labels = random_features(), torch.tensor([0, 1, 0, 2, 1, 0, 9]) if with_labels else None
+    loss = SupConLoss(0.2, base_temperature=0.2, denominator_mode=setting)(features, labels)
+    expected = double_loop(features, labels, loss_of_anchor, 0.2)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    ours, theirs = (torch.autograd.grad(value, features)[0] for value in (loss, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-12)
+
+
+def balanced_double_loop(features, labels, prototypes, temperature, mode='all'):
+    """Zhu et al., https://arxiv.org/abs/2207.09052, with the class sizes counted for each pair."""
+    contrasts = [(i, z) for i, image in enumerate(features) for z in image]
+    classes = [labels[i].item() for i, _ in contrasts]
+    if prototypes is not None:
+        contrasts += [(None, prototype) for prototype in prototypes]
+        classes += range(len(prototypes))
+    values = []
+    for a, (i, anchor) in enumerate(contrasts):
+        if i is None or (mode == 'one' and anchor is not features[i, 0] and a % features.shape[1]):
+            continue
+        others = [b for b in range(len(contrasts)) if b != a]
+        s = {b: anchor @ contrasts[b][1] / temperature for b in others}
+        denominator = sum(s[b].exp() / sum(classes[c] == classes[b] for c in others) for b in others)
+        positives = [b for b in others if classes[b] == classes[a]]
+        values.append(sum(denominator.log() - s[b] for b in positives) / max(1, len(positives)))
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize('mode', ['all', 'one'])
+@pytest.mark.parametrize('n_views', [1, 2])
+@pytest.mark.parametrize('with_prototypes', [True, False])
+@pytest.mark.parametrize('block', [losses.BLOCK, 40])
+def test_balanced_loss_matches_a_double_loop(set_blocks, mode, n_views, with_prototypes, block):
+    set_blocks(block)
+    features, labels = random_features(7, n_views), torch.tensor([0, 1, 0, 2, 1, 0, 4])     # nobody has class 3
+    prototypes = random_features(5, 1)[:, 0].detach().requires_grad_() if with_prototypes else None
+    inputs = (features, prototypes) if with_prototypes else (features,)
+    loss = BalancedSupConLoss(0.2, mode, 0.2)(features, labels, prototypes)
+    expected = balanced_double_loop(features, labels, prototypes, 0.2, mode)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    for ours, theirs in zip(*(torch.autograd.grad(value, inputs) for value in (loss, expected))):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda *x: BalancedSupConLoss(0.5, mode)(x[0], labels, *x[1:]), inputs)
+
+
+def test_balanced_loss_of_equal_classes_is_supcon():
+    """Each class has 4 views: 3 of the anchor's own, so that only its weight differs."""
+    features, labels = random_features(6, 2), torch.arange(6) % 3
+    z = features.transpose(0, 1).flatten(0, 1)
+    not_self = ~torch.eye(12, dtype=torch.bool)
+    weights = (labels.repeat(2)[:, None] == labels.repeat(2)) & not_self
+    expected = reference_loss(z, z, weights, not_self, 0.1, log_weights=torch.where(weights, 4 / 3, 1.).log())
+    loss = BalancedSupConLoss(0.1, base_temperature=0.1)(features, labels)
+    torch.testing.assert_close(loss, expected.mean() - math.log(4))
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_balanced_loss_in_half_precision(dtype):
+    features = random_features(16, 2, (32,), torch.float32).detach().to(dtype)
+    prototypes = random_features(3, 1, (32,), torch.float32)[:, 0].detach().requires_grad_()
+    labels = torch.randint(3, (16,))
+    with torch.autocast('cpu', torch.bfloat16):
+        loss = BalancedSupConLoss()(features, labels, prototypes)
+    loss.backward()
+    assert loss.dtype == prototypes.grad.dtype == torch.float32
+    torch.testing.assert_close(loss, BalancedSupConLoss()(features.float(), labels, prototypes))
+
+
+@pytest.mark.parametrize('labels, prototypes, words', [
+    ([0, 1, 2, 3], (3, 8), ['labels are too large', 'less than 3', 'found 3']),
+    ([0, -1, 2, 1], (3, 8), ['labels are negative', 'found -1']),
+    ([0, 1, 2], (3, 8), ['[3]', '[4]', '[4, 2, 8]']),
+    ([0, 1, 2, 1], (3, 7), ['[3, 7]', '[C, 8]', '[4, 2, 8]']), ([0, 1, 2, 1], (3, 1, 8), ['[3, 1, 8]', '[C, 8]'])])
+def test_wrong_labels_and_prototypes_are_named(labels, prototypes, words):
+    with pytest.raises(ValueError) as error:
+        BalancedSupConLoss()(torch.zeros(4, 2, 8), torch.tensor(labels), torch.zeros(prototypes))
+    assert all(word in str(error.value) for word in words)
 
 
 def test_an_anchor_without_negatives():
@@ -166,22 +288,38 @@ KEYS = {
 @pytest.mark.parametrize('targets', KEYS)
 @pytest.mark.parametrize('n_views', [1, 2])
 @pytest.mark.parametrize('block', [losses.BLOCK, 20])
-def test_keys_are_the_contrasts(monkeypatch, targets, n_views, block):
-    monkeypatch.setattr(losses, 'BLOCK', block)
-    monkeypatch.setattr(losses, 'TILE', min(block // 10, losses.TILE))
+def test_keys_are_the_contrasts(set_blocks, targets, n_views, block):
+    set_blocks(block)
     keys = F.normalize(torch.randn(8, 5, dtype=torch.float64), dim=1)
     for ablation in [('out', 'all', -1), *ABLATIONS]:
         check(random_features(4, n_views), 'all', *ablation, keys=keys, **KEYS[targets]())
     keywords = KEYS[targets]()
-    assert torch.autograd.gradcheck(lambda f, k: SupConLoss(0.5, hard_negatives=True)(f, keys=k, **keywords),
-                                    (random_features(4, n_views), keys.clone().requires_grad_()))
+    for criterion in (SupConLoss(0.5, hard_negatives=True),
+                      SupConLoss(0.5, denominator_mode='one_positive', hard_negatives=True)):
+        assert torch.autograd.gradcheck(lambda f, k, criterion=criterion: criterion(f, keys=k, **keywords),
+                                        (random_features(4, n_views), keys.clone().requires_grad_()))
+
+
+def test_a_queue_may_change_before_the_backward_pass():
+    """Its labels; that the keys or the mask have changed is an error of PyTorch's."""
+    features, keys = random_features(4, 1), random_features(8, 1)[:, 0].detach()
+    labels, key_labels = torch.arange(4) % 2, torch.arange(8) % 2
+    criterion = SupConLoss(summation_location='in')
+    expected, = torch.autograd.grad(criterion(features, labels, keys=keys, key_labels=key_labels), features)
+    loss = criterion(features, labels, keys=keys, key_labels=key_labels)
+    key_labels[:] = 7
+    torch.testing.assert_close(torch.autograd.grad(loss, features)[0], expected)
+    mask = torch.ones(4, 4)
+    loss = criterion(features, mask=mask)
+    mask.zero_()
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        loss.backward()
 
 
 @pytest.mark.parametrize('mode', ['all', 'one'])
 @pytest.mark.parametrize('targets', TARGETS)
-def test_gradcheck(monkeypatch, mode, targets):
-    monkeypatch.setattr(losses, 'BLOCK', 40)
-    monkeypatch.setattr(losses, 'TILE', 4)
+def test_gradcheck(set_blocks, mode, targets):
+    set_blocks(40)
     keywords = TARGETS[targets]()
     criterion = SupConLoss(0.5, mode, hard_negatives=True)
     assert torch.autograd.gradcheck(lambda f: criterion(f, **keywords), (random_features(),))
@@ -201,9 +339,8 @@ SOFT = {
 @pytest.mark.parametrize('mode', ['all', 'one'])
 @pytest.mark.parametrize('targets', SOFT)
 @pytest.mark.parametrize('block', [losses.BLOCK, 40])
-def test_soft_labels_match_reference(monkeypatch, mode, targets, block):
-    monkeypatch.setattr(losses, 'BLOCK', block)
-    monkeypatch.setattr(losses, 'TILE', min(block // 10, losses.TILE))
+def test_soft_labels_match_reference(set_blocks, mode, targets, block):
+    set_blocks(block)
     labels = SOFT[targets]()
     features = random_features()
     copied = copy.deepcopy(features)
@@ -312,13 +449,27 @@ def test_collapsed_features_give_the_value_that_users_report():
 
 
 @pytest.mark.parametrize('labels', [[0], [-1], [0, -2], [0, 1]])
-@pytest.mark.parametrize('dense', [False, True])
-def test_no_positives_adds_zero(labels, dense):
-    features = random_features(len(labels), 1)
-    targets = {'mask': torch.zeros(len(labels), len(labels))} if dense else {'labels': torch.tensor(labels)}
-    loss = SupConLoss(hard_negatives=True)(features, **targets)
-    loss.backward()
-    assert loss == 0 and (features.grad == 0).all()
+@pytest.mark.parametrize('as_mask', [False, True])
+@pytest.mark.parametrize('scale', [1, 100])                    # 100**2 / 0.07: its exponential is inf
+def test_no_positives_adds_zero(labels, as_mask, scale):
+    features = scale * random_features(len(labels), 1).detach()
+    targets = {'mask': torch.zeros(len(labels), len(labels))} if as_mask else {'labels': torch.tensor(labels)}
+    for location, denominator, cap in ABLATIONS:
+        features = features.detach().requires_grad_()
+        criterion = SupConLoss(0.07, 'all', 0.07, location, denominator, cap, hard_negatives=True)
+        loss = criterion(features, **targets)
+        loss.backward()
+        assert loss == 0 and (features.grad == 0).all()
+
+
+@pytest.mark.parametrize('ablation', [('out', 'all', -1), *ABLATIONS])
+def test_nan_is_not_hidden(ablation):
+    features = random_features()
+    with torch.no_grad():
+        features[2] = torch.nan
+    labels = torch.tensor([0, 1, 0, 2, 1, 0, 2])
+    for targets in ({'labels': labels}, {'mask': labels[:, None] == labels}):
+        assert SupConLoss(0.07, 'all', 0.07, *ablation)(features, **targets).isnan()
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
@@ -427,6 +578,22 @@ def test_every_temperature_and_length_in_float32(monkeypatch, spy, temperature, 
     assert bool(symmetric) == (scale**2 / temperature < 38.6)
 
 
+@pytest.mark.parametrize('ablation', [ablation for ablation in ABLATIONS if ablation[2] < 0])
+@pytest.mark.parametrize('temperature', [0.002, 0.01, 0.07, 10.])
+@pytest.mark.parametrize('targets', ['supcon', 'weights', 'ood'])
+def test_ablations_at_every_temperature_in_float32(ablation, temperature, targets):
+    """Exponentials that overflow or vanish give neither inf nor nan, in values or in gradients."""
+    exact, targets = random_features(), TARGETS[targets]()
+    features = exact.detach().float().requires_grad_()
+    loss = SupConLoss(temperature, 'all', 0.07, *ablation, hard_negatives=True)(features, **targets)
+    location, denominator, _ = ablation
+    expected = reference(exact, temperature=temperature, location=location, denominator=denominator, **targets)
+    torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-4)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(features.grad, exact.grad.float(), rtol=5e-3, atol=1e-3)
+
+
 def test_gpus_are_not_waited_for(spy):
     """Tensors without values, as if on a GPU: who asks for one gets an error."""
     from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -436,7 +603,8 @@ def test_gpus_are_not_waited_for(spy):
         labels = torch.empty(8, dtype=torch.long, device='cuda')
         with pytest.raises(DataDependentOutputException):
             (labels >= 0).all().item()
-        for criterion in (SupConLoss(), SupConLoss(hard_negatives=True), SupConLoss(positives_cap=2)):
+        for criterion in (SupConLoss(), SupConLoss(hard_negatives=True), SupConLoss(positives_cap=2),
+                          *[SupConLoss(0.1, 'all', 0.07, *ablation) for ablation in ABLATIONS[::4]]):
             for targets in ({'labels': labels}, {}, {'labels': labels, 'positives': 'image'},
                             {'keys': features[:, 0].detach()}, {'mask': labels == labels[:, None]},
                             {'labels': labels, 'keys': features[:, 0].detach(), 'key_labels': labels}):
@@ -445,6 +613,7 @@ def test_gpus_are_not_waited_for(spy):
                 # Negative labels stop the GPU, where they are not hard negatives.
                 assert len(assertions) == ('labels' in targets and not criterion.hard_negatives)
         GenSupConLoss()(features.unbind(1), [torch.empty(8, 3, device='cuda')] * 2)
+        BalancedSupConLoss()(features, labels, torch.empty(3, 16, device='cuda'))
         contrastive_accuracy(features, labels)
         contrastive_accuracy(features, labels, hard_negatives=True)
 
@@ -456,11 +625,30 @@ def test_a_single_view_has_no_contrasts():
     assert loss == 0 and (features.grad == 0).all()
 
 
-@pytest.mark.parametrize('soft', [False, True])
-def test_memory_is_linear(monkeypatch, soft):
+def one_hot(labels):
+    return [F.one_hot(labels, 4).double()] * 2
+
+
+# Name: (a loss, its arguments after the features for labels [bsz])
+VARIANTS = {
+    'SupCon': (SupConLoss(), lambda y: {'labels': y}), 'SimCLR': (SupConLoss(), lambda y: {}),
+    'GenSCL': (lambda f, labels: GenSupConLoss()(f.unbind(1), labels), lambda y: {'labels': one_hot(y)}),
+    'BCL': (lambda f, labels: BalancedSupConLoss()(f, labels, f[:4, 0]), lambda y: {'labels': y}),
+    'mask': (SupConLoss(), lambda y: {'mask': y[:, None] == y}),
+    'weights': (SupConLoss(0.1, 'all', 0.07, 'in', 'one_positive', 4), lambda y: {'mask': (y[:, None] == y) * 0.3}),
+    'hard negatives': (SupConLoss(summation_location='in', hard_negatives=True), lambda y: {'labels': y - 1}),
+    'keys': (lambda f, labels: SupConLoss(summation_location='in')(f, labels, keys=f[:, 0], key_labels=labels),
+             lambda y: {'labels': y}),
+    'one': (SupConLoss(contrast_mode='one', denominator_mode='only_negatives'), lambda y: {'labels': y}),
+    'SimCLR, one_positive': (SupConLoss(denominator_mode='one_positive'), lambda y: {}),
+    **{'/'.join(map(str, ablation)): (SupConLoss(0.07, 'all', 0.07, *ablation), lambda y: {'labels': y})
+       for ablation in ABLATIONS if ablation[2] in (-1, 6)}}
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_memory_is_linear(monkeypatch, variant):
     """No tensor of the loss, forward or backward, is larger than a block or than the features."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-    monkeypatch.setattr(losses, 'BLOCK', 4096)
+    monkeypatch.setattr(losses, 'BLOCK', 8192)
     monkeypatch.setattr(losses, 'TILE', 64)
     largest = 0
 
@@ -473,23 +661,21 @@ def test_memory_is_linear(monkeypatch, soft):
                     largest = max(largest, tensor.numel())
             return result
 
-    features = random_features(512, 2, (4,))
-    labels = torch.randint(4, (512,))
+    loss, arguments = VARIANTS[variant]
+    features = random_features(1024, 2, (4,))
+    arguments = arguments(torch.randint(4, (1024,)))
     with Watch():
-        if soft:
-            GenSupConLoss()(features.unbind(1), [F.one_hot(labels, 4)] * 2).backward()
-        else:
-            SupConLoss()(features, labels).backward()
-    assert largest == 4096                                      # the whole matrix would have 1024 * 1024
+        loss(features, **arguments).backward()
+    assert largest <= 8192 + 4 * 4                              # the whole matrix would have 2048 * 2048
 
 
-@pytest.mark.parametrize('loss', [
-    SupConLoss(), lambda f: SupConLoss()(f, torch.arange(512) % 10),
-    lambda f: GenSupConLoss()(f.unbind(1), torch.eye(512)[:, :10].repeat(2, 1, 1) + 0.1)])
+@pytest.mark.parametrize('variant', VARIANTS)
 @pytest.mark.usefixtures('two_threads')
-def test_gradients_are_the_same_every_time(loss):
+def test_gradients_are_the_same_every_time(variant):
+    loss, arguments = VARIANTS[variant]
     features = random_features(512, 2, (128,), torch.float32)
-    gradients = [torch.autograd.grad(loss(features), features)[0] for _ in range(10)]
+    arguments = arguments(torch.arange(512) % 4)
+    gradients = [torch.autograd.grad(loss(features, **arguments), features)[0] for _ in range(4)]
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
@@ -526,3 +712,25 @@ def test_contrastive_accuracy_of_soft_labels():
 def test_wrong_ablations_are_rejected(keywords, words):
     with pytest.raises(ValueError, match=words):
         SupConLoss(**keywords)(random_features(), torch.zeros(7))
+
+
+@pytest.mark.parametrize('setting', ['none', 'tf32'])
+def test_similarities_are_computed_without_tf32(setting):
+    """Forward and backward, where a container or a user allows it; afterwards it is as it was."""
+    matmul, seen = torch.backends.cuda.matmul, []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_, torch.ops.aten.addmm):
+                seen.append(matmul.fp32_precision)
+            return function(*args, **(kwargs or {}))
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = setting
+        for criterion in (SupConLoss(0.1), SupConLoss(0.1, summation_location='in')):
+            with Products():
+                criterion(random_features(dtype=torch.float32), torch.arange(7) % 3).backward()
+        assert matmul.fp32_precision == setting
+    finally:
+        matmul.fp32_precision = before
+    assert len(seen) >= 6 and set(seen) == {'ieee'}

@@ -225,6 +225,7 @@ def test_wrong_augmentation_folders_are_rejected(rejected, tree, augs, tmp_path)
     run('--aug_mode', 'with_both', *AUGS[:4], words=['--aug_mode with_both', '--aug_name_ood', 'missing'])
     run('--aug_name_id', 'augs-id', words=['--aug_name_id', '--aug_output_name'])
     run(*both[:-1], 'nowhere', words=['--aug_name_ood', 'nowhere', 'no such folder'])
+    run(*both[:-1], '../augs/augs-id', words=['--aug_name_ood', 'the same folder as --aug_name_id'])
     (augs / 'empty').mkdir()
     run(*both[:-1], 'empty', words=['--aug_name_ood', 'empty', 'no images'])
     stray = augs / 'augs-ood' / 'Gear_Wheel-0-0.png'

@@ -129,7 +129,7 @@ def test_help_is_grouped_and_reports_defaults(capsys, program):
     (['--method', 'Sup'], ['--method', 'Sup', 'SupCon']),
     (['--mean', '(0.5, 0.5)'], ['--mean', '(0.5, 0.5)', 'three']),
     (['--mean', '__import__("os").system("touch hacked")'], ['--mean', 'three']),
-    (['--std', '(0.5, 0, 0.5)'], ['--std', 'above 0']),
+    (['--std', '(0.5, 0, 0.5)'], ['--std', 'at least']),
     (['--std', '(0.5, x, 0.5)'], ['--std', "'x'"]),
     (['--lr_decay_epochs', '10,5'], ['--lr_decay_epochs', '10,5', 'rising']),
     (['--lr_decay_epochs', '5;6'], ['--lr_decay_epochs', '5;6']),
@@ -145,6 +145,12 @@ def test_help_is_grouped_and_reports_defaults(capsys, program):
     (['--dataset', 'path'], ['--data_folder', 'missing']),
     (['--dataset', 'path', '--data_folder', 'nowhere'], ['nowhere', 'no such folder']),
     (['--resume', '--overwrite'], ['--resume', '--overwrite']),
+    (['--resume', ''], ['--resume', 'empty']),
+    (['--dataset', 'digits', '--mvip_num_classes', '3'], ['--mvip_num_classes has no effect', '--dataset mvip']),
+    (['--dataset', 'digits', '--data_folder', '.'], ['--data_folder has no effect', 'digits']),
+    (['--dataset', 'digits', '--aug_ex_ood', '3'], ['--aug_ex_ood has no effect', '--aug_name_ood']),
+    (['--dataset', 'digits', '--aug_root', 'x'], ['--aug_root has no effect', '--aug_output_name']),
+    (['--method', 'GenSCL', '--KD', '--teacher_path', 'x' * 300], ['--teacher_path', 'no such folder']),
 ])
 def test_wrong_options_are_refused_in_one_line(rejected, arguments, words):
     rejected(main_supcon.main, *arguments, words=words)
@@ -153,6 +159,8 @@ def test_wrong_options_are_refused_in_one_line(rejected, arguments, words):
 def test_linear_needs_a_checkpoint(rejected):
     rejected(main_linear.main, words=['--ckpt'])
     rejected(main_linear.main, '--ckpt', 'nowhere.pth', words=['nowhere.pth', 'no such checkpoint'])
+    rejected(main_linear.main, '--ckpt', '', words=['--ckpt', 'empty'])
+    rejected(main_linear.main, '--ckpt', 'x' * 300, words=['no such checkpoint'])
 
 
 @pytest.mark.parametrize('typed, suggested', [

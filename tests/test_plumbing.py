@@ -20,6 +20,7 @@ import main_supcon
 import methods
 from datasets import make_loader, views
 from datasets.image_set import ImageSet
+from datasets.loader import Batches
 from datasets.views import View
 from losses import SupConLoss
 from util import arguments, checkpoints, runs, training
@@ -111,15 +112,6 @@ def test_amp_does_not_depend_on_the_thread():
     assert seen == [torch.bfloat16]
 
 
-def test_compile_compiles_the_encoder(call, spy):
-    calls = spy(torch.nn.Module, 'compile')
-    opt = main_ce.parse_option(['--compile', '--model', 'resnet18', '--width', '0.0625'])
-    opt.device, opt.num_classes = 'cpu', 2
-    model = training.Network(main_ce.set_model(opt)[0], opt).model
-    assert [args[0] for args, _ in calls] == [model.encoder]
-    assert not any('_orig_mod' in name for name in model.state_dict())
-
-
 def test_compile_on_several_gpus_is_rejected(rejected, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
@@ -209,9 +201,17 @@ def test_linear_evaluation_sees_the_images_as_pretraining_did(call, tmp_path):
     assert ours['split_seed'] == 5 and theirs['seed'] == 6
 
 
-def test_a_last_batch_of_one_image_joins_the_one_before(call):
-    out = run(call, main_ce, '--max_samples', 41, '--batch_size', 10, '--print_freq', 1)
-    assert '[1][4/4]' in out
+@pytest.mark.parametrize('n, bsz, sizes', [
+    (41, 10, [10, 10, 10, 6, 5]), (132, 64, [64, 34, 34]), (135, 64, [64, 36, 35]), (136, 64, [64, 64, 8]),
+    (5, 2, [2, 3]), (4, 3, [2, 2]), (7, 3, [3, 2, 2]), (7, 8, [7]), (128, 64, [64, 64])])
+def test_a_tiny_last_batch_shares_the_images_of_the_one_before(n, bsz, sizes):
+    """In training; as many steps, none larger. A last batch that is not tiny stays, as does evaluation's."""
+    opt = arguments.defaults(batch_size=bsz, seed=0)
+    batches = Batches(torch.zeros(n, dtype=torch.long), opt, train=True)
+    assert [len(indices) for _, indices in batches] == batches.sizes == sizes
+    assert sorted(i for _, indices in batches for i in indices.tolist()) == list(range(n))
+    rest = [n % bsz] * (n % bsz > 0)
+    assert Batches(torch.zeros(n, dtype=torch.long), opt, train=False).sizes == [bsz] * (n // bsz) + rest
 
 
 @pytest.mark.parametrize('arguments, words', [
@@ -220,6 +220,8 @@ def test_a_last_batch_of_one_image_joins_the_one_before(call):
     (['--learning_rate', '1e300'], ['--lr', 'at most']),
     (['--weight_decay', '1e300'], ['--weight_decay', 'at most']),
     (['--epochs', '9' * 30], ['--epochs', 'at most']),
+    (['--mean', '0 0 1e300'], ['--mean', 'at most']),
+    (['--std', '1 1 1e-40'], ['--std', 'at least']),
     (['--output_name', 'é' * 150], ['--output_name', 'at most 200']),
     (['--max_samples', '1'], ['1 training image', 'at least 2'])])
 def test_extreme_options_are_rejected(rejected, arguments, words):
@@ -252,7 +254,7 @@ def test_training_waits_for_the_device_only_to_print(monkeypatch, program, argum
     monkeypatch.setattr(methods.GenSupConLoss, 'forward', lambda self, features, labels: features[0].square().sum())
     # PyTorch's looks at the labels, on CPUs only.
     monkeypatch.setattr(torch.nn.functional, 'one_hot', lambda labels, classes: torch.eye(classes)[labels])
-    monkeypatch.setattr(losses, '_check_not_negative', lambda labels: None)     # asks on CPUs only too
+    monkeypatch.setattr(losses, '_check_labels', lambda *_: None)               # asks on CPUs only too
     waited, step = [], None                             # None: not yet in training
 
     class Watch(TorchDispatchMode):
@@ -306,7 +308,9 @@ def test_freed_memory_is_kept():
     code = ("import resource, torch; from util import memory; {}\n"
             "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
             "counts = []\n"
-            "for i in range(40):\n    before = faults(); torch.ones(2**24); counts.append(faults() - before)\nprint(min(counts))")
+            "for i in range(40):\n"
+            "    before = faults(); torch.ones(2**24); counts.append(faults() - before)\n"
+            "print(min(counts))")
     counts = [int(subprocess.run([sys.executable, '-c', code.format(line)], capture_output=True, text=True, check=True,
                                  cwd=ROOT).stdout) for line in ('memory.keep_freed_memory()', '0')]
     assert counts[0] < 100 < counts[1]

@@ -55,7 +55,7 @@ def test_pretraining_run(call, tmp_path, method):
     assert re.search(rf'^Train: \[2\]\[3/3\]\tBT {number} \({number}\)\tDT {number} \({number}\)\t'
                      rf'loss {number} \({number}\)$', out, re.MULTILINE)
     assert re.search(r'^epoch 2, total time \d+\.\d\d$', out, re.MULTILINE)
-    assert 'No GPU found' in out or torch.cuda.is_available()
+    assert 'No GPU found' in out
     assert (folder / 'log.txt').read_text() == out
     assert json.loads((folder / 'options.json').read_text())['method'] == method
 
@@ -437,13 +437,6 @@ def test_wrappers_of_several_gpus_do_not_reach_the_checkpoint(tmp_path):
     assert checkpoints.strip_wrappers(model.state_dict()).keys() == plain.keys()
     checkpoints.load_parameters(model, {name: value + 1 for name, value in plain.items()}, 'x')
     assert torch.equal(model.encoder.module.conv1.weight, plain['encoder.conv1.weight'] + 1)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-@pytest.mark.parametrize('loader', ['batched', 'per_sample'])
-def test_gpu(call, loader):
-    assert call(main_supcon.main, *TINY, '--epochs', 1, '--amp', '--loader', loader, '--output_name', 'a')[0] == 0
-    assert call(main_linear.main, *LINEAR, '--ckpt', PRETRAINED, '--epochs', 1)[0] == 0
 
 
 def test_views_image_shows_the_images(call, tmp_path):

@@ -72,7 +72,7 @@ def command_of(script, tmp_path, *arguments):
 
 def test_every_launch_script_is_tested():
     scripts = {file.stem for file in (ROOT / 'scripts').glob('*.sh')}
-    assert scripts == {*LAUNCH, *PAPER, HEAD, 'env', 'mvip_experiments', 'quickstart', 'test'}
+    assert scripts == {*LAUNCH, *PAPER, HEAD, 'env', 'mvip_experiments', 'quickstart', 'slurm', 'test'}
 
 
 @pytest.mark.parametrize('script', LAUNCH)
@@ -333,7 +333,7 @@ def test_plot_refuses_in_one_line(tmp_path):
     assert not list(tmp_path.glob('*.png'))
 
 
-@pytest.mark.parametrize('kind', [[], ['--soft']])
+@pytest.mark.parametrize('kind', [[], ['--soft'], ['--variant', 'BCL']])
 def test_loss_benchmark_compares_equal_losses(tmp_path, kind):
     output = benchmark(tmp_path, 'bench_loss.py', '--views', '2048', '--repeat', '1', *kind)
     losses = [line.split()[-1] for line in output if line.startswith(('linear', 'dense'))]
@@ -353,7 +353,8 @@ BENCHMARKS = ['bench_mvip.py --images 8 --size 16',
               'bench_views.py --images 300 --size 16 --batch_size 100 --repeat 1',
               'bench_step.py --batch_size 4 --size 8 --steps 1 --repeat 1 --forms original amp',
               'bench_linear.py --images 64 --batch_size 32 --repeat 1', 'bench_start.py --images 60 --repeat 1',
-              'bench_epoch.py --images 16 --batch_size 8', 'plot_cost.py --largest 11 --images 128']
+              'bench_epoch.py --images 16 --batch_size 8',
+              'bench_profile.py --model resnet18 --batch_size 4 --steps 2', 'plot_cost.py --largest 11 --images 128']
 
 
 @pytest.mark.parametrize('command', BENCHMARKS)
@@ -373,7 +374,7 @@ def test_benchmarks_write_a_table(tmp_path):
     command = [sys.executable, ROOT / 'benchmarks' / 'run_all.py', '--output', 'results', '--only']
     assert shell([*command, 'gpu resnet50'], tmp_path).returncode == 0
     text = next((tmp_path / 'results').glob('*.md')).read_text()
-    assert 'PyTorch' in text and ('| not measured: no GPU |' in text or torch.cuda.is_available())
+    assert 'PyTorch' in text and '| not measured: no GPU |' in text
 
 
 def test_mixing_is_drawn(tmp_path):
@@ -382,3 +383,52 @@ def test_mixing_is_drawn(tmp_path):
     assert result.returncode == 0 and (tmp_path / 'x.png').stat().st_size > 10_000, result.stderr
     result = shell([*plot, '--output', 'x.png/y.png'], tmp_path)
     assert result.returncode == 2 and 'x.png/y.png' in result.stderr and result.stderr.count('\n') == 1
+
+
+@pytest.fixture
+def check_gpu():
+    """What scripts/check_gpu.py defines."""
+    return runpy.run_path(str(ROOT / 'scripts' / 'check_gpu.py'))
+
+
+def test_check_gpu_without_a_gpu(check_gpu, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['check_gpu.py'])
+    with pytest.raises(SystemExit) as stop:
+        check_gpu['main']()
+    assert stop.value.code == 2
+    assert capsys.readouterr() == ('', 'check_gpu: error: no GPU found that this PyTorch can use\n')
+
+
+def test_check_gpu_on_a_cpu_in_miniature(check_gpu, monkeypatch, capsys):
+    """What it compares, starts, kills and reads."""
+    monkeypatch.setattr(sys, 'argv', ['x', '--device', 'cpu', '--only', 'loss', 'views', 'kill and resume'])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        check_gpu['main']()
+    out = capsys.readouterr().out
+    assert not stop.value.code, out
+    assert '| loss | works, error at most' in out and '| views | works, difference at most' in out
+    assert '| kill and resume | works, the same bits |' in out
+
+
+def test_check_gpu_finds_a_wrong_loss(check_gpu, monkeypatch):
+    check = check_gpu['check_losses']
+    monkeypatch.setitem(check.__globals__, 'GenSupConLoss', lambda temperature: lambda features, labels: sum(
+        part.square().sum() * (1 + 1e-3 * (part.dtype == torch.float32)) for part in features))
+    with pytest.raises(check_gpu['Failed'], match='GenSCL: loss is wrong by 1.0e-03'):
+        check(torch.device('cpu'), 16)
+
+
+def test_what_check_gpu_makes_of_a_run(check_gpu):
+    steps = ('1][1', 9, 5), ('1][2', 0.5, 0), ('2][1', 0.2, 0.01), ('2][2', 0.2, 0.03)
+    lines = ''.join(f'Train: [{step}/2]\tBT {bt:.3f} (9.0)\tDT {dt:.3f} (9.0)\n' for step, bt, dt in steps)
+    row = check_gpu['figures'](lines + f'peak memory {3 * 2**29}\n', 256)
+    assert row == ['1280', '10.0 %', '1.5 GB']
+    rows = {'loss': ['works', 'error'], 'SupCon': ['works', '640', '1.0 %', '1 GB'], '--amp': ['works', *row]}
+    fastest, slow = check_gpu['advice'](rows)
+    assert fastest.startswith('Fastest: --amp, 2.0 times') and 'more than 5 % of the time: --amp;' in slow
+    with pytest.raises(check_gpu['Failed'], match='no step'):
+        check_gpu['figures']('', 256)
+    job = check_gpu['start'](['main_supcon', '--epochs', 'x'])
+    with pytest.raises(check_gpu['Failed'], match='status 2: main_supcon.py: error: argument --epochs'):
+        check_gpu['finished'](job, 100)

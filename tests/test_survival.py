@@ -17,13 +17,14 @@ import pytest
 import torch
 from conftest import TINY, close_log
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard_logger import tensorboard_logger
 from tqdm import tqdm
 
 import main_ce
 import main_linear
 import main_supcon
 from datasets import loader
-from util import checkpoints, errors, runs, training
+from util import checkpoints, errors, files, runs, training
 from util.checkpoints import kept_checkpoints
 
 FOLDER = Path('output/a/trial=0')
@@ -278,6 +279,27 @@ def test_a_full_disk_stops_curves_and_log_too(monkeypatch, tmp_path):
     assert 'cannot be written' in line
 
 
+def test_a_file_on_a_full_disk_leaves_no_part_of_it(monkeypatch, tmp_path):
+    def full(partial, content):
+        partial.touch()
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(Path, 'write_bytes', full)
+    with pytest.raises(OSError, match='No space'):
+        files.replace_file(tmp_path / 'x.pth', b'network')
+    assert not list(tmp_path.iterdir())
+
+
+def test_curves_that_cannot_be_closed_either_are_one_line(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def full():
+        sys.unraisablehook = sys.__unraisablehook__     # pytest has its own
+        tensorboard_logger.open = lambda file, mode: open('/dev/full', mode)        # noqa: SIM115
+    assert ended(forked(main_ce.main, *RUN, '--epochs', 3, before=full)) == 2
+    line, = Path('err').read_text().splitlines()
+    assert 'cannot be written' in line and 'No space left' in line
+
+
 def test_a_truncated_checkpoint_is_named_and_a_whole_one_offered(call, rejected, stop_at):
     arguments = [*RUN, '--epochs', 5, '--save_freq', 1]
     assert call(main_ce.main, *arguments)[0] == 0
@@ -405,7 +427,7 @@ def test_a_corrupted_state_is_no_whole_checkpoint(call, rejected):
                     {'optimizer': {**optimizer, 'param_groups': []}}, {'optimizer': {**optimizer, 'param_groups': 1}},
                     {'optimizer': {**optimizer, 'param_groups': [{**optimizer['param_groups'][0], 'lr': 'x'}]}},
                     {'optimizer': {**optimizer, 'state': {0: 5}}}, {'optimizer': {**optimizer, 'state': moved}},
-                    {'scaler': {'scale': 'x'}} if torch.cuda.is_available() else {'step': 'x'}):
+                    {'scaler': {'scale': 'x'}}, {'step': 'x'}):
         torch.save({**whole, **changed}, FOLDER / 'last.ckpt')
         rejected(main_ce.main, *RUN, '--epochs', 2, '--resume', words=[FOLDER / 'last.ckpt', 'no valid checkpoint'])
     torch.save({**whole, 'classes': ['a'] * 10}, FOLDER / 'last.ckpt')
@@ -514,6 +536,31 @@ def test_links_in_the_folder_of_a_run_are_replaced(call, tmp_path, how, link):
     assert ('epoch 1,' in (FOLDER / 'log.txt').read_text()) and 'epoch 2,' in (FOLDER / 'log.txt').read_text()
 
 
+@pytest.mark.parametrize('make', [os.mkfifo, lambda file: os.symlink('../../elsewhere', file)])
+def test_a_lock_that_is_none_of_a_run(rejected, tmp_path, make):
+    """A pipe, for which opening would wait, or a link, through which a file would be made elsewhere."""
+    (tmp_path / FOLDER).mkdir(parents=True)
+    make(tmp_path / FOLDER / '.lock')
+    rejected(main_ce.main, *RUN, '--epochs', 1, words=['.lock'])
+
+
+@pytest.mark.parametrize('name', ['log.txt', 'last.ckpt.partial'])
+@pytest.mark.parametrize('make', [os.mkfifo, os.mkdir, lambda file: os.symlink('../../elsewhere', file)])
+def test_what_is_put_in_a_run_s_folder_while_it_is_written(call, monkeypatch, tmp_path, name, make):
+    """Neither waited for nor written through: the run ends in one line, or replaces it."""
+    save = runs.Run.finish_epoch
+
+    def put(*arguments):
+        (FOLDER / name).unlink(missing_ok=True)
+        make(FOLDER / name)
+        return save(*arguments)
+    monkeypatch.setattr(runs.Run, 'finish_epoch', put)
+    status, _, err = call(main_ce.main, *RUN, '--epochs', 1)
+    ends = name == 'log.txt' or make == os.mkdir
+    assert status == 2 * ends and err.count('\n') == ends and ('cannot be written' in err) == ends, err
+    assert not (tmp_path / 'output' / 'elsewhere').exists()
+
+
 def test_a_clock_that_stands_still(call, monkeypatch):
     for program in (main_supcon, main_ce):
         monkeypatch.setattr(runs.time, 'time', lambda: 1e9)
@@ -528,7 +575,7 @@ def test_memory_that_is_not_enough_is_one_line(call, monkeypatch, error):
         raise error
     monkeypatch.setattr(main_ce, 'set_model', fails)
     status, _, err = call(main_ce.main, *RUN)
-    assert status == 2 and err.count('\n') == 1 and 'out of memory: try a smaller --batch_size' in err
+    assert status == 2 and err.count('\n') == 1 and 'out of memory: try --accum_steps' in err
 
 
 @pytest.fixture
@@ -562,10 +609,10 @@ def test_ctrl_c_while_the_program_is_imported(tmp_path, seconds):
 
 def test_compile_that_does_not_work_is_rejected(rejected, monkeypatch):
     def no_compiler(*args, **settings):
-        raise RuntimeError('No working C++ compiler found\nSet TORCHDYNAMO_VERBOSE=1 for more')
+        raise RuntimeError("backend='inductor' raised:\nNo working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1")
     monkeypatch.setattr(torch, 'compile', no_compiler)
     rejected(main_ce.main, *RUN, '--compile',
-             words=['--compile: torch.compile does not work here (No working C++ comp'])
+             words=["--compile: torch.compile does not work here (backend='inductor' raised: No working C++ comp"])
 
 
 def test_a_compiler_cache_that_cannot_be_made(shell, tmp_path):

@@ -2,7 +2,9 @@
 import argparse
 import os
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from conftest import shell
 from PIL import Image
 
 import main_ce
-from scripts import figures, make_augs, plot_features
+from scripts import accuracies, figures, make_augs, plot_features
 from util import arguments
 from util.errors import UserError
 
@@ -152,6 +154,26 @@ def test_synthetic_images_that_cannot_be_written_are_rejected(augs, tmp_path, cl
     assert [path.name for path in tmp_path.iterdir()] == ['data'] and len(list(tmp_path.rglob('*.png'))) == 8
 
 
+@pytest.mark.parametrize('name', ['..', 'o'])
+def test_synthetic_images_in_odd_places(augs, tmp_path, name):
+    """Beside a root that is not there yet, and in the place of a link to itself."""
+    if name == 'o':
+        (tmp_path / 'augs' / 'o').mkdir(parents=True)
+        (tmp_path / 'augs' / 'o' / 'augs-id').symlink_to('augs-id')
+    status, out, err = augs(['a', 'b'], '--aug_output_name', name)
+    assert status == 0, err
+    assert f'augs/{name}/augs-id: 8 images' in out
+
+
+@pytest.mark.parametrize('make', [os.mkfifo, os.mkdir, lambda file: file.symlink_to('/dev/zero'),
+                                  lambda file: file.write_bytes(b'best accuracy: \xff'), lambda file: file.touch()])
+def test_a_log_without_results_is_named(call, monkeypatch, tmp_path, make):
+    make(tmp_path / 'log.txt')
+    monkeypatch.setattr(sys, 'argv', ['accuracies.py', 'a', str(tmp_path)])
+    status, _, err = call(lambda argv: accuracies.main())
+    assert status == 2 and f'{tmp_path}/log.txt: not a readable log' in err and err.count('\n') == 1
+
+
 def test_synthetic_images_appear_when_they_are_whole(augs, tmp_path, monkeypatch):
     """A full disk leaves nothing, a killed run what the next one removes; names of classes may be odd."""
     classes, saved, save = ["it's $x", 'a-1', 'é∕', '-rf'], [], Image.Image.save
@@ -180,3 +202,22 @@ def test_synthetic_images_appear_when_they_are_whole(augs, tmp_path, monkeypatch
     opt = arguments.defaults(dataset='path', data_folder='data', aug_root='augs', aug_output_name='o',
                              aug_name_id='augs-id')
     assert len(main_ce.load_images(opt).id) == 16
+
+
+def test_a_slurm_job_is_queued_again_until_its_run_is_finished(tmp_path):
+    """With programs that stand in for SLURM's and for Python; how runs stop and resume: test_survival.py."""
+    executable(tmp_path / 'scontrol', 'echo "$@" >> asked; printf "host1\\nhost2\\n"')
+    executable(tmp_path / 'srun', 'shift; SLURM_PROCID=3 SLURM_LOCALID=1 exec "$@"')
+    executable(tmp_path / 'python', 'echo "$@" $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR >> ran\n'
+                                    'exit $(cat status)')
+    environment = {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_SUBMIT_DIR': str(tmp_path), 'SLURM_JOB_ID': '7',
+                   'SLURM_JOB_NODELIST': 'host[1-2]', 'SLURM_NTASKS': '4', 'SLURM_NTASKS_PER_NODE': '2'}
+    script = Path(__file__).resolve().parent.parent / 'scripts' / 'slurm.sh'
+    for status, asked in ((143, 'requeue 7\n'), (0, ''), (2, '')):
+        (tmp_path / 'status').write_text(str(status))
+        result = subprocess.run(['bash', script, 'main_ce.py', '--output_name', "it's"], cwd=tmp_path, env=environment)
+        assert result.returncode == status
+        assert (tmp_path / 'asked').read_text() == f'show hostnames host[1-2]\n{asked}'
+        assert (tmp_path / 'ran').read_text() == "main_ce.py --output_name it's --resume 3 1 4 2 host1\n"
+        for name in ('asked', 'ran'):
+            (tmp_path / name).unlink()

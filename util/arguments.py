@@ -1,16 +1,19 @@
 """Command lines of programs that know the datasets, networks and checkpoints: see options.py for the options."""
 import os
 import re
+from pathlib import Path
 
 from datasets import DATASETS
 from networks.resnet_big import network_name
 from util import options
 from util.errors import UserError
-from util.options import DATA, EVALUATION, NETWORK, as_text
+from util.options import DATA, EVALUATION, METHOD_DEFAULTS, NETWORK, as_text
 
 # Options that distinguish runs although the published names of runs do not hold them.
-NAMED = ('model', 'width', 'stem', 'size', 'head', 'moco', 'ce_weight', 'mix', 'augment_policy', 'samples_per_class',
-         'aug_mode', 'cache_features')
+NAMED = ('model', 'width', 'stem', 'size', 'timm_pretrained', 'encoder_lr', 'head', 'positives', 'moco', 'ce_weight',
+         'n_views', 'local_crops', 'local_size', 'mix', 'augment_policy', 'samples_per_class', 'label_fraction',
+         'imbalance', 'sampler', 'images_per_class', 'logit_adjustment', 'aug_mode', 'cache_features', 'finetune',
+         'freeze_bn')
 DOWNLOADED = {'cifar10': 'cifar-10-batches-py', 'cifar100': 'cifar-100-python'}     # their folders in --data_folder
 
 
@@ -21,6 +24,16 @@ def parse(program, description, argv=None, method=None, recorded=()):
         opt.model = network_name(opt.model)
     if getattr(opt, 'teacher_kind', None):
         opt.teacher_kind = network_name(f'timm/{opt.teacher_kind}', '--teacher_kind').removeprefix('timm/')
+    pretrained = getattr(opt, 'timm_pretrained', False)
+    for name in (opt.model if not (pretrained or recorded) else None, getattr(opt, 'teacher_kind', None)):
+        if name and '.' in name:
+            plain = name.split('.')[0]
+            raise UserError(f'found {name}: what follows the dot names pretrained weights, expected {plain}, with '
+                            'random weights' + ', or --timm_pretrained' * (name == opt.model))
+    if pretrained:
+        from networks.timm_encoder import pretrained_settings  # here, since timm takes seconds to import
+        for name, value in pretrained_settings(opt.model.removeprefix('timm/')).items():
+            setattr(opt, name, getattr(opt, name) or value)
     return opt
 
 
@@ -71,21 +84,34 @@ def evaluation_options(checkpoint, file, **given):
 def defaults(**changes):
     """The options of main_ce.py as they are by default, but for `changes`: for scripts that read images.
 
-    Raises UserError for the dataset `path` without a data_folder.
+    Raises UserError for the datasets `path` and `csv` without a data_folder.
     """
     opt = parse('main_ce', '', [])
     vars(opt).update(changes)
-    if opt.dataset == 'path' and not changes.get('data_folder'):
-        raise UserError('--dataset path: --data_folder is missing, expected a folder of images')
+    if opt.dataset in ('path', 'csv') and not changes.get('data_folder'):
+        raise UserError(f'--dataset {opt.dataset}: --data_folder is missing, expected a folder of images')
     opt.data_folder = changes.get('data_folder') or DATASETS[opt.dataset].folder
     return opt
+
+
+def checkpoint_name(opt):
+    """--ckpt in a run's name: output/NAME/trial=0/last.ckpt -> NAME."""
+    file = Path(opt.ckpt)
+    parts = [file.parent.name, file.stem]
+    if file.parent.name.startswith('trial='):
+        trial = file.parent.name.removeprefix('trial=')
+        parts = [file.parent.parent.name, f'trial_{trial}' * (trial != opt.trial), file.stem.removeprefix('last')]
+    return re.sub(r'[^\w.+=,@%-]+', '-', '_'.join(part for part in parts if part))
 
 
 def name_suffix(program, opt, published=()):
     """What a run's default name has after its published part: the options in NAMED that are not at their defaults, but
     for those which the published part holds."""
-    standard = {**options.program_defaults(program), **DATASETS[opt.dataset].defaults.get(program, {})}
+    standard = {**options.program_defaults(program), **METHOD_DEFAULTS[program].get(getattr(opt, 'method', None), {}),
+                **DATASETS[opt.dataset].defaults.get(program, {})}
     differing = {name: getattr(opt, name) for name in NAMED
                  if name not in published and getattr(opt, name, None) != standard.get(name)}
     parts = [f'_{name}' if value is True else f'_{name}_{as_text(value)}' for name, value in differing.items()]
+    if program != 'main_linear' and opt.ckpt:
+        parts.append(f'_from_{checkpoint_name(opt)}')
     return re.sub(r'[^\w.+=,@%-]+', '-', ''.join(parts))

@@ -1,16 +1,17 @@
 """Checkpoints: plain tensors, numbers and texts, written completely or not at all, read without executing anything."""
 import argparse
+import contextlib
 import math
 import os
 import re
 import reprlib
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from networks.resnet_big import make_encoder, network_name
 from util.errors import UserError
-from util.options import POSITIVE, channels, number, one_of
+from util.options import MEAN, STD, number, one_of
 from util.unpickling import plain_values, read_pickled
 
 
@@ -18,16 +19,46 @@ def write_checkpoint(state, file):
     """Save a dict; at any moment `file` is the old checkpoint or the complete new one. UserError where it cannot."""
     partial = file.with_name(f'{file.name}.partial')
     try:
+        partial.unlink(missing_ok=True)                                 # not through a link
         with open(partial, 'wb') as stream:
             torch.save(state, stream)
             stream.flush()
             os.fsync(stream.fileno())                                   # before the name says that it is there
         os.replace(partial, file)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         while error.__context__ is not None:            # PyTorch's writer follows a full disk with errors of its own
             error = error.__context__
         raise UserError(f'{file}: cannot be written ({error})') from error
+
+
+class Writer:
+    """Writes files in a thread, one after the other, while training goes on.
+
+    A call of `submit` or `finish` waits for the one before and raises its error. After `finish` everything is written.
+    """
+
+    def __init__(self):
+        self.thread, self.pending = ThreadPoolExecutor(1), None
+
+    def submit(self, write, *args):
+        self.finish()
+        self.pending = self.thread.submit(write, *args)
+
+    def finish(self):
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
+
+
+def copy_on_host(state):
+    """A copy of nested dicts and lists, with their tensors in the host's memory."""
+    if isinstance(state, dict):
+        return {name: copy_on_host(value) for name, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(map(copy_on_host, state))
+    return state.to('cpu', copy=True) if torch.is_tensor(state) else state
 
 
 def kept_checkpoints(folder, up_to=math.inf):
@@ -74,13 +105,14 @@ def check_parameters(model, state, source):
 def load_parameters(model, state, source):
     """Load a state dict without wrappers' prefixes into a model, wrapped or not.
 
-    Raises UserError where they do not fit, or where a parameter is not finite.
+    Returns how many there are. Raises UserError where they do not fit, or where one is not finite.
     """
     check_parameters(model, state, source)
     model.load_state_dict({name: state[name.replace('module.', '')] for name in model.state_dict()})
     for name, value in strip_wrappers(model.state_dict()).items():      # as they are now: 1e300 is inf in float32
         if not value.isfinite().all():
             raise UserError(f'{source}: {name} is not finite everywhere, expected a network that has not diverged')
+    return len(state)
 
 
 def load_optimizer(optimizer, saved, started=True, optional=()):
@@ -149,13 +181,14 @@ def whole_number(value, name):
     return value
 
 
-def read_checkpoint(file, keys):
+def read_checkpoint(file, keys, plain=False):
     """A checkpoint as a dict, of which one of `keys` holds parameters: -> (the dict, the parameters by their names).
 
+    With `plain` the dict may also be one of parameters, as model.state_dict() is, and counts as empty beside them.
     Nothing in the file is executed. What the dict holds beside the parameters is to be used as `plain_values` gives it.
     Raises UserError where the file is missing or no checkpoint.
     """
-    if not Path(file).is_file():
+    if not os.path.isfile(file):                        # Path.is_file raises OSError where it may not look
         raise UserError(f'{file}: no such checkpoint')
     try:
         checkpoint = read_pickled(file)
@@ -163,6 +196,8 @@ def read_checkpoint(file, keys):
         reason = error if type(error) is ValueError else type(error).__name__
         raise UserError(f'{file}: not a readable checkpoint ({reason!s:.200})') from error
     checkpoint = dict(dict.items(checkpoint)) if isinstance(checkpoint, dict) else {}
+    if plain and checkpoint and all(map(torch.is_tensor, checkpoint.values())):
+        checkpoint = {keys[0]: checkpoint}
     try:
         model = plain_values(next(checkpoint[key] for key in keys if key in checkpoint), tensors=True)
         state = strip_wrappers(model)
@@ -190,7 +225,7 @@ def load_checkpoint(file):
 RECORDED = {                            # options that decide method, network and images, and how each is parsed
     'model': network_name, 'stem': one_of('cifar', 'imagenet'), 'method': str, 'width': number(float, 1 / 64, 16),
     'size': number(int, 8, 4096),
-    'mean': channels(number(float, -math.inf)), 'std': channels(POSITIVE), 'dataset': str, 'data_folder': str,
+    'mean': MEAN, 'std': STD, 'dataset': str, 'data_folder': str,
     'split_seed': number(int, 0, 2**31), 'loader_chosen': one_of('batched', 'workers'),
 }
 
@@ -219,9 +254,32 @@ def load_encoder(checkpoint, opt, source):
     def build():
         return make_encoder(opt.model, size=opt.size, stem=opt.stem, width=opt.width)
     prefix = 'encoder.'
-    state = {name[len(prefix):]: value for name, value in checkpoint['model'].items() if name.startswith(prefix)}
+    state = {name[len(prefix):]: value for name, value in in_our_names(checkpoint['model'], opt.model).items()
+             if name.startswith(prefix)}
     with torch.device('meta'):                          # without memory, of which a file could ask for any amount
         check_parameters(build(), state, source)
     encoder = build()
     load_parameters(encoder, state, source)
     return encoder
+
+
+def in_our_names(state, model):
+    """Parameters under the names of these programs, encoder.<name>; `model` names the network.
+
+    Those of torchvision's and timm's ResNets (layer2.0.downsample.0.weight), and of other backbones of timm, are
+    renamed, and their classifier is left out. The inverse is export.named_as_elsewhere.
+    """
+    prefix = 'encoder.backbone.' if model.startswith('timm/') else 'encoder.'
+    if any(name.startswith(prefix) for name in state):
+        return state
+    classifier = ('fc.',)
+    if model.startswith('timm/'):
+        from networks.timm_encoder import classifier_names  # here, since timm takes seconds to import
+        classifier = classifier_names(model.removeprefix('timm/'))
+    else:
+        state = {name.replace('.downsample.', '.shortcut.'): value for name, value in state.items()}
+    kept = {name: value for name, value in state.items() if not name.startswith(classifier)}
+    for name in list(kept):                             # files from before PyTorch 0.4.1 lack these counts
+        if name.endswith('.running_mean'):
+            kept.setdefault(name.replace('running_mean', 'num_batches_tracked'), torch.tensor(0))
+    return {prefix + name: value for name, value in kept.items()}

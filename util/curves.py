@@ -1,12 +1,14 @@
 """Curves and images of a run, in TensorBoard and, with --wandb, in Weights & Biases."""
 import io
+import math
 import time
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torchvision.utils import make_grid
 
-from util.errors import UserError
+from util.errors import UserError, printable
 from util.files import replace_file, writing
 
 
@@ -54,6 +56,31 @@ def start_wandb(opt, config, wandb_id):
                           name=f'{opt.output_name}, trial {opt.trial}', resume='allow' if wandb_id else None)
     except (wandb.Error, TypeError, ValueError) as error:
         raise UserError(f'--wandb: {error}') from error
+
+
+def confusion_image(matrix, classes):
+    """A confusion matrix [C, C] as uint8 [h, w, 3]: rows are classes, columns predictions, blue the part of a row."""
+    side = max(4, min(40, 800 // len(classes)))                         # of a cell, in pixels
+    font = ImageFont.load_default(size=min(14, max(8, side - 2)))
+    names = [printable(name)[:24] for name in classes] if side >= 10 else []
+    margin = 10 + max([math.ceil(font.getlength(name)) for name in names], default=0)
+    fractions = matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
+    color = 255 - fractions[..., None] * torch.tensor([247., 174., 77.])                 # white to dark blue
+    cells = color.round().byte().repeat_interleave(side, 0).repeat_interleave(side, 1).numpy()
+    image = Image.new('RGB', (margin + cells.shape[1] + 5, margin + cells.shape[0] + 5), 'white')
+    image.paste(Image.fromarray(cells), (margin, margin))
+    pen = ImageDraw.Draw(image)
+    for i, name in enumerate(names):
+        middle = margin + i * side + side // 2
+        pen.text((margin - 5, middle), name, 'black', font, anchor='rm')
+        column = Image.new('RGB', (margin - 5, side), 'white')
+        ImageDraw.Draw(column).text((0, side // 2), name, 'black', font, anchor='lm')
+        image.paste(column.rotate(90, expand=True), (margin + i * side, 0))
+        for j, count in enumerate(matrix[i].tolist() if side >= 20 else ()):
+            if count:
+                shade = 'white' if fractions[i, j] > 0.5 else 'black'
+                pen.text((margin + j * side + side // 2, middle), str(count), shade, font, anchor='mm')
+    return np.array(image)
 
 
 def grid_of_views(images, n_images, opt, count=16):

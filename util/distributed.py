@@ -14,15 +14,22 @@ from torch import distributed as dist
 from util.errors import UserError
 
 
-def start_processes(cuda):
-    """Rendezvous with the other processes, if torchrun started several: NCCL for GPUs, gloo for the CPU."""
+def start_processes(gpu):
+    """Rendezvous with the other processes, if torchrun started several: gloo for the CPU, and NCCL for GPUs.
+
+    gpu: the number of this process's GPU, or None.
+    """
     if _number('WORLD_SIZE', 1) == 1 or _started():
         return
     try:
-        dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo')
+        if gpu is None:
+            dist.init_process_group('gloo')
+        else:
+            dist.init_process_group('cpu:gloo,cuda:nccl', device_id=torch.device('cuda', gpu))
     except (ValueError, RuntimeError) as error:
         raise UserError(f'WORLD_SIZE is {_number("WORLD_SIZE", 1)}, but the rendezvous failed ({error}): expected '
-                        'torchrun to start the processes') from error
+                        'torchrun to start the processes, and on several machines GLOO_SOCKET_IFNAME and '
+                        'NCCL_SOCKET_IFNAME to name the network interface that connects them') from error
 
 
 def _number(name, default):
@@ -145,6 +152,16 @@ def global_mean(values, counted=None):
 def to_device(x, device):
     """A tensor on a device; a GPU is not waited for."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' != x.device.type else x.to(device)
+
+
+def all_to_device(tensors, device):
+    """Tensors of numbers that float32 can hold, as float32 on a device: packed into one copy. None stays None."""
+    known = [x.float() for x in tensors if x is not None]
+    packed = iter(known)
+    if device.type != 'cpu':
+        parts = to_device(torch.cat([x.flatten() for x in known]), device).split([x.numel() for x in known])
+        packed = (part.view(x.shape) for part, x in zip(parts, known))
+    return [None if x is None else next(packed) for x in tensors]
 
 
 def all_to_all_rows(x, order, sizes):

@@ -27,6 +27,8 @@ def run(main):
         status, together = stop.code, True
     except UserError as error:
         message = str(error)
+        # What is deleted with the error, as a file on a full disk or half a DataLoader, may fail once more.
+        sys.unraisablehook = lambda failure: None
     except KeyboardInterrupt:
         status = 130
     except BaseException as error:
@@ -52,7 +54,8 @@ def _explained(error):
     text = str(error)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and (
             'out of memory' in text or 'allocate memory' in text)):
-        return 'out of memory: try a smaller --batch_size, --size or --model, or --amp' + f' ({text})' * bool(text)
+        return ('out of memory: try --accum_steps, --amp, or a smaller --batch_size, --size or --model'
+                + f' ({text})' * bool(text))
     if isinstance(error, RuntimeError) and is_peer_failure(error):
         return f'another process has ended: see its own lines for the reason ({error})'
     return None

@@ -7,25 +7,29 @@ import os
 import re
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import nn
 
 from networks.resnet_big import LinearClassifier, ResNet
 from util.checkpoints import strip_wrappers
 from util.errors import UserError
+from util.files import replace_file
 from util.log import log
 
-SUFFIXES = ('.pth', '.pt2', '.onnx')
+SUFFIXES = ('.pth', '.safetensors', '.pt2', '.onnx')
 
 
 class Exporter:
     """Writes a network of main_ce.py or main_linear.py to --export.
 
     The file takes images [bsz, 3, size, size] of 0..1, minus mean, divided by std, and gives logits. It holds
-    `classes`, `mean`, `std`, `size`, `model`, `stem` and `width` too:
+    `classes`, `mean`, `std`, `size`, `model`, `stem` and `width` too, and `multi_label` where the
+    sigmoid of each logit is a probability:
 
     - .pth: beside `state_dict`; a ResNet's parameters have torchvision's names (with stem cifar conv1 is 3x3 of stride
       1 and there is no max-pool), another backbone's timm's.
+    - .safetensors: the same names; as JSON in `info` of the metadata.
     - .pt2: as JSON in the extra file info.json: torch.export.load(file, extra_files=extra).module()(images).
     - .onnx: as JSON in the metadata; needs the packages onnx and onnxscript.
 
@@ -36,17 +40,19 @@ class Exporter:
         self.model, self.opt, self.file = model, opt, Path(opt.export)
         self.info = {'classes': list(classes), 'mean': list(opt.mean), 'std': list(opt.std), 'size': opt.size,
                      'model': opt.model, 'stem': opt.stem, 'width': opt.width}
+        if opt.multi_label:
+            self.info['multi_label'] = True
         if self.file.suffix not in SUFFIXES:
             raise UserError(f"--export {self.file}: expected a name that ends in {', '.join(SUFFIXES)}")
         if self.file.suffix == '.onnx' and not importlib.util.find_spec('onnxscript'):
             raise UserError(f'--export {self.file}: the package onnxscript is missing: pip install onnx onnxscript')
         if os.path.isdir(self.file):
             raise UserError(f'--export {self.file}: found a folder, expected the name of a file')
-        self.partial = self.file.with_name(self.file.name + '.partial')
+        partial = self.file.with_name(self.file.name + '.partial')
         self._contents()                                # whatever goes wrong does so before training
         try:
-            self.partial.touch()
-            self.partial.unlink()
+            partial.touch()
+            partial.unlink()
         except OSError as error:
             raise UserError(f'--export {self.file}: cannot be written ({error})') from error
 
@@ -54,8 +60,7 @@ class Exporter:
         """Write the file; its name appears only when it is complete."""
         contents = self._contents()
         try:
-            self.partial.write_bytes(contents)
-            os.replace(self.partial, self.file)
+            replace_file(self.file, contents)
         except OSError as error:
             raise UserError(f'--export {self.file}: cannot be written ({error})') from error
         log(f'{self.file}: {self.opt.model} with its classifier')
@@ -66,6 +71,9 @@ class Exporter:
         try:
             if self.file.suffix == '.pth':
                 torch.save({'state_dict': named_as_elsewhere(encoder, fc), **self.info}, buffer)
+            elif self.file.suffix == '.safetensors':
+                metadata = {'info': json.dumps(self.info)}
+                buffer.write(safetensors.torch.save(named_as_elsewhere(encoder, fc), metadata))
             else:
                 self._trace(nn.Sequential(encoder, fc), buffer)
         except Exception as error:                      # not every backbone can be traced; they raise anything
@@ -87,11 +95,11 @@ class Exporter:
 
 def plain_parts(model):
     """Copies on the CPU of the encoder and of the last linear layer of a SupCEResNet or LinearProbe."""
-    encoder = model.encoder.module if isinstance(model.encoder, nn.DataParallel) else model.encoder
+    encoder = getattr(model.encoder, 'module', model.encoder)           # of DataParallel, or compiled
     fc = model.classifier.fc if isinstance(getattr(model, 'classifier', None), LinearClassifier) else model.fc
     encoder = copy.deepcopy(encoder).to('cpu', torch.float32, memory_format=torch.contiguous_format).eval()
     fc = copy.deepcopy(fc).cpu().float()
-    encoder.precision = None
+    encoder.precision, encoder.memory_format = None, torch.preserve_format
     return encoder, fc
 
 

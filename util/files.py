@@ -14,6 +14,11 @@ except ImportError:                                     # Windows
     fcntl = None
 
 
+def open_own(name, flags):
+    """An opener for `open`: OSError for a link, and for a pipe, of which opening may wait for ever."""
+    return os.open(name, flags | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0), 0o666)
+
+
 class FolderLock:
     """Keeps other processes from writing to a run's folder as long as this one lives: the locked file .lock in it."""
     held = set()                                        # the open files of all locks of this process
@@ -25,7 +30,7 @@ class FolderLock:
         """UserError where another process holds the folder."""
         if rank() or fcntl is None:
             return
-        self.file = open(self.folder / '.lock', 'a')                    # noqa: SIM115, closed by release
+        self.file = open(self.folder / '.lock', 'a', opener=open_own)   # noqa: SIM115, closed by release
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -72,8 +77,11 @@ def replace_file(file, content):
     """Write a file under its name without touching what a link under that name leads to."""
     partial = file.with_name(f'{file.name}.partial')
     partial.unlink(missing_ok=True)
-    partial.write_bytes(content)
-    os.replace(partial, file)
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)                 # where the disk is full
 
 
 def stored_bytes(file):

@@ -1,5 +1,6 @@
 """Meters and accuracies."""
 import math
+from statistics import mean
 
 import torch
 from torch.nn import functional as F
@@ -43,21 +44,80 @@ def check_finite(losses, epoch, step):
 def accuracy(output, target):
     """Top-1 accuracy (%) of logits [bsz, num_classes] for classes [bsz], over all processes: a scalar tensor.
 
-    For label distributions [bsz, num_classes], the mean fraction (%) of the predicted class.
+    For label distributions [bsz, num_classes], the mean fraction (%) of the predicted class; of several labels, how
+    often it is one of them.
     """
     predicted = output.argmax(1)
     right = predicted == target if target.dim() == 1 else target.gather(1, predicted[:, None])
     return 100 * global_mean(right.flatten().float())
 
 
-@torch.no_grad()
-def feature_spread(features):
-    """Mean squared distance of features [bsz, n_views, dim] of unit length from their mean: a scalar tensor.
+def accuracy_by_class_size(correct, labels, sizes):
+    """Accuracy (%) over the images of classes with many (more than 100), medium (20 to 100) and few (fewer than 20)
+    training images (Liu et al., 2019, https://arxiv.org/abs/1904.05160): {group: accuracy} of those there are.
 
-    0 where all features are the same, 1 where they point in all directions; with several processes of this one's.
+    correct [n] 1 or 0, labels [n], sizes: training images of each class.
     """
-    features = features.detach().flatten(0, 1).float()
-    return (features - features.mean(0)).square().sum(1).mean()
+    sizes = torch.tensor(sizes, device=labels.device)[labels]
+    groups = {'many': sizes > 100, 'medium': (sizes >= 20) & (sizes <= 100), 'few': sizes < 20}
+    return {name: 100 * correct[group].mean().item() for name, group in groups.items() if group.any()}
+
+
+@torch.no_grad()
+def feature_statistics(features, limit=512):
+    """How the features [bsz, n_views, dim] of a batch, of unit length, lie on the sphere: a dict of scalar tensors.
+
+    feature_spread: mean squared distance from their mean; 0 where all are the same, 1 where they point in all
+    directions. Of the first `limit` images (Wang and Isola, 2020, https://arxiv.org/abs/2005.10242): alignment, the
+    mean squared distance of the first two views of an image; uniformity, log of the mean of exp(-2 squared distance)
+    over all pairs of views, lower for features that are spread out. With several processes of this one's.
+    """
+    features = features.detach().float()
+    spread = (features.flatten(0, 1) - features.flatten(0, 1).mean(0)).square().sum(1).mean()
+    views = features[:limit]
+    alignment = (views[:, 0] - views[:, 1]).square().sum(1).mean()
+    distances = torch.pdist(views.flatten(0, 1)).square()
+    uniformity = (-2 * distances).exp().mean().log()
+    return {'feature_spread': spread, 'alignment': alignment, 'uniformity': uniformity}
+
+
+def confusion_matrix(predicted, labels, num_classes):
+    """How many images of each class, the row, were predicted as each class, the column: [num_classes, num_classes]."""
+    return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def calibration(logits, labels, bins=15):
+    """The expected calibration error (%) of logits [n, C], and confidence (0..1), accuracy (0..1) and number of images
+    of each of `bins` equal intervals of confidence, [bins, 3] (Guo et al., 2017, https://arxiv.org/abs/1706.04599)."""
+    confidence, predicted = logits.double().softmax(1).max(1)
+    number = (confidence * bins).ceil().long().clamp(1, bins) - 1               # intervals (a, b]
+    counts = torch.bincount(number, minlength=bins)
+    sums = [torch.bincount(number, values, bins) for values in (confidence, (predicted == labels).double())]
+    means = torch.stack([*(total / counts.clamp(min=1) for total in sums), counts.double()], 1)
+    return 100 * float(((means[:, 0] - means[:, 1]).abs() * counts).sum() / len(labels)), means
+
+
+def retrieval(features, labels):
+    """R@1 and mAP@R (%) of features [n, dim] by cosine similarity: each image is looked for among all others.
+
+    R@1: how often the most similar image has its class. mAP@R (Musgrave et al., 2020,
+    https://arxiv.org/abs/2003.08505): of an image with R others of its class, the precisions at those of the first R
+    places that have it, divided by R. Images without others of their class do not count.
+    """
+    features, counts = F.normalize(features, dim=1), torch.bincount(labels)[labels] - 1
+    first, total = [], []
+    for start in range(0, len(features), 1024):
+        rows = torch.arange(start, min(start + 1024, len(features)), device=features.device)
+        similarity = features[rows] @ features.T
+        similarity[torch.arange(len(rows), device=features.device), rows] = -torch.inf
+        places = similarity.topk(max(1, min(int(counts.max()), len(features) - 1)), dim=1).indices
+        hits = (labels[places] == labels[rows, None]).double()
+        place = torch.arange(1, hits.shape[1] + 1, device=features.device)
+        within = place <= counts[rows, None]
+        first.append(hits[:, 0])
+        total.append((hits * within * hits.cumsum(1) / place).sum(1) / counts[rows].clamp(min=1))
+    counted = counts > 0
+    return [100 * float(torch.cat(values)[counted].mean()) for values in (first, total)]
 
 
 def ood_metrics(val_logits, id_logits, ood_logits):
@@ -102,3 +162,40 @@ def knn_accuracy(memory, memory_labels, features, labels, k=200, temperature=0.1
         votes.scatter_add_(1, memory_labels[nearest], (similarity / temperature).exp())
         correct += (votes.argmax(1) == target).sum()
     return 100 * int(all_reduce_sum(correct)) / n_total
+
+
+@torch.no_grad()
+def knn_map(memory, memory_labels, features, labels, k=200, temperature=0.1):
+    """mAP (%) of the weighted k-nearest-neighbor classifier for images with several labels [n, C], all in each process.
+
+    The score of a class is the weight of the neighbors that have it, divided by that of all; else as knn_accuracy.
+    """
+    memory, scores = F.normalize(memory, dim=1), []
+    for part in F.normalize(features, dim=1).split(256):
+        similarity, nearest = (part @ memory.T).topk(min(k, len(memory)), dim=1)
+        weights = (similarity / temperature).softmax(1)
+        scores.append((weights[..., None] * memory_labels[nearest]).sum(1))
+    return mean(average_precisions(torch.cat(scores), labels).values())
+
+
+def average_precisions(scores, labels):
+    """{class: its average precision, %} of scores [n, C] that rank all images for each class, and labels [n, C] of 0
+    and 1; a class without images has none."""
+    from sklearn.metrics import average_precision_score
+    scores, labels = scores.double().cpu().numpy(), labels.cpu().numpy() > 0
+    return {c: 100 * float(average_precision_score(labels[:, c], scores[:, c]))
+            for c in range(labels.shape[1]) if labels[:, c].any()}
+
+
+def multi_label_scores(logits, labels):
+    """How logits [n, C] find labels [n, C] of 0 and 1, %: {'mAP', 'F1_micro', 'F1_macro'} and {class: AP}.
+
+    mAP is the mean of average_precisions. F1 is of what has a probability above 0.5: of the labels of all classes
+    together, and the mean over classes.
+    """
+    from sklearn.metrics import f1_score
+    precisions = average_precisions(logits, labels)
+    predicted, truth = logits.cpu().numpy() > 0, labels.cpu().numpy() > 0
+    f1 = {f'F1_{kind}': 100 * float(f1_score(truth, predicted, average=kind, zero_division=0))
+          for kind in ('micro', 'macro')}
+    return {'mAP': mean(precisions.values()), **f1}, precisions

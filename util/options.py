@@ -45,6 +45,9 @@ def channels(parse):
     return parse_all
 
 
+MEAN, STD = channels(number(float, -1e6, 1e6)), channels(number(float, 1e-6, 1e6))     # views stay finite
+
+
 def epochs_list(text):
     """A type: epochs in rising order such as "60,75,90"."""
     parts = text.replace(',', ' ').split()
@@ -107,12 +110,12 @@ FLAG = {'action': 'store_true', 'default': False}
 OPTIONS = {
     'data': [
         ('--dataset', dict(default='cifar10', metavar='NAME',
-                           help='digits, cifar10, cifar100, imagenet, path or mvip')),
-        ('--data_folder --data_dir', dict(metavar='FOLDER', help='folder of the data; needed by --dataset path; '
-                                          'default: ./data, ./data/imagenet, ./data/MVIP/sets')),
-        ('--mean', dict(type=channels(number(float, -math.inf)), metavar='"(R, G, B)"',
+                           help='digits, cifar10, cifar100, imagenet, mvip, path or csv')),
+        ('--data_folder --data_dir', dict(metavar='FOLDER', help='folder of the data; needed by --dataset path and '
+                                          'csv; default: ./data, ./data/imagenet, ./data/MVIP/sets')),
+        ('--mean', dict(type=MEAN, metavar='"(R, G, B)"',
                         help="channel means; default: the dataset's, or measured on the training images")),
-        ('--std', dict(type=channels(POSITIVE), metavar='"(R, G, B)"',
+        ('--std', dict(type=STD, metavar='"(R, G, B)"',
                        help='channel standard deviations; default: as --mean')),
         ('--size --image_size', dict(type=number(int, 8, 4096), metavar='PIXELS',
                                      help='side of the views; default: 32, digits 16, imagenet and mvip 224')),
@@ -120,6 +123,17 @@ OPTIONS = {
                                'spread over the classes; default: all')),
         ('--samples_per_class', dict(type=COUNT, metavar='N', help='train on at most N images of each class, sampled '
                                      'with --seed; not of validation and augmentation folders; default: all')),
+        ('--label_fraction', dict(type=number(float, 0, 1, open_low=True), metavar='FRACTION', help='train on this '
+                                  'fraction of each class, at least one image, sampled with --seed; default: 1'),
+         CE + LINEAR),
+        ('--sampler', dict(choices=('shuffle', 'class_balanced', 'pk'), default='shuffle',
+                           help='training batches: shuffle: all images in random order; class_balanced: as many, each '
+                           'class equally often; pk: --images_per_class images of each of batch_size / '
+                           'images_per_class random classes')),
+        ('--images_per_class', dict(type=COUNT, metavar='K', help='of each class in a batch; needed by --sampler pk')),
+        ('--imbalance', dict(type=number(float, 1, 1e6), metavar='RATIO', help='train on a long-tailed part of the '
+                             'images, sampled with --seed: class c of C keeps largest * RATIO**(-c / (C - 1)); report '
+                             'the accuracy over many, medium and few classes; default: all images')),
         ('--loader', dict(choices=('auto', 'batched', 'workers', 'per_sample'), default='auto',
                           help='batched: all images in memory, views sampled on the device; workers: worker processes '
                                'read and crop, colors on the device; per_sample: torchvision transforms in worker '
@@ -130,6 +144,12 @@ OPTIONS = {
                                'and never more than: the cores there are')),
     ],
     'views': [
+        ('--n_views', dict(type=number(int, 2, 64), default=2, metavar='N', help='views of each image in a batch'),
+         SUPCON),
+        ('--local_crops', dict(type=COUNT_OR_ZERO, default=0, metavar='N', help='multi-crop: N small crops of each '
+                               'image as further views'), SUPCON),
+        ('--local_size', dict(type=number(int, 8, 4096), metavar='PIXELS', help='their side; default: 3/7 of --size, '
+                              'as 96 of 224'), SUPCON),
         ('--augment_policy', dict(choices=('no', 'sim', 'auto', 'rand', 'stacked_rand'), help='training views beside '
                                   'cropping and flipping: no: nothing; sim: color jitter and grayscale; auto: '
                                   'AutoAugment; rand: RandAugment; stacked_rand: RandAugment and sim (default: sim in '
@@ -174,6 +194,11 @@ OPTIONS = {
                         help='cifar: 3x3 convolution; imagenet: 7x7 of stride 2 and max-pool, or as timm has it')),
         ('--width', dict(type=number(float, 1 / 64, 16), default=1., metavar='FACTOR',
                          help='multiplies the channels of every layer')),
+        ('--ckpt', dict(metavar='FILE', help='start from the encoder, and the head where it fits, of a checkpoint of '
+                        'these programs or SupContrast, or of weights of torchvision or timm; also .safetensors, and '
+                        'hf://owner/name[/file]; default: random weights'), SUPCON + CE),
+        ('--timm_pretrained', dict(FLAG, help="start --model timm/<name> from timm's weights, with their size, "
+                                   'normalization and stem'), SUPCON + CE),
         ('--zero_init', dict(FLAG, help='start residual blocks as the identity'), SUPCON + CE),
         ('--head', dict(type=head, default='mlp', metavar='HEAD', help='projection head: mlp, linear, or the sizes '
                         'of its layers such as 2048,2048,128'), SUPCON),
@@ -184,8 +209,11 @@ OPTIONS = {
         ('--syncBN', dict(FLAG, help='batch norm over all processes of torchrun'), SUPCON + CE),
     ],
     'method': [
-        ('--method', dict(choices=('SupCon', 'SimCLR', 'GenSCL'), default='SupCon', help='contrastive loss; GenSCL '
-                          'changes the defaults of other options too, see docs/genscl.md'), SUPCON),
+        ('--method', dict(choices=('SupCon', 'SimCLR', 'SINCERE', 'DCL', 'BCL', 'GenSCL'), default='SupCon',
+                          help='contrastive loss; GenSCL changes the defaults of other options too, see '
+                          'docs/genscl.md'), SUPCON),
+        ('--positives', dict(choices=('class', 'image'), default='class', help='of a view: the views of its class, or '
+                             'without labels those of its image (default with SimCLR)'), SUPCON),
         ('--temp --temperature', dict(type=number(float, 1e-4, 1e4), default=0.07, metavar='T', help='temperature'),
          SUPCON),
         ('--base_temperature', dict(type=number(float, 1e-4, 1e4), default=0.07, metavar='T', help='the loss is '
@@ -197,7 +225,7 @@ OPTIONS = {
         ('--denominator_mode', dict(choices=('all', 'one_positive', 'only_negatives'), default='all',
                                     help='what the denominator sums over'), SUPCON),
         ('--positives_cap', dict(type=number(int, -1, 2**31), default=-1, metavar='N', help='positives of other '
-                                 'images that count, a multiple of 2; -1: all'), SUPCON),
+                                 'images that count, a multiple of --n_views; -1: all'), SUPCON),
         ('--moco', dict(FLAG, help='momentum contrast: contrasts are keys of a momentum copy, and a queue of earlier '
                         'ones'), SUPCON),
         ('--moco_k', dict(type=number(int, 1, 2**24), default=65536, metavar='N', help='keys in the queue, a multiple '
@@ -218,11 +246,14 @@ OPTIONS = {
                                 'main_ce.py last.ckpt'), SUPCON),
         ('--teacher_kind', dict(metavar='NAME', help='model of timm that it holds, default: '
                                 'efficientnetv2_rw_m; one of main_ce.py or main_linear.py records its own'), SUPCON),
-        ('--ckpt', dict(metavar='FILE', help='checkpoint of the pretrained encoder; needed, or:'), LINEAR),
+        ('--ckpt', dict(metavar='FILE', help='checkpoint of the pretrained encoder, or weights of torchvision or timm; '
+                        'also .safetensors, and hf://owner/name[/file]; needed, or:'), LINEAR),
         ('--pretrained', dict(type=folder_name, metavar='NAME', help='the run output/NAME, of the same --trial, needed '
                               'where --ckpt is not given'), LINEAR),
         ('--cache_features', dict(FLAG, help='compute the features of all images once, without augmentation, and '
                                   'train the classifier on these: another protocol, and many times faster'), LINEAR),
+        ('--finetune', dict(FLAG, help='train the encoder too'), LINEAR),
+        ('--freeze_bn', dict(FLAG, help='keep statistics, weights and biases of its batch norms'), LINEAR),
         ('--pretrained_ckpt', dict(type=folder_name, default='last.ckpt', metavar='FILE',
                                    help='checkpoint of that run'), LINEAR),
     ],
@@ -232,6 +263,8 @@ OPTIONS = {
                               help='images in a batch, over all devices')),
         ('--learning_rate --lr', dict(type=number(float, 0, 1e6, open_low=True), metavar='LR',
                                       help='learning rate')),
+        ('--encoder_lr', dict(type=number(float, 0, 1e6, open_low=True), metavar='LR', help='learning rate of the '
+                              'encoder, with the schedule of the other layers; default: --lr')),
         ('--base_lr', dict(type=number(float, 0, 1e6, open_low=True), metavar='LR', help='learning rate for 256 '
                            'images: replaces --lr by LR * batch size / 256; default: --lr')),
         ('--accum_steps', dict(type=COUNT, default=1, metavar='N', help='micro-batches that a batch goes through the '
@@ -260,6 +293,8 @@ OPTIONS = {
         ('--momentum', dict(type=number(float, 0, 1), default=0.9, metavar='M', help='momentum of SGD and RMSProp')),
         ('--label_smoothing', dict(type=number(float, 0, 1), default=0., metavar='S', help='fraction of each label '
                                    'that is spread over all classes'), CE + LINEAR),
+        ('--logit_adjustment', dict(type=POSITIVE_OR_ZERO, default=0., metavar='TAU', help='in training the logits are '
+                                    'raised by TAU * log(frequency of their class)'), CE + LINEAR),
         ('--amp', dict(action=Switch, help='mixed precision: bfloat16, or float16 on GPUs without it')),
         ('--compile', dict(FLAG, help='torch.compile the encoder')),
     ],
@@ -284,8 +319,8 @@ OPTIONS = {
         ('--per_class', dict(FLAG, help='print the accuracy of each class'), CE + LINEAR),
         ('--evaluate', dict(FLAG, help="only evaluate the run's last.ckpt"), CE + LINEAR),
         ('--export', dict(metavar='FILE', help='write encoder and classifier for use elsewhere at the end, with '
-                          '--evaluate those of last.ckpt: .pth a state dict with the names of torchvision or timm, '
-                          '.pt2 a program of torch.export, or .onnx; default: no'), CE + LINEAR),
+                          '--evaluate those of last.ckpt: .safetensors or .pth a state dict with the names of '
+                          'torchvision or timm, .pt2 a program of torch.export, or .onnx; default: no'), CE + LINEAR),
         ('--debug', dict(FLAG, help='one epoch only')),
         ('--wandb', dict(FLAG, help='send curves and images to Weights & Biases too (pip install wandb)')),
         ('--wandb_entity', dict(metavar='NAME', help='its user or team; default: yours')),
@@ -303,7 +338,10 @@ DEFAULTS = {
 }
 # Those that a method brings; for main_linear the encoder's method. A dataset's are in its row of datasets.DATASETS.
 METHOD_DEFAULTS = {
-    'main_supcon': {'GenSCL': {'epochs': 500, 'batch_size': 1024, 'learning_rate': 0.5, 'temp': 0.1, 'cosine': True,
+    'main_supcon': {'SimCLR': {'positives': 'image'}, 'SINCERE': {'denominator_mode': 'one_positive'},
+                    'DCL': {'denominator_mode': 'only_negatives'},
+                    'BCL': {'temp': 0.1, 'base_temperature': 0.1, 'ce_weight': 2.},         # as published
+                    'GenSCL': {'epochs': 500, 'batch_size': 1024, 'learning_rate': 0.5, 'temp': 0.1, 'cosine': True,
                                'warm': True, 'seed': 3407}},
     'main_ce': {},
     'main_linear': {'GenSCL': {'batch_size': 512, 'learning_rate': 5., 'warm': True, 'warm_epochs': 5,
@@ -319,8 +357,12 @@ REQUIRES = {
     **dict.fromkeys(('moco_k', 'moco_m', 'moco_t'), ('moco', None)),
     **dict.fromkeys(('warm_epochs', 'warmup_from'), ('warm', None)),
     **dict.fromkeys(('wandb_entity', 'wandb_project'), ('wandb', None)),
+    'images_per_class': ('sampler', ('pk',)), 'local_size': ('local_crops', None),
     'erasing_p': ('erasing', None), 'mix_alpha': ('mix', None), 'pretrained_ckpt': ('pretrained', None),
+    **dict.fromkeys(('mvip_super_class', 'mvip_num_classes'), ('dataset', ('mvip',))),
+    'aug_root': ('aug_output_name', None), 'aug_ex_id': ('aug_name_id', None), 'aug_ex_ood': ('aug_name_ood', None),
     'force': ('resume', None), 'exp_decay_epochs': ('exp_decay', None), 'feat_dim': ('head', ('mlp', 'linear')),
+    'freeze_bn': ('finetune', None),
     'momentum': ('optim_kind', ('SGD', 'RMSProp', 'RMSPropTF')),
     'optim_eps': ('optim_kind', ('RMSProp', 'RMSPropTF', 'Adam', 'AdamW')),
     **dict.fromkeys(('LARS', 'nesterov'), ('optim_kind', ('SGD',))),
@@ -328,9 +370,9 @@ REQUIRES = {
 
 # Options that decide on which images a network is trained or evaluated, and which network it is.
 NETWORK = ('model', 'stem', 'width')
-DATA = ('dataset', 'data_folder', 'mvip_super_class', 'mvip_num_classes')
-EVALUATION = (*DATA, 'size', 'mean', 'std', 'max_samples', 'samples_per_class', 'seed', 'aug_mode', 'aug_root',
-              'aug_output_name', 'aug_name_id', 'aug_name_ood', 'aug_ex_id', 'aug_ex_ood', *NETWORK)
+DATA = ('dataset', 'data_folder', 'imbalance', 'mvip_super_class', 'mvip_num_classes')
+EVALUATION = (*DATA, 'size', 'mean', 'std', 'max_samples', 'samples_per_class', 'label_fraction', 'seed', 'aug_mode',
+              'aug_root', 'aug_output_name', 'aug_name_id', 'aug_name_ood', 'aug_ex_id', 'aug_ex_ood', *NETWORK)
 
 
 class Parser(argparse.ArgumentParser):
@@ -411,13 +453,17 @@ def parse(program, description, argv, datasets, method=None, recorded=()):
     parser = make_parser(program, description)
     given = vars(parser.parse_args([underscores(word) for word in (sys.argv[1:] if argv is None else argv)]))
     recorded = vars(parser.parse_args(list(recorded)))
+    for name, value in given.items():
+        if value == '':                                 # of a variable of the shell that is not set, for example
+            raise UserError(f'argument --{name}: found an empty text, expected a value')
     earlier = {**program_defaults(program), **recorded}
     chosen = {**earlier, **given}                       # before dataset and method have brought their defaults
     if chosen['dataset'] not in datasets:
         raise UserError(f"argument --dataset: found {chosen['dataset']!r}, expected one of {', '.join(datasets)}")
     info = datasets[chosen['dataset']]
+    pretrained = {'stem': 'imagenet'} if chosen.get('timm_pretrained') else {}
     defaults = {**program_defaults(program), **METHOD_DEFAULTS[program].get(method or chosen.get('method'), {}),
-                **info.defaults.get(program, {}), **recorded}
+                **info.defaults.get(program, {}), **pretrained, **recorded}
     opt = argparse.Namespace(**{**defaults, **given})
     if 'data_folder' in given and 'dataset' not in given and not recorded:
         _check_download(opt)
@@ -466,20 +512,33 @@ def underscores(word):
 
 def _complete(opt, program, given, info):
     """Check what depends on several options, and fill in what follows from them."""
-    if opt.dataset == 'path' and not opt.data_folder:
-        raise UserError('--dataset path: --data_folder is missing, expected a folder of images')
+    if opt.dataset in ('path', 'csv') and not opt.data_folder:
+        expected = {'path': 'of images', 'csv': 'with train.csv and val.csv'}[opt.dataset]
+        raise UserError(f'--dataset {opt.dataset}: --data_folder is missing, expected a folder {expected}')
+    if opt.sampler == 'pk' and (not opt.images_per_class or opt.batch_size % opt.images_per_class):
+        found = f'{opt.images_per_class} does not divide' if opt.images_per_class else 'is missing, expected to divide'
+        raise UserError(f'--sampler pk: --images_per_class {found} --batch_size {opt.batch_size}')
     for name in ('cosine', 'LARS', 'nesterov', 'amp'):
         setattr(opt, name, bool(getattr(opt, name)))
     if opt.warm is None:                                # large batches need it
         opt.warm = opt.batch_size > 256 and program != 'main_linear'
-    for one, other in (('resume', 'overwrite'), ('exp_decay', 'cosine'), ('base_lr', 'learning_rate')):
+    for one, other in (('resume', 'overwrite'), ('exp_decay', 'cosine'), ('base_lr', 'learning_rate'),
+                       ('ckpt', 'timm_pretrained'), ('cache_features', 'finetune'),
+                       ('label_fraction', 'samples_per_class')):
         if one in given and other in given and getattr(opt, one) and getattr(opt, other):
             raise UserError(f'--{one} and --{other} are both given, expected at most one')
     if 'cache_dir' in given and opt.dataset in ('digits', 'cifar10', 'cifar100'):
         raise UserError(f'--cache_dir has no effect: --dataset {opt.dataset} is no folder of images')
+    if 'data_folder' in given and opt.dataset == 'digits':
+        raise UserError('--data_folder has no effect: --dataset digits is no folder of images')
     for name in ('augment_policy', 'crop_min', 'jitter_strength', 'blur_p', 'cutout', 'erasing', 'mix'):
         if getattr(opt, 'cache_features', False) and name in given and getattr(opt, name) not in ('no', False):
             raise UserError(f'--{name} has no effect: --cache_features shows each image as evaluation does')
+    if getattr(opt, 'timm_pretrained', False) and (not opt.model.startswith('timm/') or opt.stem != 'imagenet'):
+        expected = '--stem imagenet, as the weights are' if opt.model.startswith('timm/') else '--model timm/<name>'
+        raise UserError(f'--timm_pretrained: found --model {opt.model} --stem {opt.stem}, expected {expected}')
+    if opt.encoder_lr and not getattr(opt, 'finetune', True):
+        raise UserError('--encoder_lr has no effect: linear evaluation trains no encoder, unless with --finetune')
     if opt.exp_decay:                                   # a method may have --cosine as its default
         opt.cosine = False
     if opt.nesterov and not opt.momentum:
@@ -501,7 +560,8 @@ def _complete(opt, program, given, info):
                         f'{expected_processes()} processes')
     cores = max(1, (os.cpu_count() or 1) // local_processes())
     opt.num_workers = cores if opt.num_workers is None else min(opt.num_workers, cores)
-    opt.split_seed = opt.loader_chosen = None           # see datasets
+    opt.split_seed = opt.loader_chosen = None           # see datasets, as for
+    opt.multi_label = False
     return opt
 
 
@@ -511,23 +571,43 @@ def _check_generalized(opt):
             raise UserError(f'--{name} needs --method GenSCL, found {opt.method}')
     if opt.KD and not opt.teacher_path:
         raise UserError("--KD: --teacher_path is missing, expected the folder of the teacher's checkpoint")
-    if opt.method == 'GenSCL' and opt.aug_mode == 'with_both':
-        raise UserError('--aug_mode with_both: hard negatives have no label distribution for --method GenSCL, expected '
+    if opt.method in ('BCL', 'GenSCL') and opt.aug_mode == 'with_both':
+        raise UserError(f'--aug_mode with_both: hard negatives are not defined for --method {opt.method}, expected '
                         'SupCon or SimCLR')
 
 
 def _check_loss(opt):
-    if opt.positives_cap > 0 and opt.positives_cap % 2:
-        raise UserError(f'--positives_cap {opt.positives_cap}: expected a multiple of 2, the views of an image')
-    changed = [name for name, default in (('summation_location', 'out'), ('denominator_mode', 'all'),
-                                          ('positives_cap', -1)) if getattr(opt, name) != default]
-    if opt.method == 'GenSCL' and (changed or opt.moco):
-        raise UserError(f"--{[*changed, 'moco'][0]} is not defined for --method GenSCL, expected SupCon or SimCLR")
+    n_views = opt.n_views + opt.local_crops
+    if opt.positives_cap > 0 and opt.positives_cap % n_views:
+        raise UserError(f'--positives_cap {opt.positives_cap}: expected a multiple of {n_views}, the views of an image')
+    for name, found in (('method GenSCL', opt.method == 'GenSCL'), ('moco', opt.moco),
+                        ('accum_steps', opt.accum_steps > 1), ('model timm/...', opt.model.startswith('timm/'))):
+        if opt.local_crops and found:
+            raise UserError(f'--local_crops is not defined with --{name}')
+    for name in ('positives', 'denominator_mode'):
+        fixed = METHOD_DEFAULTS['main_supcon'].get(opt.method, {}).get(name)
+        if fixed and getattr(opt, name) != fixed:
+            raise UserError(f'--{name} {getattr(opt, name)}: --method {opt.method} is --{name} {fixed}, expected that, '
+                            'or --method SupCon')
+    if opt.method == 'GenSCL' and opt.n_views % 2:
+        raise UserError(f'--n_views {opt.n_views}: the loss of --method GenSCL takes two groups of views, expected an '
+                        'even number')
+    changed = [name for name, default in (('positives', 'class'), ('summation_location', 'out'),
+                                          ('denominator_mode', 'all'), ('positives_cap', -1))
+               if getattr(opt, name) != default]
+    if opt.method in ('BCL', 'GenSCL') and (changed or opt.moco):
+        raise UserError(f"--{[*changed, 'moco'][0]} is not defined for --method {opt.method}, expected SupCon or "
+                        'SimCLR')
+    if opt.method == 'BCL' and not opt.ce_weight:
+        raise UserError('--ce_weight 0: the prototypes of --method BCL are weights of the classifier, expected above 0')
+    if opt.method == 'BCL' and opt.head_bn:
+        raise UserError('--head_bn: the prototypes of --method BCL go through the head without a batch, expected no '
+                        '--head_bn')
     if opt.head_bn and (isinstance(opt.head, str) and opt.head == 'linear' or len(opt.head) < 2):
         raise UserError('--head_bn has no effect: the head has no hidden layer')
     if opt.moco:
         if opt.contrast_mode == 'one':
-            raise UserError('--contrast_mode one has no effect: with --moco the first views are the anchors anyway')
+            raise UserError('--contrast_mode one has no effect: with --moco all views but the last are anchors anyway')
         if opt.moco_k % opt.batch_size:
             raise UserError(f'--moco_k {opt.moco_k}: expected a multiple of --batch_size {opt.batch_size}')
         opt.temp = opt.moco_t or opt.temp

@@ -1,7 +1,7 @@
 """Runs: their checkpoints and log, the head of their training loops, and how they stop and resume.
 
-output/<output_name>/trial=<trial>/ holds options.json, log.txt, TensorBoard events, views.png, last.ckpt and
-ckpt_epoch_<N>.ckpt. Of several processes only rank 0 prints and writes.
+output/<output_name>/trial=<trial>/ holds options.json, log.txt, TensorBoard events, views.png, confusion.png,
+last.ckpt and ckpt_epoch_<N>.ckpt. Of several processes only rank 0 prints and writes.
 """
 import json
 import math
@@ -12,6 +12,8 @@ from pathlib import Path
 
 from networks.sync_bn import average_statistics
 from util.checkpoints import (
+    Writer,
+    copy_on_host,
     kept_checkpoints,
     load_checkpoint,
     load_optimizer,
@@ -37,7 +39,11 @@ from util.training import learning_rate, seed_step, set_learning_rate
 RESUME_MAY_CHANGE = {
     'epochs', 'warm_epochs', 'num_workers', 'print_freq', 'save_freq', 'save_steps', 'keep_ckpts', 'eval_freq',
     'per_class', 'resume', 'force', 'overwrite', 'device', 'data_folder', 'aug_root', 'cache_dir', 'loader_chosen',
-    'output_name', 'trial', 'debug', 'wandb', 'wandb_entity', 'wandb_project', 'num_classes', 'evaluate', 'export'}
+    'output_name', 'trial', 'debug', 'wandb', 'wandb_entity', 'wandb_project', 'num_classes',
+    'class_sizes', 'evaluate', 'export'}
+
+
+CACHED_SECONDS = 10                     # between two checkpoints with --cache_features
 
 
 def plain(values):
@@ -80,6 +86,7 @@ class Run:
         self.last = self.folder / 'last.ckpt'
         self.checkpoint, self.lock, self.curves = None, FolderLock(self.folder), None
         self.step, self.best_acc, self.saved_meters, self.signals = 0, 0., {}, StopSignals()
+        self.writer, self.written = Writer(), -math.inf
         self.last_seen = self._last_written()
         try:
             used = self.folder.exists() and any(file.name != '.lock' for file in self.folder.iterdir())
@@ -158,6 +165,10 @@ class Run:
                 raise ValueError(f'best_acc {self.best_acc}, meters {totals}')
             if not isinstance(saved.get('wandb'), (str, type(None))) or not self.checkpoint['opt']:
                 raise TypeError('wandb is no text, or the options are missing')
+            if self.step and not self.saved_meters:
+                raise ValueError(f'the averages of its {self.step} steps are missing')
+            if not isinstance(saved['optimizer'], dict):
+                raise TypeError('the optimizer has no state')
             load_parameters(self.model, self.checkpoint['model'], f'--resume: {self.source}')
             scaler = saved.get('scaler') or {}
             load_scaler(self.scaler, scaler)
@@ -206,7 +217,7 @@ class Run:
             self.lock.acquire()
             if self._last_written() != self.last_seen:
                 raise UserError(f'{self.folder}: another process has written this run while this one was starting')
-            overwritten = ('*.ckpt', 'events.out.tfevents.*', 'views.png', 'log.txt') if self.checkpoint is None else ()
+            overwritten = ('*.ckpt', 'events.out.tfevents.*', '*.png', 'log.txt') if self.checkpoint is None else ()
             for pattern in ('*.partial', *overwritten):                 # what a killed or an overwritten run left
                 for file in self.folder.glob(pattern):
                     file.unlink()
@@ -221,8 +232,14 @@ class Run:
         return self
 
     def __exit__(self, *error):
-        self.signals.__exit__(*error)
-        self.lock.release()
+        try:
+            self.writer.finish()
+        except UserError:
+            if error[0] is None:                        # else there is an earlier one
+                raise
+        finally:
+            self.signals.__exit__(*error)
+            self.lock.release()
 
     def steps(self, loader, epoch):
         """The batches of an epoch, or the rest of one that is resumed, with all that surrounds a training step.
@@ -238,29 +255,38 @@ class Run:
         self.meters = {name: AverageMeter(*saved) for name, saved in self.saved_meters.items()}
         self.saved_meters, self.sizes, self.started = {}, loader.sizes, time.time()
         self.images_before = sum(loader.sizes[:self.step])
-        batch_time, data_time, end = AverageMeter(), AverageMeter(), time.time()
-        for step, batch in enumerate(progress(loader, f'epoch {epoch}/{opt.epochs}'), self.step):
+        batch_time, data_time, end, self.waited = AverageMeter(), AverageMeter(), time.time(), 0.
+        batches = iter(loader)
+        for step in progress(range(self.step, steps), f'epoch {epoch}/{opt.epochs}'):
+            batch = next(batches)
             data_time.update(time.time() - end)
+            self.waited += data_time.val
             set_learning_rate(self.optimizer, learning_rate(opt, epoch, step, steps))
             self.rng, self.size = seed_step(opt, epoch, step), loader.sizes[step]
             yield batch
+            del batch                                   # its memory is needed for the next one
             batch_time.update(time.time() - end)
             end = time.time()
             if (step + 1) % opt.print_freq == 0 or step + 1 == steps:
                 self._print_step(epoch, step + 1, steps, batch_time, data_time)
             self._after_step(epoch, step + 1)
+        next(batches, None)                             # the loader's own end
 
     def record(self, **values):
-        """Average values of a step, weighted with the images of its batch; the first is the loss."""
+        """Average values of a step, weighted with the images of its batch; the first is the loss. None is left out."""
         for name, value in values.items():
+            if value is None:
+                continue
             self.meters.setdefault(name, AverageMeter()).update(value, self.size)
 
     def averages(self):
-        """The averages of an epoch: {name: number}, and images_per_second."""
+        """The averages of an epoch: {name: number}, images_per_second, and the fraction of the time in which the loop
+        waited for the loader."""
         averages = {name: meter.avg for name, meter in self.meters.items()}
         self.seconds = time.time() - self.started
         images = sum(self.sizes) - self.images_before
-        return {**averages, 'images_per_second': images / max(self.seconds, 1e-9)}
+        return {**averages, 'images_per_second': images / max(self.seconds, 1e-9),
+                'loader_fraction': self.waited / max(self.seconds, 1e-9)}
 
     def _print_step(self, epoch, step, steps, batch_time, data_time):
         losses, *others = self.meters.values()
@@ -283,19 +309,26 @@ class Run:
         self.log_values({'learning_rate': self.optimizer.param_groups[0]['lr'], **values}, epoch)
         # The kept one first: a run that is killed between the two writes it again when it resumes.
         kept = [f'ckpt_epoch_{epoch}.ckpt'] if epoch % self.opt.save_freq == 0 else []
-        self._write([*kept, 'last.ckpt'], epoch, 0, {})
-        self.step = 0
-        self._stop(all_max(self.signals.number), epoch)
+        self.step, stop = 0, all_max(self.signals.number)
+        # With cached features an epoch takes less time than to write the encoder, which does not change.
+        recent = getattr(self.opt, 'cache_features', False) and time.time() - self.written < CACHED_SECONDS
+        if kept or stop or epoch == self.opt.epochs or not recent:
+            self._write([*kept, 'last.ckpt'], epoch, 0, {})
+        if epoch == self.opt.epochs:
+            self.writer.finish()
+        self._stop(stop, epoch)
 
     def _stop(self, signal_number, epoch, step=''):
         if signal_number:
+            self.writer.finish()
             name = signal.Signals(signal_number).name
             log(f'{name}: stopped after {step}epoch {epoch}, --resume continues from there')
             raise SystemExit(128 + signal_number)
 
     def _write(self, names, epoch, step, meters):
-        """Checkpoints after `epoch` epochs and `step` steps of the next one."""
+        """Checkpoints after `epoch` epochs and `step` steps of the next one, written while training goes on."""
         average_statistics(self.model)
+        self.written = time.time()
         if rank():
             return
         wandb = self.curves.wandb.id if self.curves.wandb else (self.checkpoint or {}).get('wandb')
@@ -303,6 +336,9 @@ class Run:
                  'scaler': self.scaler.state_dict(), 'epoch': epoch, 'step': step, 'best_acc': self.best_acc,
                  'meters': {name: meter.state for name, meter in meters.items()}, 'opt': plain(vars(self.opt)),
                  'classes': self.classes, 'wandb': wandb}
+        self.writer.submit(self._write_files, copy_on_host(state), names, epoch)
+
+    def _write_files(self, state, names, epoch):
         for name in names:
             check_locks()
             write_checkpoint(state, self.folder / name)
@@ -316,8 +352,14 @@ class Run:
         if self.curves:
             self.curves.log_values({tag: value for tag, value in values.items() if value is not None}, step)
 
+    def log_image(self, tag, array):
+        """Send a uint8 image [h, w, 3] of the end of the run, and write it to <tag>.png."""
+        if self.curves:
+            self.curves.log_image(tag, array, self.opt.epochs)
+
     def _log_views(self, loader):
         """Show some images of the first batch; features cannot be shown."""
         images, labels = next(iter(loader))
+        images = images[0] if isinstance(images, tuple) else images     # not the small crops
         if images.dim() == 4:
             self.curves.log_image('views', grid_of_views(images, len(labels), self.opt), 0)

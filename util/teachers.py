@@ -1,4 +1,5 @@
 """Teachers: frozen classifiers whose class probabilities a student learns from (--KD)."""
+import os
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from networks.resnet_big import LinearProbe, SupCEResNet, make_encoder
 from util.checkpoints import check_parameters, check_recorded, load_parameters, read_checkpoint
 from util.errors import UserError
 from util.log import log
-from util.training import precision, spread
+from util.training import compiled, precision, spread
 
 
 class Teacher(nn.Module):
@@ -36,6 +37,7 @@ class Teacher(nn.Module):
         if len(images) == 0:                            # of a process without images; not every model takes it
             return images.new_zeros(0, self.num_classes)
         with mixed_precision(images, self.precision):
+            images = images.contiguous(memory_format=torch.channels_last)       # as its parameters, in replicas too
             return self.classifier(images * self.scale + self.offset)
 
 
@@ -49,9 +51,9 @@ def read_teacher(opt):
         return None
     folder = Path(opt.teacher_path)
     names = [opt.teacher_ckpt] if opt.teacher_ckpt else ['ckpt_best.pth', 'last.ckpt']      # GenSCL's name, ours
-    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    file = next((folder / name for name in names if os.path.isfile(folder / name)), None)
     if file is None:
-        found = 'no such folder' if not folder.is_dir() else f'no {" or ".join(names)} in it'
+        found = 'no such folder' if not os.path.isdir(folder) else f'no {" or ".join(names)} in it'
         raise UserError(f"--teacher_path {folder}: {found}, expected the folder of the teacher's checkpoint")
     checkpoint, state = read_checkpoint(file, ['model', 'state_dict'])
     if 'model' not in checkpoint:                       # another program's, of which only the classes matter
@@ -71,7 +73,7 @@ def load_teacher(checkpoint, opt, classes):
     log(f"{checkpoint['file']}: {teacher.kind} as teacher")
     # It learns nothing, so reduced precision costs only the rounding of its logits; a GPU is much faster with it.
     teacher.precision = precision(opt, opt.amp or opt.device == 'cuda' and torch.cuda.is_bf16_supported(False))
-    return spread(teacher, opt)
+    return spread(compiled(teacher, opt), opt)
 
 
 def load_classifier(checkpoint, opt, classes):

@@ -1,9 +1,11 @@
 """What the training loops share: devices and processes, networks on them, optimizers, schedules, steps."""
 import contextlib
+import glob
 import inspect
 import math
 import os
 import random
+import warnings
 
 import numpy as np
 import torch
@@ -23,20 +25,23 @@ BUFFERS = next(name for name in ('forward_sync_buffers', 'broadcast_buffers')
 
 def set_device(opt):
     """Seed all random numbers, rendezvous with torchrun's other processes and choose opt.device: the visible GPUs, or
-    the CPU, which is reported."""
-    opt.device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    start_processes(opt.device == 'cuda')
+    the CPU, which is reported. UserError where GPUs are there that cannot be used."""
+    opt.device, number = 'cuda' if gpus_work() else 'cpu', None
+    if opt.device == 'cuda':
+        number, found = local_rank(), torch.cuda.device_count()
+        if number >= found:
+            raise UserError(f'LOCAL_RANK is {number}: found {found} GPUs, expected torchrun with --nproc_per_node of '
+                            'at most that')
+        if several_devices(opt):
+            if opt.compile:
+                raise UserError(f'--compile works on one GPU in each process, found {found}: start with torchrun, or '
+                                'choose one with CUDA_VISIBLE_DEVICES')
+            log(f'{found} GPUs in one process: torchrun --nproc_per_node {found} is faster (docs/distributed.md)')
+        torch.cuda.set_device(number)                   # before the rendezvous, which opens connections from it
+    start_processes(number)
     if world_size() > 1:
         log(f'{world_size()} processes, each with its slice of every batch')
-        if opt.device == 'cuda' and local_rank() >= torch.cuda.device_count():
-            raise UserError(f'LOCAL_RANK is {local_rank()}: found {torch.cuda.device_count()} GPUs, expected torchrun '
-                            'with --nproc_per_node of at most that')
-    if opt.compile and several_devices(opt):
-        raise UserError(f'--compile works on one GPU in each process, found {torch.cuda.device_count()}: start with '
-                        'torchrun, or choose one with CUDA_VISIBLE_DEVICES')
-    if opt.device == 'cuda':
-        torch.cuda.set_device(local_rank())
-    else:
+    if opt.device == 'cpu':
         log('No GPU found: running on the CPU')
         keep_freed_memory()
     if getattr(opt, 'syncBN', False) and world_size() == 1:
@@ -48,6 +53,25 @@ def set_device(opt):
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = not opt.deterministic
     torch.manual_seed(opt.seed)
+
+
+NVIDIA = '/dev/nvidia[0-9]*'                    # the devices of the driver
+
+
+def gpus_work():
+    """Whether there are GPUs to use.
+
+    UserError where there is an NVIDIA GPU whose driver this PyTorch cannot use: without a word it would train on the
+    CPU, many times slower.
+    """
+    with warnings.catch_warnings(record=True) as reasons:
+        warnings.simplefilter('always')
+        works = torch.cuda.is_available()
+    if not works and torch.version.cuda and glob.glob(NVIDIA) and os.environ.get('CUDA_VISIBLE_DEVICES') != '':
+        reason = str(reasons[-1].message) if reasons else 'no reason is given'
+        raise UserError(f'found an NVIDIA GPU that PyTorch {torch.__version__} cannot use ({reason}), expected a newer '
+                        "driver or another PyTorch, or CUDA_VISIBLE_DEVICES='' to train on the CPU")
+    return works
 
 
 def several_devices(opt):
@@ -72,24 +96,26 @@ class Network:
             check_compiler(opt.device)
         model.to(opt.device, memory_format=torch.channels_last)
         if getattr(opt, 'syncBN', False) and world_size() > 1:
-            synchronized(model, opt.device == 'cuda')
+            synchronized(model)
         for network in [model] + ([model.moco.network] if getattr(model, 'moco', None) else []):
-            network.encoder.precision = precision(opt)
-            if opt.compile:
-                network.encoder.compile()
-            network.encoder = spread(network.encoder, opt)
+            network.encoder.precision, network.encoder.memory_format = precision(opt), torch.channels_last
+            network.encoder = spread(compiled(network.encoder, opt), opt)
         self.model, self.opt, self.replica = model, opt, model
         if world_size() > 1:
             # Statistics of batch norms are averaged when they are used; backbones of timm may have parameters that give
             # no features.
             self.replica = DistributedDataParallel(model, find_unused_parameters=opt.model.startswith('timm/'),
-                                                   **{BUFFERS: False})
+                                                   gradient_as_bucket_view=True, **{BUFFERS: False})
 
     def __call__(self, images, n_views=1):
-        """Outputs of the model for images [n_views * bsz, ...], view after view."""
+        """Outputs of the model for images [n_views * bsz, ...], view after view; for a tuple of images of unlike sizes
+        those of each, one after the other."""
+        if isinstance(images, tuple):
+            outputs = [self(part) for part in images]
+            return tuple(map(torch.cat, zip(*outputs))) if isinstance(outputs[0], tuple) else torch.cat(outputs)
         micro_batches = split_into_micro_batches(images, self.opt, n_views)
         if len(micro_batches) == 1:
-            with autocast(self.opt, images):
+            with autocast(self.opt):
                 return self.replica(images)
         start = torch.empty(0, requires_grad=True)              # without which there would be no backward pass
         outputs = _GradientCaching.apply(start, self, micro_batches)
@@ -112,7 +138,7 @@ class _GradientCaching(torch.autograd.Function):
     @staticmethod
     def outputs(network, micro_batch, seed):
         torch.manual_seed(seed)
-        with autocast(network.opt, micro_batch):
+        with autocast(network.opt):
             output = network.replica(micro_batch.flatten(0, 1))
         return output if isinstance(output, tuple) else (output,)
 
@@ -127,6 +153,7 @@ class _GradientCaching(torch.autograd.Function):
             with torch.enable_grad(), network.replica.no_sync() if alone else contextlib.nullcontext():
                 outputs = _GradientCaching.outputs(network, part, seed)
                 torch.autograd.backward(outputs, [values.flatten(0, 1) for values in gradient])
+        ctx.micro_batches = None                        # the loss may live on while the next batch is made
         return None, None, None
 
 
@@ -135,9 +162,39 @@ def check_compiler(device):
     try:
         torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.zeros(8, device=device))
     except Exception as error:                  # of the compiler, of its search for it, of its cache folder
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = ' '.join((str(error).strip() or type(error).__name__).splitlines()[:2])
         raise UserError(f'--compile: torch.compile does not work here ({reason}), expected a C++ compiler (g++) and a '
                         'writable TORCHINDUCTOR_CACHE_DIR, or no --compile') from error
+
+
+def compiled(network, opt):
+    """The network, with --compile compiled for the batches of training."""
+    return Compiled(network) if opt.compile else network
+
+
+class Compiled(nn.Module):
+    """A network that is compiled for batches as the first: of its size, and in training or eval mode as then.
+
+    Others, as the last batch of an epoch, the empty part of a process or those of evaluation, are computed without the
+    compiler, which takes minutes for each kind; and all are if it fails.
+    """
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.usual, self.fails = module, None, False
+        self.compiled = torch.compile(module.forward, dynamic=False)
+
+    def forward(self, x):
+        kind = len(x), self.module.training
+        self.usual = self.usual or kind
+        if kind == self.usual and len(x) and not self.fails:
+            try:
+                return self.compiled(x)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                log(f'--compile: torch.compile fails on this network ({type(error).__name__}), which is computed '
+                    'without it')
+                self.fails = True
+        return self.module(x)
 
 
 def spread(network, opt):
@@ -154,19 +211,15 @@ def precision(opt, mixed=None):
     return torch.bfloat16 if opt.device == 'cpu' or torch.cuda.is_bf16_supported(False) else torch.float16
 
 
-@contextlib.contextmanager
-def autocast(opt, images):
-    """The context in which networks see images: --amp; without --compile for an empty part, which fails compiled."""
-    eager = opt.compile and len(images) == 0
-    with (torch.compiler.set_stance('force_eager') if eager else contextlib.nullcontext(),
-          torch.autocast(opt.device, precision(opt), enabled=opt.amp)):
-        yield
+def autocast(opt):
+    """The context in which networks see images: --amp."""
+    return torch.autocast(opt.device, precision(opt), enabled=opt.amp)
 
 
 def fused(opt):
-    """Whether the optimizer is one kernel: not with float16, since fused SGD starts with uninitialized momentum where
-    the scaler skips the first step (seen in PyTorch 2.15)."""
-    return precision(opt) != torch.float16
+    """Whether the optimizer is one kernel, None for PyTorch's choice: with float16, since fused SGD starts with
+    uninitialized momentum where the scaler skips the first step (seen in PyTorch 2.15)."""
+    return None if precision(opt) == torch.float16 else True
 
 
 OPTIMIZERS = {
@@ -186,7 +239,7 @@ def timm_optimizers():
 
 
 def set_optimizer(opt, model):
-    """The optimizer of --optim_kind, or LARS.
+    """The optimizer of --optim_kind, or LARS. The encoder has a group of its own with --encoder_lr.
 
     LARS neither adapts nor decays biases and norms (You et al., 2017, https://arxiv.org/abs/1708.03888).
     """
@@ -198,6 +251,12 @@ def set_optimizer(opt, model):
                   {'params': [p for p in parameters if p.dim() <= 1], **settings, 'weight_decay': 0.}]
     if opt.LARS:
         groups[0]['always_adapt'] = True
+    if opt.encoder_lr:
+        encoder, factor = set(model.encoder.parameters()), opt.encoder_lr / opt.learning_rate
+        of_encoder = [{**group, 'params': [p for p in group['params'] if p in encoder], 'lr_factor': factor}
+                      for group in groups]                              # see set_learning_rate
+        others = [{**group, 'params': [p for p in group['params'] if p not in encoder]} for group in groups]
+        groups = [group for group in others + of_encoder if group['params']]
     eps = {} if opt.optim_eps is None else {'eps': opt.optim_eps}
     return OPTIMIZERS['LARS' if opt.LARS else opt.optim_kind](groups, opt, eps)
 
@@ -218,7 +277,7 @@ def split_into_micro_batches(images, opt, n_views=1):
 @torch.no_grad()
 def in_micro_batches(module, images, opt):
     """Outputs [n, ...] of a module for images [n, ...] in micro-batches, as in training but without gradient."""
-    with autocast(opt, images):
+    with autocast(opt):
         return torch.cat([module(part.flatten(0, 1)) for part in split_into_micro_batches(images, opt)])
 
 
@@ -240,6 +299,12 @@ def update(loss, optimizer, scaler):
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
+
+
+def gradient_norm(model, scaler):
+    """Euclidean norm of the last gradient, a scalar tensor; None with float16, where it is scaled or not finite."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return None if scaler.is_enabled() else torch.nn.utils.get_total_norm(gradients)
 
 
 def seed_step(opt, epoch, step):
@@ -290,8 +355,9 @@ def _schedule(opt, epoch, part):
 
 
 def set_learning_rate(optimizer, lr):
+    """Set the learning rate; that of the encoder with --encoder_lr is in proportion."""
     for group in optimizer.param_groups:
-        group['lr'] = lr
+        group['lr'] = lr * group.get('lr_factor', 1.)
 
 
 @torch.no_grad()

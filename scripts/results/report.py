@@ -24,6 +24,11 @@ METHODS = {
 EXPERIMENTS = {
     '1-real': '1 real images', '2-id': '2 + id images, both stages', '3-id-ood': '3 + ood images in pretraining',
 }
+LONG_TAIL = {
+    'ce': 'cross-entropy', 'ce-la': 'logit-adjusted cross-entropy', 'supcon': 'SupCon',
+    'supcon-la': 'SupCon, logit-adjusted linear evaluation', 'bcl': 'BCL',
+    'bcl-la': 'BCL, logit-adjusted linear evaluation',
+}
 COLORS = {'ce': 'tab:gray', 'ce-sim': 'tab:green', 'simclr': 'tab:orange', 'supcon': 'tab:blue'}
 CORRUPTIONS = {'noise': 'Gaussian noise', 'blur': 'Gaussian blur', 'contrast': 'less contrast', 'jpeg': 'JPEG'}
 
@@ -38,6 +43,8 @@ def values_of(text):
         values = {'diverged': True}
     if ood := re.findall(r'^confidence id (\S+) ood (\S+) .* AUROC (\S+) FPR95 (\S+)$', text, re.MULTILINE):
         values.update(zip(('id', 'ood', 'auroc', 'fpr95'), map(float, ood[-1])))
+    if groups := re.findall(r'^ \* Acc@1 over classes: many (\S+) medium (\S+) few (\S+)$', text, re.MULTILINE):
+        values.update(zip(('many', 'medium', 'few'), map(float, groups[-1])))
     for kind in CORRUPTIONS:
         if line := re.findall(rf'^{kind} ([\d. ]+)$', text, re.MULTILINE):
             values[kind] = [float(number) for number in line[-1].split()]
@@ -50,7 +57,7 @@ def read(folder, names):
     rows, machines, missing = {}, set(), []
     for name in names:
         file = folder / f'{name}.log'
-        if not file.exists():
+        if not file.is_file():
             missing.append(name)
             continue
         row, _, seed = name.rpartition('-')
@@ -201,6 +208,15 @@ def labels(rows, folder):
     return curve_table(curves, f'images of each class, {of_seeds(rows)}')
 
 
+def longtail(rows, folder):
+    columns = {'top1': 'top-1 %', 'many': 'many', 'medium': 'medium', 'few': 'few images'}
+    first = next(iter(rows.values()))
+    title = f"{data_of(first)}, imbalance {next(iter(first.values()))['imbalance']}, {of_seeds(rows)}"
+    lines = [f'| {title} | ' + ' | '.join(columns.values()) + ' |', '|---|' + '---|' * len(columns)]
+    return lines + [f'| {method} | ' + ' | '.join(spread(rows[f'longtail-{name}'], column) for column in columns) + ' |'
+                    for name, method in LONG_TAIL.items() if f'longtail-{name}' in rows]
+
+
 def main():
     table, folder, failures = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]).read_text().split()
     rows, machines, missing = read(folder / table, [name for name in sys.argv[4:] if name not in failures])
@@ -216,7 +232,8 @@ def main():
     sys.exit(bool(missing))
 
 
-TABLES = {'methods': methods, 'hard_negatives': hard_negatives, 'stability': stability, 'labels': labels}
+TABLES = {'methods': methods, 'hard_negatives': hard_negatives, 'stability': stability, 'labels': labels,
+          'longtail': longtail}
 
 if __name__ == '__main__':
     main()
