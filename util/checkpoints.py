@@ -205,7 +205,7 @@ def read_checkpoint(file, keys, plain=False):
             raise ValueError('found other values')
     except (AttributeError, StopIteration, ValueError) as error:
         raise UserError(f"{file}: not a checkpoint of these programs, expected the parameters under "
-                        f"{' or '.join(map(repr, keys))}" + f' ({error})' * bool(str(error))) from error
+                        f"{' or '.join(map(repr, keys))}{f' ({error})' if str(error) else ''}") from error
     return checkpoint, state
 
 

@@ -1,4 +1,4 @@
-"""Runs: their checkpoints and log, the head of their training loops, and how they stop and resume.
+"""Runs: their checkpoints and logs, what surrounds their training steps, and how they stop and resume.
 
 output/<output_name>/trial=<trial>/ holds options.json, log.txt, TensorBoard events, views.png, confusion.png,
 last.ckpt and ckpt_epoch_<N>.ckpt. Of several processes only rank 0 prints and writes.
@@ -26,7 +26,7 @@ from util.checkpoints import (
     write_checkpoint,
 )
 from util.curves import Curves, grid_of_views
-from util.distributed import all_max, rank
+from util.distributed import all_max, all_sizes, rank
 from util.errors import UserError
 from util.files import FolderLock, check_locks, replace_file, writing
 from util.log import log, progress
@@ -42,8 +42,7 @@ RESUME_MAY_CHANGE = {
     'output_name', 'trial', 'debug', 'wandb', 'wandb_entity', 'wandb_project', 'num_classes',
     'class_sizes', 'evaluate', 'export'}
 
-
-CACHED_SECONDS = 10                     # between two checkpoints with --cache_features
+CACHED_SECONDS = 10                     # at least, between two checkpoints with --cache_features
 
 
 def plain(values):
@@ -84,10 +83,12 @@ class Run:
         self.opt = opt
         self.folder = run_folder(opt.output_name, opt.trial)
         self.last = self.folder / 'last.ckpt'
-        self.checkpoint, self.lock, self.curves = None, FolderLock(self.folder), None
-        self.step, self.best_acc, self.saved_meters, self.signals = 0, 0., {}, StopSignals()
-        self.writer, self.written = Writer(), -math.inf
-        self.last_seen = self._last_written()
+        self.lock, self.signals, self.writer = FolderLock(self.folder), StopSignals(), Writer()
+        self.curves = self.checkpoint = None            # made by `start`; the one to resume or evaluate
+        self.step, self.saved_meters = 0, {}            # where in its epoch a run resumes, and the averages until there
+        self.best_acc = 0.
+        self.last_write = -math.inf                     # seconds
+        self.stamp = self._stamp_of_last()
         try:
             used = self.folder.exists() and any(file.name != '.lock' for file in self.folder.iterdir())
             if getattr(opt, 'evaluate', False):
@@ -104,8 +105,8 @@ class Run:
         except OSError as error:
             raise UserError(f'{self.folder}: not a folder of a run ({error})') from error
 
-    def _last_written(self):
-        """When last.ckpt was written, in the precision of the file system, or None."""
+    def _stamp_of_last(self):
+        """What changes when last.ckpt is written: its inode and time; None where there is none."""
         try:
             status = self.last.stat()
         except OSError:
@@ -122,16 +123,17 @@ class Run:
                             'another --trial or --output_name')
         try:
             checkpoint = load_checkpoint(self.source)
-            self.opt.loader_chosen = checkpoint['opt'].get('loader_chosen')     # it decides how views are sampled
-            return checkpoint
         except UserError as error:
             valid = newest_valid_checkpoint(self.folder)
-            raise UserError(f'--resume: {error}' + f'; the newest valid checkpoint is {valid}: continue with --resume '
-                            f'{valid}' * bool(valid)) from error
+            advice = f'; the newest valid checkpoint is {valid}: continue with --resume {valid}' if valid else ''
+            raise UserError(f'--resume: {error}{advice}') from error
+        self.opt.loader_chosen = checkpoint['opt'].get('loader_chosen')         # it decides how views are sampled
+        return checkpoint
 
     def restore(self, model, optimizer, scaler):
         """Load the checkpoint into model, optimizer and scaler, if the run resumes: -> the epoch to continue with."""
-        self.model, self.optimizer, self.scaler, epoch = model, optimizer, scaler, 0
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        epoch = 0
         if self.checkpoint is not None:
             changed = self._changed_options(vars(self.opt).keys() - RESUME_MAY_CHANGE)
             if changed:
@@ -143,7 +145,7 @@ class Run:
             if changed and self.step:                   # its steps may have other batches now
                 log(f'--force: epoch {epoch + 1} begins again')
                 self.step, self.saved_meters = 0, {}
-        if all_max(epoch) != -all_max(-epoch) or all_max(self.step) != -all_max(-self.step):
+        if len(set(all_sizes(epoch))) > 1 or len(set(all_sizes(self.step))) > 1:
             raise UserError('--resume: the processes see different checkpoints, expected output/ on a file system that '
                             'all machines share')
         started = epoch + (self.step > 0)
@@ -192,6 +194,8 @@ class Run:
         load_parameters(model, self.checkpoint['model'], str(self.last))
 
     def _changed_options(self, names):
+        """Those of the options `names` that are not as in the checkpoint. One that it lacks, since it is older than the
+        option, counts as unchanged, but a switch as off."""
         before, now = plain(self.checkpoint['opt']), plain(vars(self.opt))
         return [f'--{name} {now[name]}, was {shortened(before.get(name, False))}' for name in now
                 if name in names and before.get(name, False if now[name] is True else now[name]) != now[name]]
@@ -215,7 +219,7 @@ class Run:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock.acquire()
-            if self._last_written() != self.last_seen:
+            if self._stamp_of_last() != self.stamp:
                 raise UserError(f'{self.folder}: another process has written this run while this one was starting')
             overwritten = ('*.ckpt', 'events.out.tfevents.*', '*.png', 'log.txt') if self.checkpoint is None else ()
             for pattern in ('*.partial', *overwritten):                 # what a killed or an overwritten run left
@@ -253,9 +257,10 @@ class Run:
         if epoch == 1 and not self.step and self.curves:
             self._log_views(loader)
         self.meters = {name: AverageMeter(*saved) for name, saved in self.saved_meters.items()}
-        self.saved_meters, self.sizes, self.started = {}, loader.sizes, time.time()
-        self.images_before = sum(loader.sizes[:self.step])
-        batch_time, data_time, end, self.waited = AverageMeter(), AverageMeter(), time.time(), 0.
+        self.saved_meters = {}
+        self.images = sum(loader.sizes[self.step:])
+        batch_time, data_time = AverageMeter(), AverageMeter()
+        self.waited, self.started, end = 0., time.time(), time.time()
         batches = iter(loader)
         for step in progress(range(self.step, steps), f'epoch {epoch}/{opt.epochs}'):
             batch = next(batches)
@@ -280,12 +285,11 @@ class Run:
             self.meters.setdefault(name, AverageMeter()).update(value, self.size)
 
     def averages(self):
-        """The averages of an epoch: {name: number}, images_per_second, and the fraction of the time in which the loop
-        waited for the loader."""
+        """The averages of an epoch, {name: number}, with images_per_second and loader_fraction, the fraction of time in
+        which the loop waited for the loader."""
         averages = {name: meter.avg for name, meter in self.meters.items()}
         self.seconds = time.time() - self.started
-        images = sum(self.sizes) - self.images_before
-        return {**averages, 'images_per_second': images / max(self.seconds, 1e-9),
+        return {**averages, 'images_per_second': self.images / max(self.seconds, 1e-9),
                 'loader_fraction': self.waited / max(self.seconds, 1e-9)}
 
     def _print_step(self, epoch, step, steps, batch_time, data_time):
@@ -311,7 +315,7 @@ class Run:
         kept = [f'ckpt_epoch_{epoch}.ckpt'] if epoch % self.opt.save_freq == 0 else []
         self.step, stop = 0, all_max(self.signals.number)
         # With cached features an epoch takes less time than to write the encoder, which does not change.
-        recent = getattr(self.opt, 'cache_features', False) and time.time() - self.written < CACHED_SECONDS
+        recent = getattr(self.opt, 'cache_features', False) and time.time() - self.last_write < CACHED_SECONDS
         if kept or stop or epoch == self.opt.epochs or not recent:
             self._write([*kept, 'last.ckpt'], epoch, 0, {})
         if epoch == self.opt.epochs:
@@ -326,9 +330,9 @@ class Run:
             raise SystemExit(128 + signal_number)
 
     def _write(self, names, epoch, step, meters):
-        """Checkpoints after `epoch` epochs and `step` steps of the next one, written while training goes on."""
+        """Checkpoints after `epoch` epochs and `step` steps of the next one, written while training continues."""
         average_statistics(self.model)
-        self.written = time.time()
+        self.last_write = time.time()
         if rank():
             return
         wandb = self.curves.wandb.id if self.curves.wandb else (self.checkpoint or {}).get('wandb')
@@ -358,8 +362,8 @@ class Run:
             self.curves.log_image(tag, array, self.opt.epochs)
 
     def _log_views(self, loader):
-        """Show some images of the first batch; features cannot be shown."""
+        """Show some images of the first batch, not the small crops."""
         images, labels = next(iter(loader))
-        images = images[0] if isinstance(images, tuple) else images     # not the small crops
-        if images.dim() == 4:
+        images = images[0] if isinstance(images, tuple) else images
+        if images.dim() == 4:                                           # no cached features
             self.curves.log_image('views', grid_of_views(images, len(labels), self.opt), 0)
