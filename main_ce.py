@@ -59,7 +59,7 @@ def set_loader(opt, augment=True):
 
 
 def set_model(opt, new=True):
-    """Encoder and classifier, where a run is `new` with the weights of --ckpt if given; the loss of each image."""
+    """Encoder and classifier, and the loss of each image; a `new` run starts from --ckpt or --timm_pretrained."""
     model = SupCEResNet(opt.model, opt.num_classes, size=opt.size, stem=opt.stem, width=opt.width,
                         zero_init=opt.zero_init, pretrained=opt.timm_pretrained and new)
     if new:

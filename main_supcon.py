@@ -59,8 +59,8 @@ def set_loader(opt):
 
 
 def set_model(opt, new=True):
-    """Encoder and projection head, where a run is `new` with the weights of --ckpt if given; with a classifier for
-    --ce_weight and a momentum copy for --moco."""
+    """Encoder and projection head, with a classifier for --ce_weight and a momentum copy for --moco; a `new` run starts
+    from --ckpt or --timm_pretrained, if given."""
     model = SupConResNet(opt.model, opt.head, opt.feat_dim, num_classes=opt.num_classes if opt.ce_weight else 0,
                          head_bn=opt.head_bn, normalize_embedding=opt.normalize_embedding, size=opt.size, stem=opt.stem,
                          width=opt.width, zero_init=opt.zero_init, pretrained=opt.timm_pretrained and new)
@@ -74,7 +74,7 @@ def set_model(opt, new=True):
 def train(train_loader, network, method, optimizer, scaler, epoch, run):
     """One epoch, or the rest of one that is resumed: -> averages for TensorBoard."""
     network.model.train()
-    for images, labels in run.steps(train_loader, epoch):           # images [n_views * bsz, 3, size, size] (methods.py)
+    for images, labels in run.steps(train_loader, epoch):       # [n_views * bsz, 3, size, size], [bsz]: see methods.py
         features, loss, accuracy = method(network, images, labels, run.rng)
         training.update(loss, optimizer, scaler)
         run.record(loss=loss, contrastive_acc=accuracy, **feature_statistics(features),

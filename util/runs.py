@@ -11,20 +11,7 @@ import time
 from pathlib import Path
 
 from networks.sync_bn import average_statistics
-from util.checkpoints import (
-    Writer,
-    copy_on_host,
-    kept_checkpoints,
-    load_checkpoint,
-    load_optimizer,
-    load_parameters,
-    load_scaler,
-    newest_valid_checkpoint,
-    plain_values,
-    strip_wrappers,
-    whole_number,
-    write_checkpoint,
-)
+from util import checkpoints
 from util.curves import Curves, grid_of_views
 from util.distributed import all_max, all_sizes, rank
 from util.errors import UserError
@@ -83,7 +70,7 @@ class Run:
         self.opt = opt
         self.folder = run_folder(opt.output_name, opt.trial)
         self.last = self.folder / 'last.ckpt'
-        self.lock, self.signals, self.writer = FolderLock(self.folder), StopSignals(), Writer()
+        self.lock, self.signals, self.writer = FolderLock(self.folder), StopSignals(), checkpoints.Writer()
         self.curves = self.checkpoint = None            # made by `start`; the one to resume or evaluate
         self.step, self.saved_meters = 0, {}            # where in its epoch a run resumes, and the averages until there
         self.best_acc = 0.
@@ -93,7 +80,7 @@ class Run:
             used = self.folder.exists() and any(file.name != '.lock' for file in self.folder.iterdir())
             if getattr(opt, 'evaluate', False):
                 self.source = self.last
-                self.checkpoint = load_checkpoint(self.last)
+                self.checkpoint = checkpoints.load_checkpoint(self.last)
             elif opt.resume:
                 self.checkpoint = self._checkpoint_to_resume(used)
             elif used and not opt.overwrite:
@@ -122,9 +109,9 @@ class Run:
             raise UserError(f'--resume {self.source}: {self.folder} holds another run, expected a checkpoint of it, or '
                             'another --trial or --output_name')
         try:
-            checkpoint = load_checkpoint(self.source)
+            checkpoint = checkpoints.load_checkpoint(self.source)
         except UserError as error:
-            valid = newest_valid_checkpoint(self.folder)
+            valid = checkpoints.newest_valid_checkpoint(self.folder)
             advice = f'; the newest valid checkpoint is {valid}: continue with --resume {valid}' if valid else ''
             raise UserError(f'--resume: {error}{advice}') from error
         self.opt.loader_chosen = checkpoint['opt'].get('loader_chosen')         # it decides how views are sampled
@@ -155,12 +142,13 @@ class Run:
 
     def _load_state(self):
         try:
-            saved = {name: plain_values(self.checkpoint[name], tensors=name == 'optimizer')
+            saved = {name: checkpoints.plain_values(self.checkpoint[name], tensors=name == 'optimizer')
                      for name in ('epoch', 'step', 'best_acc', 'meters', 'optimizer', 'scaler', 'wandb')
                      if name in self.checkpoint}
-            epoch, self.step = whole_number(saved['epoch'], 'epoch'), whole_number(saved.get('step', 0), 'step')
+            epoch = checkpoints.whole_number(saved['epoch'], 'epoch')
+            self.step = checkpoints.whole_number(saved.get('step', 0), 'step')
             self.best_acc = float(saved['best_acc'])
-            self.saved_meters = {name: (float(total), whole_number(count, name))
+            self.saved_meters = {name: (float(total), checkpoints.whole_number(count, name))
                                   for name, (total, count) in saved.get('meters', {}).items()}
             totals = [total for total, _ in self.saved_meters.values()]
             if not 0 <= self.best_acc <= 100 or not all(map(math.isfinite, totals)):
@@ -171,13 +159,13 @@ class Run:
                 raise ValueError(f'the averages of its {self.step} steps are missing')
             if not isinstance(saved['optimizer'], dict):
                 raise TypeError('the optimizer has no state')
-            load_parameters(self.model, self.checkpoint['model'], f'--resume: {self.source}')
+            checkpoints.load_parameters(self.model, self.checkpoint['model'], f'--resume: {self.source}')
             scaler = saved.get('scaler') or {}
-            load_scaler(self.scaler, scaler)
+            checkpoints.load_scaler(self.scaler, scaler)
             # The first steps of float16 may all have been skipped; not every parameter of timm's has gradients.
             started = bool((epoch or self.step) and (saved['optimizer']['state'] or not scaler))
             optional = {parameter for name, parameter in self.model.named_parameters() if 'backbone.' in name}
-            load_optimizer(self.optimizer, saved['optimizer'], started, optional)
+            checkpoints.load_optimizer(self.optimizer, saved['optimizer'], started, optional)
         except UserError:
             raise
         except Exception as error:                      # what is missing or of another kind can raise anything
@@ -191,7 +179,7 @@ class Run:
             log(f"--evaluate: not as in {self.last}: {'; '.join(changed)}")
         if self.checkpoint.get('classes', classes) != classes:
             raise UserError(f'--evaluate: {self.last} has other classes than the images')
-        load_parameters(model, self.checkpoint['model'], str(self.last))
+        checkpoints.load_parameters(model, self.checkpoint['model'], str(self.last))
 
     def _changed_options(self, names):
         """Those of the options `names` that are not as in the checkpoint. One that it lacks, since it is older than the
@@ -336,19 +324,19 @@ class Run:
         if rank():
             return
         wandb = self.curves.wandb.id if self.curves.wandb else (self.checkpoint or {}).get('wandb')
-        state = {'model': strip_wrappers(self.model.state_dict()), 'optimizer': self.optimizer.state_dict(),
+        state = {'model': checkpoints.strip_wrappers(self.model.state_dict()), 'optimizer': self.optimizer.state_dict(),
                  'scaler': self.scaler.state_dict(), 'epoch': epoch, 'step': step, 'best_acc': self.best_acc,
                  'meters': {name: meter.state for name, meter in meters.items()}, 'opt': plain(vars(self.opt)),
                  'classes': self.classes, 'wandb': wandb}
-        self.writer.submit(self._write_files, copy_on_host(state), names, epoch)
+        self.writer.submit(self._write_files, checkpoints.copy_on_host(state), names, epoch)
 
     def _write_files(self, state, names, epoch):
         for name in names:
             check_locks()
-            write_checkpoint(state, self.folder / name)
+            checkpoints.write_checkpoint(state, self.folder / name)
         if self.opt.keep_ckpts and len(names) > 1:
             with writing(self.folder):
-                for file in kept_checkpoints(self.folder, up_to=epoch)[self.opt.keep_ckpts:]:
+                for file in checkpoints.kept_checkpoints(self.folder, up_to=epoch)[self.opt.keep_ckpts:]:
                     file.unlink()
 
     def log_values(self, values, step):
