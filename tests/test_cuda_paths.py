@@ -30,7 +30,7 @@ from losses import SupConLoss
 from networks.moco import MomentumContrast
 from networks.resnet_big import ResNet, SupConResNet
 from networks.sync_bn import SyncBatchNorm, synchronized
-from util import arguments, checkpoints, distributed, errors, metrics, runs, teachers, training
+from util import arguments, checkpoints, distributed, errors, metrics, teachers, training
 from util.metrics import AverageMeter
 
 META = torch.device('meta')

@@ -149,7 +149,7 @@ class Run:
             self.step = checkpoints.whole_number(saved.get('step', 0), 'step')
             self.best_acc = float(saved['best_acc'])
             self.saved_meters = {name: (float(total), checkpoints.whole_number(count, name))
-                                  for name, (total, count) in saved.get('meters', {}).items()}
+                                 for name, (total, count) in saved.get('meters', {}).items()}
             totals = [total for total, _ in self.saved_meters.values()]
             if not 0 <= self.best_acc <= 100 or not all(map(math.isfinite, totals)):
                 raise ValueError(f'best_acc {self.best_acc}, meters {totals}')
