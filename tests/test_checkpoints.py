@@ -338,7 +338,7 @@ def test_a_step_after_the_end_of_the_epoch(call, whole):
     loader.set_epoch(2, 3)
     with pytest.raises(UserError, match='step'):
         loader.set_epoch(2, 4)
-    LAST.write_bytes(stored({**whole, 'step': 99}))
+    LAST.write_bytes(stored({**whole, 'step': 99, 'meters': {'train_loss': (1., 1)}}))
     status, _, err = call(main_ce.main, *RUN, '--epochs', 2, '--resume')
     assert status == 2 and err.count('\n') == 1 and '99' in err and '3 steps' in err
 

@@ -153,7 +153,7 @@ def test_methods_ask_nothing_of_the_device():
     moco.enqueue(keys, torch.empty(4, dtype=torch.long, device=META))
     meter = AverageMeter()
     meter.update(metrics.accuracy(labels, torch.empty(4, dtype=torch.long, device=META)), 4)
-    meter.update(metrics.feature_spread(torch.empty(4, 2, 8, device=META)), 4)
+    meter.update(metrics.feature_statistics(torch.empty(4, 2, 8, device=META))['uniformity'], 4)
     meter.update(distributed.global_mean(labels[:, 0]), 4)
     with pytest.raises((RuntimeError, NotImplementedError)):
         _ = meter.avg

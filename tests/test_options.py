@@ -147,7 +147,6 @@ def test_help_is_grouped_and_reports_defaults(capsys, program):
     (['--resume', '--overwrite'], ['--resume', '--overwrite']),
     (['--resume', ''], ['--resume', 'empty']),
     (['--dataset', 'digits', '--mvip_num_classes', '3'], ['--mvip_num_classes has no effect', '--dataset mvip']),
-    (['--dataset', 'digits', '--data_folder', '.'], ['--data_folder has no effect', 'digits']),
     (['--dataset', 'digits', '--aug_ex_ood', '3'], ['--aug_ex_ood has no effect', '--aug_name_ood']),
     (['--dataset', 'digits', '--aug_root', 'x'], ['--aug_root has no effect', '--aug_output_name']),
     (['--method', 'GenSCL', '--KD', '--teacher_path', 'x' * 300], ['--teacher_path', 'no such folder']),

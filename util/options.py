@@ -529,8 +529,6 @@ def _complete(opt, program, given, info):
             raise UserError(f'--{one} and --{other} are both given, expected at most one')
     if 'cache_dir' in given and opt.dataset in ('digits', 'cifar10', 'cifar100'):
         raise UserError(f'--cache_dir has no effect: --dataset {opt.dataset} is no folder of images')
-    if 'data_folder' in given and opt.dataset == 'digits':
-        raise UserError('--data_folder has no effect: --dataset digits is no folder of images')
     for name in ('augment_policy', 'crop_min', 'jitter_strength', 'blur_p', 'cutout', 'erasing', 'mix'):
         if getattr(opt, 'cache_features', False) and name in given and getattr(opt, name) not in ('no', False):
             raise UserError(f'--{name} has no effect: --cache_features shows each image as evaluation does')
