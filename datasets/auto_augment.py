@@ -180,7 +180,7 @@ def contrast(x, factor):
 
 
 def sharpness(x, factor):
-    """The degenerate image is smoothed, but at its edges: 3 x 3 pixels, the center of weight 5, the others of 1."""
+    """The degenerate image is smoothed except at its edges: 3 x 3 pixels, weight 5 at the center, 1 elsewhere."""
     result, x = x.clone(), x.float()
     center = x[:, :, 1:-1, 1:-1]
     rows = (x[:, :, :-2] + x[:, :, 1:-1]).add_(x[:, :, 2:])
