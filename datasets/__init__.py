@@ -176,10 +176,12 @@ def pretraining_view(opt):
 
 def local_view(opt):
     """The small crops of multi-crop (Caron et al., 2020, https://arxiv.org/abs/2006.09882): from 5 % of the area to the
-    smallest other view, --local_size pixels."""
+    smallest other view, --local_size pixels; the squares of --cutout hide the same fraction as of other views."""
     view = pretraining_view(opt)
     smallest, _ = view.crop
-    return replace(view, size=opt.local_size or round(opt.size * 3 / 7), crop=(min(0.05, smallest / 2), smallest))
+    size = opt.local_size or round(opt.size * 3 / 7)
+    cutout = view.cutout and (view.cutout[0], max(1, round(view.cutout[1] * size / opt.size)))
+    return replace(view, size=size, crop=(min(0.05, smallest / 2), smallest), cutout=cutout)
 
 
 def classification_view(opt):
