@@ -113,7 +113,8 @@ def main(argv=None):
     with run.start(classes):
         for epoch in range(first_epoch, opt.epochs + 1):
             averages = train(train_loader, network, method, optimizer, scaler, epoch, run)
-            if averages['feature_spread'] < 1e-4 and not warned:
+            # Missing where an epoch was resumed at its end, from a checkpoint of an earlier version.
+            if averages.get('feature_spread', 1.) < 1e-4 and not warned:
                 warned = True
                 log(f"Warning: in epoch {epoch} the loss was {averages['loss']:.3f}, its value when all features are "
                     'the same: the network has collapsed and learns nothing. Start again with --warm or a lower '

@@ -176,10 +176,12 @@ def pretraining_view(opt):
 
 def local_view(opt):
     """The small crops of multi-crop, of --local_size pixels: from 5 % of the image's area up to that of the smallest
-    other view (Caron et al., 2020, https://arxiv.org/abs/2006.09882)."""
+    other view (Caron et al., 2020, https://arxiv.org/abs/2006.09882); --cutout hides the same fraction as of those."""
     view = pretraining_view(opt)
     smallest, _ = view.crop
-    return replace(view, size=opt.local_size or round(opt.size * 3 / 7), crop=(min(0.05, smallest / 2), smallest))
+    size = opt.local_size or round(opt.size * 3 / 7)
+    cutout = view.cutout and (view.cutout[0], max(1, round(view.cutout[1] * size / opt.size)))
+    return replace(view, size=size, crop=(min(0.05, smallest / 2), smallest), cutout=cutout)
 
 
 def classification_view(opt):

@@ -108,7 +108,7 @@ def main():
     model, program = load_classifier(checkpoint, opt, classes, file)
     log = run / 'log.txt'
     lines = log.read_text(encoding='utf-8', errors='replace') if log.is_file() else ''
-    accuracies = re.findall(r'^ \* (.+)$', lines, re.MULTILINE)
+    accuracies = re.findall(r'^ \* (?!Acc@1 over classes)(.+)$', lines, re.MULTILINE)
     if not accuracies:
         raise UserError(f'{log}: no accuracy in it, expected the log of a run')
     with writing(folder):

@@ -332,6 +332,27 @@ def test_the_scaler_of_float16_loads(whole):
     resume()
 
 
+def test_an_option_newer_than_the_checkpoint_was_at_its_default(whole):
+    for name in ('sampler', 'images_per_class', 'label_fraction', 'encoder_lr', 'timm_pretrained', 'amp'):
+        del whole['opt'][name]
+    LAST.write_bytes(stored(whole))
+    resume()
+    for options in (['--sampler', 'class_balanced'], ['--label_fraction', '0.5'], ['--encoder_lr', '0.01'], ['--amp']):
+        with pytest.raises(UserError, match=f'{options[0]} .*, was (shuffle|None)'):
+            resume(*options)
+
+
+def test_an_epoch_that_was_over_before_features_had_a_spread(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = [*TINY, '--output_name', 'a']
+    assert call(main_supcon.main, *run, '--epochs', 1)[0] == 0
+    state = torch.load(LAST, weights_only=True)
+    meters = {'loss': (6., 1), 'contrastive_acc': (10., 1)}
+    LAST.write_bytes(stored({**state, 'epoch': 0, 'step': 3, 'meters': meters}))
+    status, _, err = call(main_supcon.main, *run, '--epochs', 1, '--resume')
+    assert status == 0, err
+
+
 def test_a_step_after_the_end_of_the_epoch(call, whole):
     """The last one is none: then the epoch is over."""
     loader = Loader(torch.zeros(96), arguments.defaults(batch_size=32), train=True)

@@ -151,8 +151,10 @@ def test_small_crops_are_further_views_of_the_same_images(monkeypatch, tmp_path,
     (_, resumed), _ = next(iter(train))
     train.set_epoch(2)
     assert torch.equal(resumed, [local for (_, local), _ in train][1])
-    view = local_view(options(*TINY, '--size', 224, '--crop_min', 0.14, '--mean', '(0, 0, 0)', '--std', '(1, 1, 1)'))
+    view = local_view(options(*TINY, '--size', 224, '--crop_min', 0.14, '--mean', '(0, 0, 0)', '--std', '(1, 1, 1)',
+                              '--cutout', '--cutout_length', 112))
     assert (view.size, view.crop) == (96, (0.05, 0.14))                 # as published
+    assert view.cutout == (1, 48)                                       # half of the side, as of the large views
 
 
 def test_small_crops_are_sampled_on_their_own(monkeypatch):

@@ -64,7 +64,9 @@ def test_alignment_and_uniformity_by_hand():
     assert found['uniformity'] == pytest.approx(math.log(sum(math.exp(-2 * d) for d in distances) / len(distances)))
     assert found['alignment'] == pytest.approx(sum(float((a - b).square().sum()) for a, b in features) / 6)
     assert found['feature_spread'] == pytest.approx(sum(distances) / 12**2, rel=1e-5)
-    assert metrics.feature_statistics(features[:4])['alignment'] == metrics.feature_statistics(features, 4)['alignment']
+    assert metrics.feature_statistics(features[:4])['alignment'] == metrics.feature_statistics(features, 8)['alignment']
+    crops = features.repeat(1, 3, 1)                    # as many views in all of fewer images
+    assert metrics.feature_statistics(crops, 12)['uniformity'] == metrics.feature_statistics(crops[:2])['uniformity']
 
 
 def test_norm_of_the_gradient():

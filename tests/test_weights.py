@@ -296,13 +296,15 @@ def published(call, rejected, monkeypatch, tmp_path):
     def main(words):
         monkeypatch.setattr(sys, 'argv', ['publish.py', *words])
         publish.main()
+    with open('output/ce/trial=0/log.txt', 'a') as log:                 # a second line, as with --imbalance
+        log.write(' * Acc@1 over classes: few 1.000\n')
     status, out, err = call(main, '--run', 'output/ce/trial=0', '--output', 'published')
     assert status == 0, err
     assert sorted(file.name for file in Path('published').iterdir()) == ['README.md', 'log.txt', 'model.safetensors']
     assert Path('published/model.safetensors').read_bytes() == Path('classifier.safetensors').read_bytes()
     card, run = Path('published/README.md').read_text(), Path('output/ce/trial=0')
     assert Path('published/log.txt').read_text() == (run / 'log.txt').read_text()
-    assert f"Validation: {re.findall(r' [*] (Acc@1 .*)', (run / 'log.txt').read_text())[-1]}.\n" in card
+    assert f"Validation: {re.findall(r' [*] (Acc@1 [0-9].*)', (run / 'log.txt').read_text())[-1]}.\n" in card
     opt, again = load_checkpoint(run / 'last.ckpt')['opt'], re.search(r'python main_ce.py (.*)', card)[1]
     parsed = vars(arguments.parse('main_ce', '', shlex.split(again)))
     assert {name: (parsed[name], opt[name]) for name in parsed if name not in RESUME_MAY_CHANGE

@@ -64,17 +64,18 @@ def accuracy_by_class_size(correct, labels, sizes):
 
 
 @torch.no_grad()
-def feature_statistics(features, limit=512):
+def feature_statistics(features, limit=1024):
     """How the features [bsz, n_views, dim] of a batch, of unit length, lie on the sphere: a dict of scalar tensors.
 
     feature_spread: mean squared distance from their mean; 0 where all are the same, 1 where they point in all
-    directions. Of the first `limit` images (Wang and Isola, 2020, https://arxiv.org/abs/2005.10242): alignment, the
-    mean squared distance of the first two views of an image; uniformity, log of the mean of exp(-2 squared distance)
-    over all pairs of views, lower for features that are spread out. With several processes of this one's.
+    directions. Of the first images, with `limit` views in all (Wang and Isola, 2020, https://arxiv.org/abs/2005.10242):
+    alignment, the mean squared distance of the first two views of an image; uniformity, log of the mean of
+    exp(-2 squared distance) over all pairs of views, lower for features that are spread out. With several processes of
+    this one's.
     """
     features = features.detach().float()
     spread = (features.flatten(0, 1) - features.flatten(0, 1).mean(0)).square().sum(1).mean()
-    views = features[:limit]
+    views = features[:max(1, limit // features.shape[1])]
     alignment = (views[:, 0] - views[:, 1]).square().sum(1).mean()
     distances = torch.pdist(views.flatten(0, 1)).square()
     uniformity = (-2 * distances).exp().mean().log()

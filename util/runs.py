@@ -18,7 +18,7 @@ from util.errors import UserError
 from util.files import FolderLock, check_locks, replace_file, writing
 from util.log import log, progress
 from util.metrics import AverageMeter, check_finite
-from util.options import EVALUATION
+from util.options import EVALUATION, PROGRAMS, program_defaults
 from util.signals import StopSignals
 from util.training import learning_rate, seed_step, set_learning_rate
 
@@ -28,6 +28,8 @@ RESUME_MAY_CHANGE = {
     'per_class', 'resume', 'force', 'overwrite', 'device', 'data_folder', 'aug_root', 'cache_dir', 'loader_chosen',
     'output_name', 'trial', 'debug', 'wandb', 'wandb_entity', 'wandb_project', 'num_classes',
     'class_sizes', 'evaluate', 'export'}
+
+DEFAULTS = {name: value for program in PROGRAMS for name, value in program_defaults(program).items()}
 
 CACHED_SECONDS = 10                     # at least, between two checkpoints with --cache_features
 
@@ -183,10 +185,10 @@ class Run:
 
     def _changed_options(self, names):
         """Those of the options `names` that are not as in the checkpoint. One that it lacks, since it is older than the
-        option, counts as unchanged, but a switch as off."""
-        before, now = plain(self.checkpoint['opt']), plain(vars(self.opt))
-        return [f'--{name} {now[name]}, was {shortened(before.get(name, False))}' for name in now
-                if name in names and before.get(name, False if now[name] is True else now[name]) != now[name]]
+        option, was at its default."""
+        before, now = {**DEFAULTS, **plain(self.checkpoint['opt'])}, plain(vars(self.opt))
+        return [f'--{name} {now[name]}, was {shortened(before.get(name))}' for name in now
+                if name in names and (before.get(name) or None) != (now[name] or None)]
 
     def start(self, classes):
         """Make the folder and what is in it: -> this run, as a context that signals end after the next step."""
