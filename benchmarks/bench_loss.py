@@ -209,10 +209,13 @@ def compare(variant, args):
                        '--dim', str(args.dim), '--classes', str(args.classes)]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             rows.append([float(value) for value in output.splitlines()[-1].split()])
+    medians = {form: [statistics.median(column) for column in zip(*rows)] for form, rows in results.items()}
+    for form in ('linear', *installed):
+        if not math.isclose(medians[form][2], medians['dense'][2], rel_tol=1e-4):
+            sys.exit(f'{variant}: {form} gives {medians[form][2]}, dense {medians["dense"][2]}: not the same loss')
     print(f'{variant}: {args.views} views, {args.dim} dimensions, {args.classes} classes, forward and backward, '
           f'median of {args.repeat}')
     print(f'{"form":24}{"seconds":>10}{"peak MB":>10}{"loss":>14}')
-    medians = {form: [statistics.median(column) for column in zip(*rows)] for form, rows in results.items()}
     for form in (*FORMS, *libraries):
         if form in medians:
             seconds, memory, loss = medians[form]

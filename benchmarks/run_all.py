@@ -28,6 +28,7 @@ BENCHMARKS = {
     'large auto views': ('the same with AutoAugment, 224 pixels', 3,
                          ['bench_views.py', '--images', '1024', '--size', '224', '--batch_size', '128', '--policy',
                           'auto']),
+    'peers': ('two views / fastest other library', None, ['peers.py']),
     'step': ('--amp step / original step', 2.5, ['bench_step.py', '--batch_size', '128', '--steps', '3']),
     'linear': ('epoch of images / of --cache_features', 50, ['bench_linear.py']),
     'loss': ('dense / linear, 16,384 views', 4, ['bench_loss.py']),

@@ -74,7 +74,7 @@ class View:
     @property
     def group(self):
         """Views that a CPU executes together, so few that they stay in its cache (measured at 32 pixels: 128 are 4
-        times faster than 2,048); more with AutoAugment and RandAugment, since each operation is of a few of them."""
+        times faster than 2,048); more with AutoAugment and RandAugment, whose operations are each of a few of them."""
         return max(4, (2**19 if self.auto or self.rand else 2**17) // self.size**2)
 
 

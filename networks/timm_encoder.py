@@ -44,10 +44,11 @@ def timm_model(name, num_classes, stem, size, pretrained=False):
     stem 'cifar' makes its first convolution 3x3 of stride 1 and removes the max-pool after it, so that small images
     keep their resolution, where it has such a stem; with 'imagenet' it stays as it is.
     """
+    settings = {'pretrained': pretrained, 'num_classes': num_classes}
     try:
-        model = timm.create_model(name, pretrained, num_classes=num_classes, img_size=size)     # as transformers need
+        model = timm.create_model(name, **settings, img_size=size)                  # transformers need to know it
     except TypeError:
-        model = timm.create_model(name, pretrained, num_classes=num_classes)
+        model = timm.create_model(name, **settings)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(f'timm/{name} cannot be made for images of {size} pixels ({error})') from error
     if stem == 'cifar':

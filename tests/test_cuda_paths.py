@@ -76,7 +76,7 @@ def test_views_are_few_operations_and_one_copy(size, n, blur, most):
 def test_every_view_is_applied_without_asking_the_device():
     """All that a view may have; the same values on the CPU however they are grouped or sent is test_views.py's."""
     view = View(32, (0.5,) * 3, (0.2,) * 3, padding=4, flip=0.5, rotation=15., jitter=(0.4, 0.4, 0.4, 0.1),
-                grayscale=0.2, blur=0.5, cutout=(2, 8), erasing=0.5)
+                auto='cifar10', rand=(2, 9), grayscale=0.2, blur=0.5, cutout=(2, 8), erasing=0.5)
     sides = torch.full((64,), 40)
     params = views.sample_params(view, sides, sides, torch.Generator().manual_seed(0), META)
     images = torch.empty(32, 3, 40, 40, dtype=torch.uint8, device=META)
@@ -153,7 +153,7 @@ def test_methods_ask_nothing_of_the_device():
     moco.enqueue(keys, torch.empty(4, dtype=torch.long, device=META))
     meter = AverageMeter()
     meter.update(metrics.accuracy(labels, torch.empty(4, dtype=torch.long, device=META)), 4)
-    meter.update(metrics.feature_spread(torch.empty(4, 2, 8, device=META)), 4)
+    meter.update(metrics.feature_statistics(torch.empty(4, 2, 8, device=META))['uniformity'], 4)
     meter.update(distributed.global_mean(labels[:, 0]), 4)
     with pytest.raises((RuntimeError, NotImplementedError)):
         _ = meter.avg

@@ -1,5 +1,6 @@
 """Images with several labels: lists in csv, losses with overlap, binary cross-entropy, mAP and F1."""
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import main_supcon
 from datasets import load_images
 from losses import SupConLoss
 from methods import make_method
+from scripts import make_mosaics
 from util import arguments, metrics
 from util.checkpoints import load_checkpoint
 
@@ -193,3 +195,17 @@ def test_one_class_each_is_an_ordinary_dataset(call, listed):
     assert 'kNN accuracy' in out
     out = ok(call, main_linear, *NETWORK[4:], '--pretrained', 'a', '--epochs', 1, '--cache_features')
     assert 'Acc@1' in out
+
+
+def test_mosaics(call, monkeypatch):
+    """Two by two images, labeled with their classes; the folder that is made is read as it is."""
+    words = ['--dataset', 'digits', '--side', '16', '--train', '30', '--val', '8', '--output', 'listed']
+    monkeypatch.setattr(sys, 'argv', ['make_mosaics.py', *words])
+    status, out, err = call(lambda argv: make_mosaics.main())
+    assert status == 0, err
+    data = loaded()
+    assert len(data.train) == 30 and len(data.val) == 8 and data.train.load(0).size == (16, 16)
+    counts = data.train.labels.sum(1)
+    assert counts.min() >= 1 and counts.max() <= 4 and len(data.train.classes) == 10
+    status, _, err = call(lambda argv: make_mosaics.main())
+    assert status == 2 and 'is there already' in err and err.count('\n') == 1

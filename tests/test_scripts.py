@@ -351,6 +351,7 @@ def benchmark(tmp_path, script, *arguments):
 BENCHMARKS = ['bench_mvip.py --images 8 --size 16',
               'bench_folder.py --images 70 --size 16 --repeat 1 --policies sim auto',
               'bench_views.py --images 300 --size 16 --batch_size 100 --repeat 1',
+              'peers.py --images 1000 --size 16 --batch_size 100 --num_workers 0 --repeat 1 --loss_views 0',
               'bench_step.py --batch_size 4 --size 8 --steps 1 --repeat 1 --forms original amp',
               'bench_linear.py --images 64 --batch_size 32 --repeat 1', 'bench_start.py --images 60 --repeat 1',
               'bench_epoch.py --images 16 --batch_size 8',

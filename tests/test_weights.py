@@ -194,7 +194,7 @@ def test_timm_pretrained_follows_the_weights(call, rejected, tmp_path, monkeypat
     ok(call, main_linear, *SMALL[:-2], '--ckpt', LAST.format('a'), '--output_name', 'b')      # needs no download
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
     rejected(main_ce.main, *SMALL[:-2], *words, words=['--timm_pretrained: the weights of resnet10t.c3_in1k cannot'])
-    for wrong, expected in ((words[1:], 'expected timm/resnet10t, or --timm_pretrained'),
+    for wrong, expected in ((words[1:], 'resnet10t, with random weights, or --timm_pretrained'),
                             ([*words, '--stem', 'cifar'], '--stem imagenet'), (words[:1], '--model timm/<name>'),
                             ([words[0], '--model', 'timm/resnet10t.nowhere'], 'no weights nowhere of resnet10t'),
                 ([*words, '--ckpt', 'x'], 'at most one')):
