@@ -42,7 +42,7 @@ from torch.nn import functional as F
 
 
 class _ContrastiveLoss(nn.Module):
-    """The settings of both losses."""
+    """The settings of all losses."""
 
     def __init__(self, temperature: float = 0.07, contrast_mode: str = 'all', base_temperature: float = 0.07):
         super().__init__()
@@ -246,17 +246,17 @@ class GenSupConLoss(_ContrastiveLoss):
 
     Args:
         temperature, base_temperature: as for SupConLoss.
-        contrast_mode: 'all': the views of both tuples are anchors and contrasts, itself excluded; 'one': the first are
-            the anchors and the second the contrasts.
+        contrast_mode: 'all': the views of both groups are anchors and contrasts, none is its own contrast; 'one': the
+            first group are the anchors and the second the contrasts.
     """
 
     def forward(self, features: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor]) -> Tensor:
         """Compute the loss of one batch; float16 and bfloat16 features are computed in float32.
 
         Args:
-            features: (anchors, contrasts), each [N, dim], normally of unit length.
-            labels: (of the anchors, of the contrasts), each [N, C] of numbers >= 0. Integers are allowed; only the
-                direction of a row counts.
+            features: two groups of views, each [N, dim], normally of unit length.
+            labels: their label distributions, each [N, C] of numbers >= 0. Integers are allowed; only the direction of
+                a row counts.
 
         Returns:
             A scalar. An anchor whose positives weigh 0 in sum (less than 1e-9) adds 0 and still counts in the mean.
@@ -284,7 +284,7 @@ class GenSupConLoss(_ContrastiveLoss):
             log_denominator = _log_sum_exp(anchors, contrasts, self.temperature, self_index)
             sum_positive, has_positives = self._sum_positive(anchors.double(), contrasts.double(), u, v)
             loss = torch.where(has_positives, log_denominator, 0).sum() - sum_positive / self.temperature
-            loss = _all_reduce_sum(loss) / max(1, len(contrasts))               # as many as the anchors of all
+            loss = _all_reduce_sum(loss) / max(1, len(contrasts))               # as many as all processes' anchors
         return loss.to(anchors.dtype) * (self.temperature / self.base_temperature)
 
     def _sum_positive(self, anchors, contrasts, u, v):
@@ -512,7 +512,8 @@ BLOCK_CUDA = 2**24
 def _log_sum_exp(anchors, contrasts, temperature, self_index, labels=None, source_class=None):
     """log sum_{j in A(i)} exp(s_ij) for each anchor: [n]. Where s is symmetric, half of it is enough.
 
-    That is for CPUs: whether the features are too long for it (exp(-2 bound) underflows) a GPU would have to be asked.
+    Half of it only on a CPU: it needs features that are short enough (exp(-2 bound) must not underflow), and to look
+    at them would wait for a GPU.
     """
     symmetric = self_index is not None and len(anchors) == len(contrasts) > 0           # the same views, in one order
     if symmetric and source_class is None and anchors.device.type == 'cpu':
@@ -767,6 +768,7 @@ class _RowLosses(torch.autograd.Function):
 
 # ---------------------------------------------------- Collectives -----------------------------------------------------
 #
+# These repeat some of util/distributed.py, so that this file stands alone.
 # With one process nothing is sent. Each of several calls backward on the same number, the loss of the whole batch, and
 # gets from _gather the sum of what all processes pass back. So the gradients of the parameters have to be averaged
 # afterwards, as DistributedDataParallel does: the average is the gradient of that loss.

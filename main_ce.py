@@ -30,10 +30,9 @@ from util.weights import start_from_weights
 
 def parse_option(argv=None):
     opt = arguments.parse('main_ce', __doc__, argv)
-    name = opt.output_name or (
-        f'SupCE_{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}_bsz_{opt.batch_size}'
-        f'_trial_{opt.trial}' + '_cosine' * opt.cosine + '_warm' * opt.warm
-        + arguments.name_suffix('main_ce', opt, ('model',)))
+    parts = [f'SupCE_{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}_bsz_{opt.batch_size}',
+             f'trial_{opt.trial}', opt.cosine and 'cosine', opt.warm and 'warm']
+    name = opt.output_name or arguments.run_name('main_ce', opt, parts, held=['model'])
     if opt.evaluate:
         last = run_folder(name, opt.trial) / 'last.ckpt'
         recorded = load_checkpoint(last)['opt']
@@ -60,7 +59,7 @@ def set_loader(opt, augment=True):
 
 
 def set_model(opt, new=True):
-    """Encoder and classifier, with the weights that a `new` run starts from, and the loss of each image."""
+    """Encoder and classifier, and the loss of each image; a `new` run starts from --ckpt or --timm_pretrained."""
     model = SupCEResNet(opt.model, opt.num_classes, size=opt.size, stem=opt.stem, width=opt.width,
                         zero_init=opt.zero_init, pretrained=opt.timm_pretrained and new)
     if new:
@@ -99,7 +98,7 @@ def train(train_loader, network, criterion, optimizer, scaler, epoch, run, opt):
 
 def validate(loaders, model, opt):
     """-> loss, accuracy (%) and, with ood images, how well they are separated; the accuracy of each class; the
-    confusion matrix. Where images have several labels: mAP and F1 (%); the average precision of each class; None."""
+    confusion matrix. Of images with several labels: loss, mAP and F1 (%); the average precision of each class; None."""
     logits, labels = training.forward_all(model, loaders['val'], opt)
     if opt.multi_label:
         values, per_class = metrics.multi_label_scores(logits, labels)
@@ -129,7 +128,8 @@ def fit(run, train_loader, loaders, model, criterion, classes, opt):
     if opt.evaluate:
         evaluate(run, loaders, model, exporter, classes, opt)
         return
-    optimizer, scaler = training.set_optimizer(opt, model), training.set_scaler(opt)
+    optimizer = training.set_optimizer(opt, model)
+    scaler = training.set_scaler(opt)
     first_epoch = run.restore(model, optimizer, scaler)
     with run.start(classes):
         for epoch in range(first_epoch, opt.epochs + 1):

@@ -29,9 +29,11 @@ from util.weights import read_weights
 def parse_option(argv=None):
     """The options, and the checkpoint: its network and dataset are the defaults, on the same dataset its size and
     statistics too."""
-    opt, names = arguments.parse('main_linear', __doc__, argv), options.DATA
+    opt = arguments.parse('main_linear', __doc__, argv)
+    names = options.DATA
     if opt.evaluate and opt.output_name:
-        ckpt, names = run_folder(opt.output_name, opt.trial) / 'last.ckpt', options.EVALUATION
+        ckpt = run_folder(opt.output_name, opt.trial) / 'last.ckpt'
+        names = options.EVALUATION
     elif (opt.ckpt is None) == (opt.pretrained is None):
         raise UserError('expected the pretrained encoder, either --ckpt FILE or --pretrained NAME')
     else:
@@ -41,20 +43,19 @@ def parse_option(argv=None):
     opt = arguments.parse_recorded('main_linear', __doc__, argv, ckpt, recorded, names, method=recorded.get('method'))
     opt.ckpt = str(ckpt)
     for name, default in (('model', 'resnet50'), ('stem', 'cifar'), ('width', 1.)):
-        known = recorded.get(name, default)
+        value = recorded.get(name, default)
         if getattr(opt, name) is None:
-            setattr(opt, name, known)
-        elif name in recorded and getattr(opt, name) != known:
-            raise UserError(f'--{name} {getattr(opt, name)}: {opt.ckpt} holds an encoder with --{name} {known}')
+            setattr(opt, name, value)
+        elif name in recorded and getattr(opt, name) != value:
+            raise UserError(f'--{name} {getattr(opt, name)}: {opt.ckpt} holds an encoder with --{name} {value}')
     if recorded.get('dataset') == opt.dataset:
         for name in ('size', 'mean', 'std'):
             setattr(opt, name, getattr(opt, name) or recorded.get(name))
         opt.split_seed = recorded.get('split_seed')     # held-out images must be those that pretraining held out
-    opt.output_name = opt.output_name or (
-        f'{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}_bsz_{opt.batch_size}'
-        + '_cosine' * opt.cosine + '_warm' * opt.warm
-        + arguments.name_suffix('main_linear', opt, ('model', 'width', 'stem', 'size'))
-        + f'_of_{arguments.checkpoint_name(opt)}')
+    parts = [f'{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}_bsz_{opt.batch_size}',
+             opt.cosine and 'cosine', opt.warm and 'warm']
+    held = ['model', 'width', 'stem', 'size']           # of the checkpoint, whose name comes last
+    opt.output_name = opt.output_name or arguments.run_name('main_linear', opt, parts, held)
     return opt, checkpoint
 
 

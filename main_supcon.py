@@ -13,7 +13,7 @@ if __name__ == '__main__':                      # the imports below take seconds
     answer_early('main_supcon', __doc__)
 
 from datasets import evaluation_view, load_images, local_view, make_loader, pretraining_view
-from datasets.loader import MultiCrop
+from datasets.loader import LOCAL_CROPS, MultiCrop
 from methods import make_method
 from networks.moco import MomentumContrast
 from networks.resnet_big import SupConResNet
@@ -28,30 +28,30 @@ from util.weights import start_from_weights
 def parse_option(argv=None):
     opt = arguments.parse('main_supcon', __doc__, argv)
     if opt.method == 'GenSCL':
-        name = (f'{opt.dataset}_bsz_{opt.batch_size}_' + 'cutout_' * opt.cutout
-                + f'{opt.mix}_{opt.mix_alpha}_' * bool(opt.mix) + f'KD_{opt.KD_alpha}_' * opt.KD
-                + f"{'LARS' if opt.LARS else opt.optim_kind}_lr_{opt.learning_rate}"
-                + arguments.name_suffix('main_supcon', opt, ('mix',)))
+        parts = [f'{opt.dataset}_bsz_{opt.batch_size}', opt.cutout and 'cutout',
+                 opt.mix and f'{opt.mix}_{opt.mix_alpha}', opt.KD and f'KD_{opt.KD_alpha}',
+                 f"{'LARS' if opt.LARS else opt.optim_kind}_lr_{opt.learning_rate}"]
     else:
-        name = (f'{opt.method}_{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}_bsz_'
-                f'{opt.batch_size}_temp_{opt.temp}_trial_{opt.trial}' + '_cosine' * opt.cosine + '_warm' * opt.warm
-                + arguments.name_suffix('main_supcon', opt, ('model',)))
-    opt.output_name = opt.output_name or name
+        parts = [f'{opt.method}_{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}',
+                 f'bsz_{opt.batch_size}_temp_{opt.temp}_trial_{opt.trial}',
+                 opt.cosine and 'cosine', opt.warm and 'warm']
+    held = ['mix' if opt.method == 'GenSCL' else 'model']
+    opt.output_name = opt.output_name or arguments.run_name('main_supcon', opt, parts, held)
     return opt
 
 
 def set_loader(opt):
-    """Training batches of --n_views views, with --local_crops and small ones, and both sets as they are for the kNN
-    accuracy; also the classes."""
+    """Training batches of --n_views views and --local_crops small ones; training and validation images without
+    augmentation, for the kNN accuracy; the classes."""
     data = load_images(opt)
     opt.num_classes = len(data.train.classes)
     opt.class_sizes = data.train.class_sizes() if opt.method == 'BCL' else None
     if opt.denominator_mode == 'only_negatives' and opt.positives == 'class' and opt.num_classes == 1:
         raise errors.UserError('--denominator_mode only_negatives: images of one class have no negatives')
-    train = data.train.join(data.ood) if opt.aug_mode == 'with_both' else data.train        # with hard negatives
+    train = data.train.join(data.ood) if opt.aug_mode == 'with_both' else data.train        # ood: hard negatives
     train_loader = make_loader(train, pretraining_view(opt), opt, opt.n_views)
     if opt.local_crops:
-        local_loader = make_loader(train, local_view(opt), opt, opt.local_crops, stream=(3,))
+        local_loader = make_loader(train, local_view(opt), opt, opt.local_crops, stream=(LOCAL_CROPS,))
         train_loader = MultiCrop(train_loader, local_loader)
     memory_loader, val_loader = (make_loader(part, evaluation_view(opt), opt, train=False)
                                  for part in (data.train, data.val))
@@ -59,8 +59,8 @@ def set_loader(opt):
 
 
 def set_model(opt, new=True):
-    """Encoder and projection head, with a classifier for --ce_weight and a momentum copy for --moco; with the weights
-    that a `new` run starts from."""
+    """Encoder and projection head, with a classifier for --ce_weight and a momentum copy for --moco; a `new` run starts
+    from --ckpt or --timm_pretrained, if given."""
     model = SupConResNet(opt.model, opt.head, opt.feat_dim, num_classes=opt.num_classes if opt.ce_weight else 0,
                          head_bn=opt.head_bn, normalize_embedding=opt.normalize_embedding, size=opt.size, stem=opt.stem,
                          width=opt.width, zero_init=opt.zero_init, pretrained=opt.timm_pretrained and new)
@@ -74,7 +74,7 @@ def set_model(opt, new=True):
 def train(train_loader, network, method, optimizer, scaler, epoch, run):
     """One epoch, or the rest of one that is resumed: -> averages for TensorBoard."""
     network.model.train()
-    for images, labels in run.steps(train_loader, epoch):           # images [n_views * bsz, 3, size, size]
+    for images, labels in run.steps(train_loader, epoch):       # [n_views * bsz, 3, size, size], [bsz]: see methods.py
         features, loss, accuracy = method(network, images, labels, run.rng)
         training.update(loss, optimizer, scaler)
         run.record(loss=loss, contrastive_acc=accuracy, **feature_statistics(features),
@@ -90,7 +90,8 @@ def validate(memory_loader, val_loader, model, opt):
     Where images have several labels, its mAP (%)."""
     memory, memory_labels = training.forward_all(model.encoder, memory_loader, opt)
     features, labels = training.forward_all(model.encoder, val_loader, opt)
-    return (knn_map if opt.multi_label else knn_accuracy)(memory, memory_labels, features, labels)
+    score = knn_map if opt.multi_label else knn_accuracy
+    return score(memory, memory_labels, features, labels)
 
 
 def main(argv=None):
@@ -104,8 +105,10 @@ def main(argv=None):
     teacher = load_teacher(teacher_checkpoint, opt, classes) if opt.KD else None
     method = make_method(opt, len(classes), teacher)
     network = training.Network(model, opt)
-    optimizer, scaler = training.set_optimizer(opt, model), training.set_scaler(opt)
-    first_epoch, warned = run.restore(model, optimizer, scaler), False
+    optimizer = training.set_optimizer(opt, model)
+    scaler = training.set_scaler(opt)
+    first_epoch = run.restore(model, optimizer, scaler)
+    warned = False
     score = 'kNN mAP' if opt.multi_label else 'kNN accuracy'
     with run.start(classes):
         for epoch in range(first_epoch, opt.epochs + 1):

@@ -1,14 +1,15 @@
-"""What each method of contrastive pretraining computes from a batch: SupCon, SimCLR, their momentum form, GenSCL.
+"""What each method of contrastive pretraining computes from a batch.
 
 A method is called with the network, a batch and random numbers, and returns the features, the loss to minimize and the
 contrastive accuracy of the batch:
 
     features, loss, accuracy = method(network, images, labels, rng)
 
-images [n_views * bsz, 3, size, size], view after view, with --local_crops a tuple of these and of small crops; labels
-[bsz], of which -(c + 1) marks a near-out-of-distribution image made from class c, a hard negative, or [bsz, C] of 0 and
-1, where images have several; rng, a NumPy generator in the same state in all processes -> features
-[bsz, n_views, feat_dim], loss and accuracy (%) scalars.
+- images: [n_views * bsz, 3, size, size], view after view; with --local_crops a tuple of these and of the small crops.
+- labels: [bsz] classes, where -(c + 1) marks a hard negative, a near-out-of-distribution image made from class c; or
+  [bsz, C] of 0 and 1, where images have several labels.
+- rng: a NumPy generator in the same state in all processes.
+- features: [bsz, n_views, feat_dim], the small crops among the views. loss, accuracy (%): scalars.
 
 A new method is a class here and its row in METHODS.
 """
@@ -28,14 +29,15 @@ class SupCon:
     https://arxiv.org/abs/2004.11362), with --positives image only those of its image."""
 
     def __init__(self, opt, num_classes, teacher=None):
-        self.opt, self.n_views, self.hard_negatives = opt, opt.n_views + opt.local_crops, opt.aug_mode == 'with_both'
+        self.opt, self.n_views = opt, opt.n_views + opt.local_crops
+        self.hard_negatives = opt.aug_mode == 'with_both'
         self.criterion = SupConLoss(opt.temp, opt.contrast_mode, opt.base_temperature, opt.summation_location,
                                     opt.denominator_mode, opt.positives_cap, self.hard_negatives)
 
     def __call__(self, network, images, labels, rng):
         opt = self.opt
         features, logits = features_and_logits(network, images, self.n_views)
-        classes = None if opt.multi_label else labels                   # SimCLR alone is called with several labels
+        classes = None if opt.multi_label else labels       # with several labels this is SimCLR: see make_method
         loss = self.criterion(features, classes, positives=opt.positives)
         if logits is not None:
             loss = loss + opt.ce_weight * classifier_loss(logits, torch.cat([labels] * self.n_views), opt)
@@ -60,15 +62,15 @@ class DCL(SupCon):
 class Momentum(SupCon):
     """SupCon or SimCLR with momentum contrast (--moco; He et al., 2020, https://arxiv.org/abs/1911.05722).
 
-    All views but the last of each image are anchors. Their contrasts are keys: those of the last views, by a momentum
-    copy of the model, and a queue of earlier ones with their labels.
+    All views but the last of each image are anchors. Their contrasts are keys, which a momentum copy of the model
+    computes from the last views: those of this batch, and a queue of earlier ones with their labels.
     """
 
     def __call__(self, network, images, labels, rng):
         opt, moco = self.opt, network.model.moco
-        images, others = images[:-len(labels)], images[-len(labels):]
+        images, last_views = images[:-len(labels)], images[-len(labels):]
         moco.update(network.model)
-        keys, all_labels = momentum_keys(moco, others, labels, opt, rng)
+        keys, all_labels = momentum_keys(moco, last_views, labels, opt, rng)
         contrasts, contrast_labels = moco.contrasts(keys, all_labels)
         moco.enqueue(keys, all_labels)
 
@@ -82,16 +84,18 @@ class Momentum(SupCon):
 
 class BCL:
     """Balanced contrastive learning for long tails: each class weighs the same in the denominator, and has a prototype
-    among the contrasts; beside it the cross-entropy of adjusted logits, --ce_weight times (Zhu et al., 2022,
+    among the contrasts; plus --ce_weight times the cross-entropy of adjusted logits (Zhu et al., 2022,
     https://arxiv.org/abs/2207.09052).
 
-    The prototypes are the classifier's weights, which are vectors like the encoder's features, through the head.
+    The prototypes are the projection head's outputs for the classifier's weights, a vector of the encoder's dimension
+    for each class.
     """
     weight = 0.6                                                                # as published
 
     def __init__(self, opt, num_classes, teacher=None):
         self.criterion = BalancedSupConLoss(opt.temp, opt.contrast_mode, opt.base_temperature)
-        self.opt, self.n_views, self.adjustment = opt, opt.n_views + opt.local_crops, log_frequencies(opt)
+        self.opt, self.n_views = opt, opt.n_views + opt.local_crops
+        self.adjustment = log_frequencies(opt)
 
     def __call__(self, network, images, labels, rng):
         features, logits = features_and_logits(network, images, self.n_views)
@@ -102,10 +106,11 @@ class BCL:
 
 
 class GenSCL:
-    """Views are mixed on their own, and positives weigh as much as their label distributions are alike; the class
-    probabilities of a teacher (--KD) are further labels (Kim et al., 2022, https://arxiv.org/abs/2206.00384).
+    """A positive weighs as much as its label distribution and the anchor's are similar: those of mixed images (--mix,
+    each view on its own), and the class probabilities of a teacher (--KD; Kim et al., 2022,
+    https://arxiv.org/abs/2206.00384).
 
-    The loss takes two groups of views, of each image one half of its views.
+    The loss takes two groups of views: the first half of each image's views, and the second.
     """
 
     def __init__(self, opt, num_classes, teacher=None):
@@ -113,7 +118,8 @@ class GenSCL:
         self.opt, self.num_classes, self.teacher = opt, num_classes, teacher
 
     def __call__(self, network, images, labels, rng):
-        opt, n_views, labels = self.opt, self.opt.n_views, as_distributions(labels, self.num_classes)
+        opt, n_views = self.opt, self.opt.n_views
+        labels = as_distributions(labels, self.num_classes)
         if opt.mix:
             images, labels = mix_views(images, labels, n_views, opt.mix, opt.mix_alpha, rng)
         else:
@@ -125,11 +131,11 @@ class GenSCL:
 
         features, logits = features_and_logits(network, images, n_views)
         halves = features.transpose(0, 1).flatten(0, 1).chunk(2)                # each [n_views / 2 * bsz, feat_dim]
-        loss = sum(weight * self.criterion(halves, soft.chunk(2)) for weight, soft in targets)
-        learned = targets[0][1]
+        loss = sum(weight * self.criterion(halves, target.chunk(2)) for weight, target in targets)
+        _, target = targets[0]
         if logits is not None:
-            loss = loss + opt.ce_weight * classifier_loss(logits, learned, opt)
-        return features, loss, contrastive_accuracy(features, by_image(learned, n_views))
+            loss = loss + opt.ce_weight * classifier_loss(logits, target, opt)
+        return features, loss, contrastive_accuracy(features, by_image(target, n_views))
 
 
 METHODS = {'SupCon': SupCon, 'SimCLR': SimCLR, 'SINCERE': SINCERE, 'DCL': DCL, 'BCL': BCL, 'GenSCL': GenSCL}
@@ -179,8 +185,8 @@ def log_frequencies(opt):
 def momentum_keys(moco, images, labels, opt, rng):
     """Keys [n, feat_dim] and labels [n] of the images [bsz, 3, size, size] of all processes, in the order of the batch.
 
-    The images of all processes are shuffled, so that batch norm, which normalizes a micro-batch, a GPU's or a process's
-    part, does not show which keys and anchors belong together (He et al., 2020, section 3.3).
+    The images of all processes are shuffled before they are split into micro-batches, GPUs and processes: otherwise the
+    statistics of batch norm would reveal which keys and anchors belong together (He et al., 2020, section 3.3).
     """
     sizes = all_sizes(len(images))
     order = torch.from_numpy(rng.permutation(sum(sizes)))

@@ -1,8 +1,8 @@
 """Seconds of an epoch of SupCon: this project's way against the original's, and how much of it are the views.
 
-    python benchmarks/bench_epoch.py [--model resnet18] [--images 50000] [--batch_size 1024] [--num_workers N]
+    python benchmarks/bench_epoch.py [--model resnet18] [--images 50000] [--batch_size 1024] [--num_workers N] [--compile]
 
-`ours` is main_supcon.py --amp, with its checkpoint after each epoch. `original` is the loop of SupContrast written
+`ours` is main_supcon.py --amp, or --amp --compile, with its checkpoint after each epoch. `original` is the loop of SupContrast written
 plainly: float32, channels first, torchvision's transforms in worker processes, the loss with N x N matrices,
 cudnn.benchmark, and the loss read in each step. Each is a process of its own on one GPU; medians of the epochs after
 the first. `views` is the time of all views without training. On a GPU also the largest memory, and the fraction of the
@@ -121,7 +121,7 @@ def measure(form, args):
     fast_bfloat16 = torch.cuda.is_available() or 'AVX512' in torch.backends.cpu.get_cpu_capability()
     opt = main_supcon.parse_option(['--model', args.model, '--batch_size', str(args.batch_size), '--temp', '0.1',
                                     '--loader', 'batched', '--epochs', str(args.epochs + 1)]
-                                   + ['--amp'] * fast_bfloat16)
+                                   + ['--amp'] * fast_bfloat16 + ['--compile'] * args.compile)
     opt.size, opt.mean, opt.std = 32, (0.5,) * 3, (0.25,) * 3
     image_set = photographs(min(args.images, 2000), 32)
     image_set = image_set.select([i % len(image_set) for i in range(args.images)])
@@ -145,6 +145,7 @@ def main():
     parser.add_argument('--batch_size', type=int, help='default: 1024, on a CPU 128')
     parser.add_argument('--num_workers', type=int, default=os.cpu_count())
     parser.add_argument('--epochs', type=int, default=2, help='measured epochs')
+    parser.add_argument('--compile', action='store_true', help='ours with --compile')
     parser.add_argument('--form', choices=FORMS, help='measure this form once, in this process')
     args = parser.parse_args()
     import torch

@@ -21,12 +21,12 @@ class DatasetInfo:
     """How a dataset is read and shown: `load(opt)` returns training and validation ImageSets.
 
     mean, std: of its channels; None: measured on the training images. size: side of the views in pixels.
-    pretraining, classification: how the training views are cut, as settings of View; policy: what colors those of
-    classification by default (a key of POLICIES; of pretraining it is 'sim'). auto: its AutoAugment policy.
-    padding: classification with 'auto' and 'rand' cuts views from the padded image instead.
+    pretraining, classification: how the training views are cropped and flipped, as settings of View.
+    policy: default --augment_policy of classification; that of pretraining is 'sim'. auto: its AutoAugment policy.
+    padding: classification with 'auto' and 'rand' crops views from the padded image instead.
     resize: evaluation resizes the shorter side to this many times the size and takes the central square.
-    folder: where it lies unless --data_folder is given. defaults: of options where they are not the usual ones,
-    {program: {option: value}}.
+    folder: where it lies unless --data_folder is given.
+    defaults: other defaults of options for this dataset, {program: {option: value}}.
     """
     load: Callable
     mean: tuple | None = None
@@ -49,7 +49,7 @@ CIFAR = {'auto': 'cifar10', 'padding': 4}
 LARGE = {'size': 224, 'resize': 256 / 224, **dict.fromkeys(('pretraining', 'classification'),
                                                            {'crop': (0.08, 1.), 'flip': 0.5})}
 
-MVIP = {'learning_rate': 0.001, 'batch_size': 16, 'save_freq': 10}
+MVIP = {'learning_rate': 0.001, 'batch_size': 16, 'save_freq': 10}      # default options
 
 DATASETS = {
     'digits': DatasetInfo(sources.digits, size=16, pretraining=DIGIT, classification=DIGIT, auto='svhn'),
@@ -101,7 +101,7 @@ class Data:
 
 
 def load_images(opt):
-    """The ImageSets of a run: Data; sets opt.multi_label, and opt.size, opt.mean and opt.std where they are None."""
+    """The ImageSets of a run, Data; sets opt.multi_label, and opt.size, mean, std, split_seed where they are None."""
     info = dataset_info(opt)
     cache_dir = _cache_dir(opt)
     try:
@@ -112,12 +112,12 @@ def load_images(opt):
         parts = train, val, *load_augmentations(opt, train.classes)
     except OSError as error:                            # a folder that may not be listed, a disk that fails
         raise UserError(f'--data_folder {opt.data_folder}: cannot be read ({error})') from error
-    per_class = opt.samples_per_class, None, None, None
+    per_class = opt.samples_per_class
     if getattr(opt, 'label_fraction', None):            # not an option of pretraining
-        per_class = train.counts_of_fraction(opt.label_fraction), None, None, None
+        per_class = train.counts_of_fraction(opt.label_fraction)
     train, val, extra_id, extra_ood = (
         part and replace(part.sample(opt.max_samples, opt.seed, number), cache_dir=cache_dir)
-        for part, number in zip(parts, per_class))
+        for part, number in zip(parts, (per_class, None, None, None)))      # of the training images alone
     if opt.imbalance:
         opt.split_seed = opt.seed if opt.split_seed is None else opt.split_seed
         train = train.long_tailed(opt.imbalance, opt.split_seed)
@@ -135,7 +135,7 @@ def load_images(opt):
                 extra_ood if opt.aug_mode != 'id_only' else None)
 
 
-# Options that need one class for each image, and how they do nothing.
+# Options that need one class for each image, with the values at which they do nothing.
 ONE_CLASS = {'label_smoothing': 0., 'moco': False, 'KD': False, 'summation_location': 'out', 'denominator_mode': 'all',
              'positives_cap': -1, 'aug_output_name': None, 'sampler': 'shuffle', 'imbalance': None,
              'logit_adjustment': 0., 'local_crops': 0}
@@ -175,8 +175,8 @@ def pretraining_view(opt):
 
 
 def local_view(opt):
-    """The small crops of multi-crop (Caron et al., 2020, https://arxiv.org/abs/2006.09882): from 5 % of the area to the
-    smallest other view, --local_size pixels."""
+    """The small crops of multi-crop, of --local_size pixels: from 5 % of the image's area up to that of the smallest
+    other view (Caron et al., 2020, https://arxiv.org/abs/2006.09882)."""
     view = pretraining_view(opt)
     smallest, _ = view.crop
     return replace(view, size=opt.local_size or round(opt.size * 3 / 7), crop=(min(0.05, smallest / 2), smallest))
@@ -185,7 +185,8 @@ def local_view(opt):
 def classification_view(opt):
     """The training view of cross-entropy and linear evaluation."""
     info = dataset_info(opt)
-    policy, cut = opt.augment_policy or info.policy, info.classification
+    policy = opt.augment_policy or info.policy
+    cut = info.classification
     if info.padding and policy in ('auto', 'rand'):
         cut = {'padding': info.padding, 'flip': 0.5}                                    # as GenSCL
     return _training_view(opt, cut, policy, erasing=opt.erasing_p if opt.erasing else 0.)
@@ -202,5 +203,5 @@ def _training_view(opt, cut, policy, **more):
 
 
 def evaluation_view(opt):
-    """The central square, resized."""
+    """The central square of the resized image."""
     return View(opt.size, opt.mean, opt.std, resize=round(opt.size * dataset_info(opt).resize))

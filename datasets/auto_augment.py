@@ -78,7 +78,7 @@ class Policy:
 
     def _numbers(self, name, level, bins):
         """The numbers of an operation with either sign."""
-        pairs = [(name, magnitude) for magnitude in magnitudes(name, level, bins, self.size)]
+        pairs = [(name, magnitude) for magnitude in magnitudes(name, level, bins, self.size)]       # one or two
         self.operations += [pair for pair in dict.fromkeys(pairs) if pair not in self.operations]
         return [self.operations.index(pair) for pair in (pairs[0], pairs[-1])]
 
@@ -111,7 +111,7 @@ class Policy:
         return x.index_select(0, to_device(place, x.device)).float().div_(255)
 
     def _tables(self, device):
-        """For each kind what its operations need to know, [operations of the kind, ...] on a device."""
+        """For each kind of operation a table with a row for each of its operations, on a device."""
         if device not in self.tables:
             self.tables[device] = [
                 torch.stack([self._table(*operation) for operation in self.operations if _kind(operation[0]) == kind])
@@ -119,6 +119,7 @@ class Policy:
         return self.tables[device]
 
     def _table(self, name, magnitude):
+        """The row of an operation: where pixels come from, what values become, or the factor of `blend`."""
         if name in MOVES:                               # of each pixel where it is from, counted from 1; 0: black
             pixels = np.arange(1, self.size**2 + 1, dtype=np.int32).reshape(self.size, self.size)
             return torch.from_numpy(np.array(MOVES[name](Image.fromarray(pixels), magnitude))).flatten().long()
@@ -139,7 +140,7 @@ def _kind(name):
     return 'move' if name in MOVES else 'map' if name in MAPS else name
 
 
-# The kinds of operations: images x [n, 3, size, size] uint8 and what _table says, of each [n, ...] -> the same shape.
+# The kinds of operations: images x [n, 3, size, size] uint8 and their rows of _tables [n, ...] -> the same shape.
 
 def move(x, sources):
     pixels = torch.cat([x.new_zeros(len(x), 3, 1), x.flatten(2)], 2)
@@ -179,8 +180,7 @@ def contrast(x, factor):
 
 
 def sharpness(x, factor):
-    """The degenerate image is smoothed over 3 x 3 pixels, the center of weight 5 and the others of 1, but not at edges.
-    """
+    """The degenerate image is smoothed except at its edges: 3 x 3 pixels, weight 5 at the center, 1 elsewhere."""
     result, x = x.clone(), x.float()
     center = x[:, :, 1:-1, 1:-1]
     rows = (x[:, :, :-2] + x[:, :, 1:-1]).add_(x[:, :, 2:])

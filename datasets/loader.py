@@ -33,12 +33,12 @@ def make_loader(image_set, view, opt, n_views=1, train=True, stream=()):
     of a batch on nothing that was sampled before. With train=False the images come in their own order. Of several
     processes each gets its slice of every batch, with the views that a single process would sample.
 
-    opt.loader: 'batched' decodes everything into memory first and samples views on opt.device; 'workers' decodes and
-    crops in opt.num_workers worker processes and does the colors on opt.device; 'per_sample' does all in the workers;
-    'auto' takes 'batched' where the images fit into half of the free memory and padding is not most of it, else
-    'workers'.
+    opt.loader: 'batched' decodes everything into memory first and computes views on opt.device; 'workers' decodes and
+    crops in opt.num_workers worker processes and does the colors on a GPU, without one in the workers too;
+    'per_sample' does all in the workers by torchvision's transforms; 'auto' takes 'batched' where the images fit into
+    half of the free memory and padding is not most of it, else 'workers'.
 
-    stream: (a number,) for other random views of the same batches.
+    stream: (LOCAL_CROPS,) for other random views of the same batches.
     """
     kind = opt.loader
     if kind == 'auto':
@@ -61,23 +61,28 @@ def _loader_that_fits(image_set, view):
 # machine, and save 4 seconds for a million views of 32 pixels on two CPU cores (benchmarks/bench_views.py).
 COMPILE_PAYS = 2**33
 
+# A batch's streams of random numbers, beside that of its views: what workers leave to do, classes of 'pk', small crops.
+REST, CLASSES, LOCAL_CROPS = 1, 2, 3
+
 
 class Batches:
-    """Which images each batch holds: yields its number, from first_step on, and the indices [bsz] of images with labels
-    [n], of which -(c + 1) counts as class c.
+    """Which images each batch of an epoch holds: yields (step, indices [bsz] of images), from first_step on.
 
-    Without `train` all images in their order. In training by opt.sampler:
+    labels: [n] of all images, where -(c + 1) counts as class c; with 'shuffle' also [n, C]. Without `train` all images
+    come in their order. In training by opt.sampler:
     - 'shuffle': all images, in random order. A tiny last batch shares the images of the one before it equally: one of
       4 images beside those of 64 costs a small network 6 points of accuracy, since evaluation takes the running
       statistics of batch norms as the last batch left them; one of 1 image they cannot take at all.
-    - 'class_balanced': as many images, but each class equally often, and in a class each image (but for one).
+    - 'class_balanced': as many images, each class equally often or once more, and in a class each image.
     - 'pk': opt.images_per_class images of each of as many random classes as a batch holds; small classes repeat theirs.
     """
 
     def __init__(self, labels, opt, train):
         n, bsz = len(labels), opt.batch_size
-        self.n, self.seed, self.train, self.epoch, self.first_step = n, opt.seed, train, 0, 0
-        self.sampler, self.images_per_class = opt.sampler if train else None, opt.images_per_class
+        self.n, self.seed, self.train = n, opt.seed, train
+        self.epoch, self.first_step = 0, 0
+        self.sampler = opt.sampler if train else None
+        self.images_per_class = opt.images_per_class
         if train and n < 2:
             raise UserError(f'found {n} training image, expected at least 2')
         self.sizes = [bsz] * (n // bsz) + [n % bsz] * (n % bsz > 0)
@@ -117,20 +122,20 @@ class Batches:
         return torch.cat(parts)[order]
 
     def _pk_batch(self, step):
-        generator, k = self.generator(step, 2), self.images_per_class
+        generator, k = self.generator(step, CLASSES), self.images_per_class
         chosen = torch.randperm(len(self.classes), generator=generator)[:self.sizes[step] // k]
         batch = torch.cat([_sampled(self.classes[number], k, generator) for number in chosen.tolist()])
         return batch[torch.randperm(len(batch), generator=generator)]   # each device gets images of all classes
 
-    def generator(self, *of):
-        """Random numbers of the epoch, or of a batch: (step,) or (step, what it samples)."""
-        of = [number + 1 for number in of]              # to NumPy [a, b] and [a, b, 0] are the same
-        seed, = np.random.SeedSequence([self.seed, self.epoch, *of]).generate_state(1, np.uint64)
+    def generator(self, *key):
+        """Random numbers of the epoch, or of a batch: (step,) for its views, or (step, stream, ...)."""
+        key = [number + 1 for number in key]            # to NumPy [a, b] and [a, b, 0] are the same
+        seed, = np.random.SeedSequence([self.seed, self.epoch, *key]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(seed))
 
 
 def _sampled(members, count, generator):
-    """`count` of the members [n] in random order; each is there equally often, but for one."""
+    """`count` of the members [n] in random order, each equally often or once more."""
     rounds = [torch.randperm(len(members), generator=generator) for _ in range(math.ceil(count / len(members)))]
     return members[torch.cat([members[:0], *rounds])[:count]]
 
@@ -146,14 +151,14 @@ class Loader:
     def __len__(self):
         return len(self.sizes)
 
-    def _operations(self, view, opt, n_views, train):
-        """The operations of views.apply on opt.device: compiled where the run is long enough."""
+    def _set_operations(self, view, opt, n_views, train):
+        """Set the operations of views.apply on opt.device: compiled where the run is long enough."""
         compiled = train and opt.epochs * len(self.labels) * n_views * view.size**2 >= COMPILE_PAYS
-        return views.compiled_operations(torch.device(opt.device)) if compiled else views.OPERATIONS
+        self.operations = views.compiled_operations(torch.device(opt.device)) if compiled else views.OPERATIONS
 
-    def _is_usual(self, step):
-        """Whether the batch has the size of the first: for another one the operations would be compiled again."""
-        return self.sizes[step] == self.sizes[0]
+    def _operations(self, step):
+        """Those of a batch: for one of another size than the first they would be compiled again."""
+        return self.operations if self.sizes[step] == self.sizes[0] else views.OPERATIONS
 
     def set_epoch(self, epoch, first_step=0):
         """What is iterated over next: the batches of an epoch from a step on, counted from 0.
@@ -173,7 +178,7 @@ class BatchedLoader(Loader):
         super().__init__(image_set.labels, opt, train, stream)
         self.view, self.n_views, self.device = view, n_views, torch.device(opt.device)
         self.data, self.heights, self.widths = image_set.decode(view.short_side, self.device)
-        self.operations = self._operations(view, opt, n_views, train)
+        self._set_operations(view, opt, n_views, train)
         self.elsewhere = self.data.device.type != self.device.type      # too many for the GPU
         self.copying = torch.cuda.Stream() if self.elsewhere and self.device.type == 'cuda' else None
 
@@ -197,8 +202,7 @@ class BatchedLoader(Loader):
     def _views(self, step, data, labels, params):
         if self.copying:
             data.record_stream(torch.cuda.current_stream())
-        operations = self.operations if self._is_usual(step) else views.OPERATIONS
-        return views.apply(self.view, data, params, operations), to_device(labels, self.device)
+        return views.apply(self.view, data, params, self._operations(step)), to_device(labels, self.device)
 
 
 def ahead(iterator):
@@ -259,8 +263,9 @@ class WorkerLoader(Loader):
             augment = _PerSample(view, n_views)
         else:
             augment = _Crops(view, n_views, finish=self.device.type == 'cpu')
-            self.rest = None if augment.finish else augment.rest
-            self.operations = self._operations(view, opt, n_views, train) if self.rest else None
+            if not augment.finish:
+                self.rest = augment.rest
+                self._set_operations(view, opt, n_views, train)
         # Batches that wait may take a quarter of the memory: those of thousands of large images are gigabytes.
         images_here = math.ceil(min(opt.batch_size, len(image_set)) / world_size())
         batch_bytes = images_here * n_views * 3 * view.size**2 * (1 if self.rest else 4)
@@ -282,10 +287,10 @@ class WorkerLoader(Loader):
         """A batch from the workers, with the part of its views that is left to opt.device."""
         if self.rest and len(images):
             sizes = torch.full((self.n_views * self.sizes[step],), self.rest.size)
-            generator = self.batches.generator(step, 1, *self.stream)
+            generator = self.batches.generator(step, REST, *self.stream)
             params = views.sample_params(self.rest, sizes, sizes, generator, self.device)
             images = views.apply(self.rest, images, params.local(local_slice(self.sizes[step]), self.sizes[step]),
-                                 self.operations if self._is_usual(step) else views.OPERATIONS)
+                                 self._operations(step))
         return images, labels
 
     def _loaded(self):
@@ -404,7 +409,8 @@ class _Crops:
         self.after = transforms.Compose(views.after_crop(view)) if views.after_crop(replace(view, flip=0.)) else None
 
     def __call__(self, image_set, index, seed):
-        size, boxes, generator = self.view.size, None, torch.Generator().manual_seed(seed)
+        size, boxes = self.view.size, None
+        generator = torch.Generator().manual_seed(seed)
 
         def needed(width, height):
             nonlocal boxes

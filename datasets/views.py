@@ -32,7 +32,7 @@ class View:
     crop: (smallest, largest) fraction of the area of a random crop; None: the central square.
     flip: probability of a left-right flip.
     resize: without `crop`, the shorter side is first resized to this many pixels (`size`, if it is None).
-    padding: pixels of black around the square from which it is cut again at random, instead of `crop`.
+    padding: without `crop`, black pixels added on each side of the square, from which it is cut at a random place.
     rotation: largest angle in degrees; corners that come from outside are black.
     auto: AutoAugment with its policy for 'cifar10', 'imagenet' or 'svhn'; rand: (number, magnitude) of RandAugment's
         operations. Both round to bytes (auto_augment.py).
@@ -74,7 +74,7 @@ class View:
     @property
     def group(self):
         """Views that a CPU executes together, so few that they stay in its cache (measured at 32 pixels: 128 are 4
-        times faster than 2,048); more with AutoAugment and RandAugment, whose operations are each of a few of them."""
+        times faster than 2,048); more with AutoAugment and RandAugment, which do each operation to a few of them."""
         return max(4, (2**19 if self.auto or self.rand else 2**17) // self.size**2)
 
 
@@ -300,16 +300,16 @@ def apply(view, images, params, operations=None):
     scale = 1 / torch.tensor(view.std)[:, None, None]
     shift_by = -torch.tensor(view.mean)[:, None, None] * scale
     resized = view.flip or (params.boxes != torch.tensor([0, 0, view.size, view.size])).any()
-    # The views of each group that lose their colors or are blurred, known here without asking the device.
-    grayed, blurred = ([_numbers(x, group) for group in params.groups] for x in (params.gray, params.sigmas))
+    # The views of each group that lose their colors or are blurred, found on the CPU: no GPU is waited for.
+    grayed, blurred = ([_nonzero(x, group) for group in params.groups] for x in (params.gray, params.sigmas))
     places = torch.cat([torch.arange(group.stop - group.start) for group in params.groups])
-    (scale, shift_by, boxes, limits, flips, places, shifts, angles, factors, sigmas, holes, *numbers) = all_to_device(
+    (scale, shift_by, boxes, limits, flips, places, shifts, angles, factors, sigmas, holes, *both) = all_to_device(
         [scale, shift_by, params.boxes, params.limits, params.flips, places, params.shifts, params.angles,
          params.factors, params.sigmas, params.holes, *grayed, *blurred], device)
-    grayed, blurred = numbers[:len(grayed)], numbers[len(grayed):]
+    grayed, blurred = both[:len(grayed)], both[len(grayed):]
     if resized:
-        number = math.ceil(2 * max(1, params.boxes[:, 2:].max().item() / view.size))
-        taps = operations['taps'](boxes, limits, flips, places.int(), *images.shape[2:], view.size, number)
+        n_taps = math.ceil(2 * max(1, params.boxes[:, 2:].max().item() / view.size))
+        taps = operations['taps'](boxes, limits, flips, places.int(), *images.shape[2:], view.size, n_taps)
     for part, order, gray, blurry in zip(params.groups, params.orders, grayed, blurred):
         x = images.index_select(0, images_of_views[part])
         if not resized:
@@ -324,8 +324,8 @@ def apply(view, images, params, operations=None):
             x = rotate(x, angles[part])
         if params.policy is not None:
             x = policy_of(view.auto, view.rand, view.size).apply(x, params.policy[part])
-        for number in order or ():
-            x = operations[COLORS[number]](x, factors[number, part])
+        for color in order or ():
+            x = operations[COLORS[color]](x, factors[color, part])
         if gray is not None and len(gray):
             gray = gray.long()
             x[gray] = luma(x[gray])[:, None]
@@ -338,18 +338,19 @@ def apply(view, images, params, operations=None):
     return result
 
 
-def _numbers(x, group):
+def _nonzero(x, group):
     """Which of a group's values [n] are not 0, numbered from its start; None for None."""
     return None if x is None else x[group].nonzero()[:, 0]
 
 
-def resize_taps(boxes, limits, flips, places, w, h, size, number):
+def resize_taps(boxes, limits, flips, places, w, h, size, n_taps):
     """Which columns and rows of images [n, 3, w, h] make up those of n views, and how much of each.
 
     boxes [n, 4], limits [n, 4] and flips [n] as in ViewParams, in float32; places [n] in the group. The weights are
     those of torchvision's antialiased bilinear resize of the boxes: a triangle of which half the width is one pixel of
-    the view, or one of the image where that is enlarged, cut off and normalized at the ends of the limits. `number`
+    the view, or one of the image where that is enlarged, cut off and normalized at the ends of the limits. `n_taps`
     taps must span its width.
+
     -> columns [n, 3, size, taps], numbered through all columns of a group of images, and their weights; the same for
     rows. Flips are in the columns, and the scale from 0..255 to 0..1 in the rows.
     """
@@ -367,7 +368,7 @@ def resize_taps(boxes, limits, flips, places, w, h, size, number):
         nearest = torch.ceil(center - reach - 0.5)                      # the first whose center may be within reach
         low, high = torch.ceil(first - 0.5), torch.ceil(first + count - 0.5)
         pixels, weights = [], []                                        # tap by tap, which is what compilers vectorize
-        for pixel in (nearest + k for k in range(number)):
+        for pixel in (nearest + k for k in range(n_taps)):
             weight = (1 - (pixel + 0.5 - center).abs() / reach).clamp(min=0)
             # Whole numbers clamped to 0..1 instead of comparisons, which are many times slower on a CPU.
             weights.append(weight * (pixel - low + 1).clamp(0, 1) * (high - pixel).clamp(0, 1))
@@ -454,7 +455,7 @@ def adjust_saturation(x, factor):
 
 
 def adjust_hue(x, factor):
-    """Turn the hue by `factor` (1 is a full circle), keeping value and chroma of HSV."""
+    """Turn the hue by `factor` (1 is a full circle), keeping the value and chroma of HSV."""
     red, green, blue = x.unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
     low = torch.minimum(torch.minimum(red, green), blue)

@@ -150,8 +150,8 @@ def figures(output, batch_size):
     steps = steps[len(steps) // 2:]
     if not steps:
         raise Failed('no step was printed')
-    seconds = statistics.median(total for total, _ in steps)
-    loading = sum(part for _, part in steps) / max(1e-9, sum(total for total, _ in steps))
+    seconds, loading = (statistics.median(column) for column in zip(*steps))
+    loading /= max(1e-9, seconds)
     memory = max(map(int, re.findall(r'^peak memory (\d+)$', output, re.MULTILINE)), default=0)
     return [f'{batch_size / max(seconds, 1e-3):.0f}', f'{100 * loading:.1f} %', f'{memory / 2**30:.1f} GB']
 
@@ -182,15 +182,15 @@ def program_checks(options, gpus):
     supcon = ['main_supcon', *options]
     checks = {
         'SupCon': (supcon, {}),
-        '--amp': ([*supcon, '--amp'], {}),
-        '--amp in float16': ([*supcon, '--amp'], {'float16': True}),
-        '--amp --compile': ([*supcon, '--amp', '--compile'], {}),
-        '--accum_steps': ([*supcon, '--amp', '--accum_steps', '2'], {}),
+        'amp': ([*supcon, '--amp'], {}),
+        'amp in float16': ([*supcon, '--amp'], {'float16': True}),
+        'amp and compile': ([*supcon, '--amp', '--compile'], {}),
+        'accum_steps': ([*supcon, '--amp', '--accum_steps', '2'], {}),
         'SimCLR': ([*supcon, '--amp', '--method', 'SimCLR'], {}),
         'GenSCL': ([*supcon, '--amp', '--method', 'GenSCL', '--mix', 'mixup_cutmix'], {}),
-        '--moco': ([*supcon, '--amp', '--moco', '--moco_k', '1024'], {}),
+        'moco': ([*supcon, '--amp', '--moco', '--moco_k', '1024'], {}),
         'cross-entropy': (['main_ce', *options, '--amp'], {}),
-        '--loader workers': ([*supcon, '--amp', '--loader', 'workers'], {}),
+        'loader workers': ([*supcon, '--amp', '--loader', 'workers'], {}),
         'torchrun, one process': ([*supcon, '--amp'], {'processes': 1}),
     }
     if gpus > 1:
@@ -204,7 +204,7 @@ def advice(rows):
     """Lines on what to set, from the rows {name: [works, images/s, loader, memory]} of programs."""
     rows = {name: row for name, row in rows.items() if len(row) == 4}
     rates = {name: float(row[1]) for name, row in rows.items()
-             if name == 'SupCon' or name.startswith(('--amp', 'torchrun', 'DataParallel', 'the same'))}
+             if name == 'SupCon' or name.startswith(('amp', 'torchrun', 'DataParallel', 'the same'))}
     if 'SupCon' in rates:
         best = max(rates, key=rates.get)
         yield f"Fastest: {best}, {rates[best] / rates['SupCon']:.1f} times SupCon in float32 on one GPU"

@@ -30,7 +30,7 @@ from losses import SupConLoss
 from networks.moco import MomentumContrast
 from networks.resnet_big import ResNet, SupConResNet
 from networks.sync_bn import SyncBatchNorm, synchronized
-from util import arguments, checkpoints, distributed, errors, metrics, runs, teachers, training
+from util import arguments, checkpoints, distributed, errors, metrics, teachers, training
 from util.metrics import AverageMeter
 
 META = torch.device('meta')
@@ -324,14 +324,14 @@ def test_a_compiler_that_fails_is_done_without(monkeypatch, capsys):
 
 def test_checkpoints_are_written_while_training_goes_on(call, monkeypatch):
     """In a thread, of values that training changes no more; all is on disk when the run says that it stopped."""
-    threads, begun, write = [], threading.Event(), runs.write_checkpoint
+    threads, begun, write = [], threading.Event(), checkpoints.write_checkpoint
 
     def slow(state, file):
         threads.append(threading.current_thread())
         if state['epoch'] == 1:
             assert begun.wait(60)                       # until the second epoch is being trained
         write(state, file)
-    monkeypatch.setattr(runs, 'write_checkpoint', slow)
+    monkeypatch.setattr(checkpoints, 'write_checkpoint', slow)
     step = training.update
 
     def update(*args):
@@ -366,7 +366,7 @@ def test_an_error_of_the_writer_is_raised_by_the_next_call():
 def test_cached_features_do_not_write_the_encoder_in_every_epoch(call, spy):
     """The last epoch is there all the same, with the encoder, in a file like any other."""
     assert call(main_supcon.main, *SMALL, '--max_samples', 24, '--epochs', 1, '--output_name', 'e')[0] == 0
-    written = spy(runs, 'write_checkpoint')
+    written = spy(checkpoints, 'write_checkpoint')
     assert call(main_linear.main, *SMALL[:2], '--num_workers', 0, '--max_samples', 24, '--epochs', 20, '--ckpt',
                 'output/e/trial=0/last.ckpt', '--cache_features', '--output_name', 'a')[0] == 0
     assert len(written) < 5

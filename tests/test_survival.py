@@ -470,16 +470,16 @@ def test_the_same_seed_gives_the_same_bits(call, program, extra):
 
 def test_a_kept_checkpoint_is_there_before_the_last_one(call, monkeypatch):
     """A program that dies between the two writes the kept one again when it resumes."""
-    write, written = runs.write_checkpoint, []
+    write, written = checkpoints.write_checkpoint, []
 
     def dies(state, file):
         if written:
             raise KeyboardInterrupt
         written.append(file.name)
         write(state, file)
-    monkeypatch.setattr(runs, 'write_checkpoint', dies)
+    monkeypatch.setattr(checkpoints, 'write_checkpoint', dies)
     assert call(main_ce.main, *RUN, '--epochs', 2, '--save_freq', 1)[0] == 130
-    monkeypatch.setattr(runs, 'write_checkpoint', write)
+    monkeypatch.setattr(checkpoints, 'write_checkpoint', write)
     assert call(main_ce.main, *RUN, '--epochs', 2, '--save_freq', 1, '--resume', '--overwrite')[0] == 2
     assert call(main_ce.main, *RUN, '--epochs', 2, '--save_freq', 1, '--overwrite')[0] == 0
     assert written == ['ckpt_epoch_1.ckpt']

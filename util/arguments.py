@@ -27,9 +27,10 @@ def parse(program, description, argv=None, method=None, recorded=()):
     pretrained = getattr(opt, 'timm_pretrained', False)
     for name in (opt.model if not (pretrained or recorded) else None, getattr(opt, 'teacher_kind', None)):
         if name and '.' in name:
-            plain = name.split('.')[0]
-            raise UserError(f'found {name}: what follows the dot names pretrained weights, expected {plain}, with '
-                            'random weights' + ', or --timm_pretrained' * (name == opt.model))
+            expected = f"{name.split('.')[0]}, with random weights"
+            if name == opt.model:
+                expected += ', or --timm_pretrained'
+            raise UserError(f'found {name}: what follows the dot names pretrained weights, expected {expected}')
     if pretrained:
         from networks.timm_encoder import pretrained_settings  # here, since timm takes seconds to import
         for name, value in pretrained_settings(opt.model.removeprefix('timm/')).items():
@@ -100,18 +101,23 @@ def checkpoint_name(opt):
     parts = [file.parent.name, file.stem]
     if file.parent.name.startswith('trial='):
         trial = file.parent.name.removeprefix('trial=')
-        parts = [file.parent.parent.name, f'trial_{trial}' * (trial != opt.trial), file.stem.removeprefix('last')]
-    return re.sub(r'[^\w.+=,@%-]+', '-', '_'.join(part for part in parts if part))
+        parts = [file.parent.parent.name, trial != opt.trial and f'trial_{trial}', file.stem.removeprefix('last')]
+    return _in_file_names('_'.join(part for part in parts if part))
 
 
-def name_suffix(program, opt, published=()):
-    """What a run's default name has after its published part: the options in NAMED that are not at their defaults, but
-    for those which the published part holds."""
+def run_name(program, opt, parts, held):
+    """A run's default name: the published `parts` that apply, and the options in NAMED that are not at their defaults,
+    but for those that the published parts hold already (`held`)."""
     standard = {**options.program_defaults(program), **METHOD_DEFAULTS[program].get(getattr(opt, 'method', None), {}),
                 **DATASETS[opt.dataset].defaults.get(program, {})}
     differing = {name: getattr(opt, name) for name in NAMED
-                 if name not in published and getattr(opt, name, None) != standard.get(name)}
-    parts = [f'_{name}' if value is True else f'_{name}_{as_text(value)}' for name, value in differing.items()]
-    if program != 'main_linear' and opt.ckpt:
-        parts.append(f'_from_{checkpoint_name(opt)}')
-    return re.sub(r'[^\w.+=,@%-]+', '-', ''.join(parts))
+                 if name not in held and getattr(opt, name, None) != standard.get(name)}
+    further = [name if value is True else f'{name}_{as_text(value)}' for name, value in differing.items()]
+    if opt.ckpt:
+        further.append(f"{'of' if program == 'main_linear' else 'from'}_{checkpoint_name(opt)}")
+    return '_'.join([part for part in parts if part] + [_in_file_names(part) for part in further])
+
+
+def _in_file_names(text):
+    """The text with `-` in place of what a file's name should not hold."""
+    return re.sub(r'[^\w.+=,@%-]+', '-', text)

@@ -23,7 +23,7 @@ def write_checkpoint(state, file):
         with open(partial, 'wb') as stream:
             torch.save(state, stream)
             stream.flush()
-            os.fsync(stream.fileno())                                   # before the name says that it is there
+            os.fsync(stream.fileno())                                   # before it gets its name
         os.replace(partial, file)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
@@ -34,7 +34,7 @@ def write_checkpoint(state, file):
 
 
 class Writer:
-    """Writes files in a thread, one after the other, while training goes on.
+    """Writes files in a thread, one after the other, while training continues.
 
     A call of `submit` or `finish` waits for the one before and raises its error. After `finish` everything is written.
     """
@@ -205,7 +205,7 @@ def read_checkpoint(file, keys, plain=False):
             raise ValueError('found other values')
     except (AttributeError, StopIteration, ValueError) as error:
         raise UserError(f"{file}: not a checkpoint of these programs, expected the parameters under "
-                        f"{' or '.join(map(repr, keys))}" + f' ({error})' * bool(str(error))) from error
+                        f"{' or '.join(map(repr, keys))}{f' ({error})' if str(error) else ''}") from error
     return checkpoint, state
 
 

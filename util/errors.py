@@ -54,8 +54,8 @@ def _explained(error):
     text = str(error)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and (
             'out of memory' in text or 'allocate memory' in text)):
-        return ('out of memory: try --accum_steps, --amp, or a smaller --batch_size, --size or --model'
-                + f' ({text})' * bool(text))
+        advice = 'out of memory: try --accum_steps, --amp, or a smaller --batch_size, --size or --model'
+        return f'{advice} ({text})' if text else advice
     if isinstance(error, RuntimeError) and is_peer_failure(error):
         return f'another process has ended: see its own lines for the reason ({error})'
     return None

@@ -225,7 +225,7 @@ OPTIONS = {
         ('--denominator_mode', dict(choices=('all', 'one_positive', 'only_negatives'), default='all',
                                     help='what the denominator sums over'), SUPCON),
         ('--positives_cap', dict(type=number(int, -1, 2**31), default=-1, metavar='N', help='positives of other '
-                                 'images that count, a multiple of --n_views; -1: all'), SUPCON),
+                                 'images that count, a multiple of the views of one; -1: all'), SUPCON),
         ('--moco', dict(FLAG, help='momentum contrast: contrasts are keys of a momentum copy, and a queue of earlier '
                         'ones'), SUPCON),
         ('--moco_k', dict(type=number(int, 1, 2**24), default=65536, metavar='N', help='keys in the queue, a multiple '
@@ -250,12 +250,12 @@ OPTIONS = {
                         'also .safetensors, and hf://owner/name[/file]; needed, or:'), LINEAR),
         ('--pretrained', dict(type=folder_name, metavar='NAME', help='the run output/NAME, of the same --trial, needed '
                               'where --ckpt is not given'), LINEAR),
+        ('--pretrained_ckpt', dict(type=folder_name, default='last.ckpt', metavar='FILE',
+                                   help='checkpoint of that run'), LINEAR),
         ('--cache_features', dict(FLAG, help='compute the features of all images once, without augmentation, and '
                                   'train the classifier on these: another protocol, and many times faster'), LINEAR),
         ('--finetune', dict(FLAG, help='train the encoder too'), LINEAR),
         ('--freeze_bn', dict(FLAG, help='keep statistics, weights and biases of its batch norms'), LINEAR),
-        ('--pretrained_ckpt', dict(type=folder_name, default='last.ckpt', metavar='FILE',
-                                   help='checkpoint of that run'), LINEAR),
     ],
     'optimization': [
         ('--epochs', dict(type=COUNT, metavar='N', help='epochs')),
@@ -474,7 +474,7 @@ def parse(program, description, argv, datasets, method=None, recorded=()):
             found = 'sim' if program == 'main_supcon' else info.policy
         if name in given and given[name] is not False and not (found in values if values else found):
             expected = f'expected --{required} {" or ".join(values)}' if values else f'--{required} is missing'
-            raise UserError(f'--{name} has no effect: {expected}' + f', found {found}' * bool(values))
+            raise UserError(f"--{name} has no effect: {expected}{f', found {found}' if values else ''}")
     return opt
 
 
@@ -558,7 +558,7 @@ def _complete(opt, program, given, info):
                         f'{expected_processes()} processes')
     cores = max(1, (os.cpu_count() or 1) // local_processes())
     opt.num_workers = cores if opt.num_workers is None else min(opt.num_workers, cores)
-    opt.split_seed = opt.loader_chosen = None           # see datasets, as for
+    opt.split_seed = opt.loader_chosen = None           # these and the next are set when the images are read
     opt.multi_label = False
     return opt
 

@@ -1,4 +1,4 @@
-"""Runs: their checkpoints and log, the head of their training loops, and how they stop and resume.
+"""Runs: their checkpoints and logs, what surrounds their training steps, and how they stop and resume.
 
 output/<output_name>/trial=<trial>/ holds options.json, log.txt, TensorBoard events, views.png, confusion.png,
 last.ckpt and ckpt_epoch_<N>.ckpt. Of several processes only rank 0 prints and writes.
@@ -11,22 +11,9 @@ import time
 from pathlib import Path
 
 from networks.sync_bn import average_statistics
-from util.checkpoints import (
-    Writer,
-    copy_on_host,
-    kept_checkpoints,
-    load_checkpoint,
-    load_optimizer,
-    load_parameters,
-    load_scaler,
-    newest_valid_checkpoint,
-    plain_values,
-    strip_wrappers,
-    whole_number,
-    write_checkpoint,
-)
+from util import checkpoints
 from util.curves import Curves, grid_of_views
-from util.distributed import all_max, rank
+from util.distributed import all_max, all_sizes, rank
 from util.errors import UserError
 from util.files import FolderLock, check_locks, replace_file, writing
 from util.log import log, progress
@@ -42,8 +29,7 @@ RESUME_MAY_CHANGE = {
     'output_name', 'trial', 'debug', 'wandb', 'wandb_entity', 'wandb_project', 'num_classes',
     'class_sizes', 'evaluate', 'export'}
 
-
-CACHED_SECONDS = 10                     # between two checkpoints with --cache_features
+CACHED_SECONDS = 10                     # at least, between two checkpoints with --cache_features
 
 
 def plain(values):
@@ -84,15 +70,17 @@ class Run:
         self.opt = opt
         self.folder = run_folder(opt.output_name, opt.trial)
         self.last = self.folder / 'last.ckpt'
-        self.checkpoint, self.lock, self.curves = None, FolderLock(self.folder), None
-        self.step, self.best_acc, self.saved_meters, self.signals = 0, 0., {}, StopSignals()
-        self.writer, self.written = Writer(), -math.inf
-        self.last_seen = self._last_written()
+        self.lock, self.signals, self.writer = FolderLock(self.folder), StopSignals(), checkpoints.Writer()
+        self.curves = self.checkpoint = None            # made by `start`; the one to resume or evaluate
+        self.step, self.saved_meters = 0, {}            # where in its epoch a run resumes, and the averages until there
+        self.best_acc = 0.
+        self.last_write = -math.inf                     # seconds
+        self.stamp = self._stamp_of_last()
         try:
             used = self.folder.exists() and any(file.name != '.lock' for file in self.folder.iterdir())
             if getattr(opt, 'evaluate', False):
                 self.source = self.last
-                self.checkpoint = load_checkpoint(self.last)
+                self.checkpoint = checkpoints.load_checkpoint(self.last)
             elif opt.resume:
                 self.checkpoint = self._checkpoint_to_resume(used)
             elif used and not opt.overwrite:
@@ -104,8 +92,8 @@ class Run:
         except OSError as error:
             raise UserError(f'{self.folder}: not a folder of a run ({error})') from error
 
-    def _last_written(self):
-        """When last.ckpt was written, in the precision of the file system, or None."""
+    def _stamp_of_last(self):
+        """What changes when last.ckpt is written: its inode and time; None where there is none."""
         try:
             status = self.last.stat()
         except OSError:
@@ -121,17 +109,18 @@ class Run:
             raise UserError(f'--resume {self.source}: {self.folder} holds another run, expected a checkpoint of it, or '
                             'another --trial or --output_name')
         try:
-            checkpoint = load_checkpoint(self.source)
-            self.opt.loader_chosen = checkpoint['opt'].get('loader_chosen')     # it decides how views are sampled
-            return checkpoint
+            checkpoint = checkpoints.load_checkpoint(self.source)
         except UserError as error:
-            valid = newest_valid_checkpoint(self.folder)
-            raise UserError(f'--resume: {error}' + f'; the newest valid checkpoint is {valid}: continue with --resume '
-                            f'{valid}' * bool(valid)) from error
+            valid = checkpoints.newest_valid_checkpoint(self.folder)
+            advice = f'; the newest valid checkpoint is {valid}: continue with --resume {valid}' if valid else ''
+            raise UserError(f'--resume: {error}{advice}') from error
+        self.opt.loader_chosen = checkpoint['opt'].get('loader_chosen')         # it decides how views are sampled
+        return checkpoint
 
     def restore(self, model, optimizer, scaler):
         """Load the checkpoint into model, optimizer and scaler, if the run resumes: -> the epoch to continue with."""
-        self.model, self.optimizer, self.scaler, epoch = model, optimizer, scaler, 0
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        epoch = 0
         if self.checkpoint is not None:
             changed = self._changed_options(vars(self.opt).keys() - RESUME_MAY_CHANGE)
             if changed:
@@ -143,7 +132,7 @@ class Run:
             if changed and self.step:                   # its steps may have other batches now
                 log(f'--force: epoch {epoch + 1} begins again')
                 self.step, self.saved_meters = 0, {}
-        if all_max(epoch) != -all_max(-epoch) or all_max(self.step) != -all_max(-self.step):
+        if len(set(all_sizes(epoch))) > 1 or len(set(all_sizes(self.step))) > 1:
             raise UserError('--resume: the processes see different checkpoints, expected output/ on a file system that '
                             'all machines share')
         started = epoch + (self.step > 0)
@@ -153,13 +142,14 @@ class Run:
 
     def _load_state(self):
         try:
-            saved = {name: plain_values(self.checkpoint[name], tensors=name == 'optimizer')
+            saved = {name: checkpoints.plain_values(self.checkpoint[name], tensors=name == 'optimizer')
                      for name in ('epoch', 'step', 'best_acc', 'meters', 'optimizer', 'scaler', 'wandb')
                      if name in self.checkpoint}
-            epoch, self.step = whole_number(saved['epoch'], 'epoch'), whole_number(saved.get('step', 0), 'step')
+            epoch = checkpoints.whole_number(saved['epoch'], 'epoch')
+            self.step = checkpoints.whole_number(saved.get('step', 0), 'step')
             self.best_acc = float(saved['best_acc'])
-            self.saved_meters = {name: (float(total), whole_number(count, name))
-                                  for name, (total, count) in saved.get('meters', {}).items()}
+            self.saved_meters = {name: (float(total), checkpoints.whole_number(count, name))
+                                 for name, (total, count) in saved.get('meters', {}).items()}
             totals = [total for total, _ in self.saved_meters.values()]
             if not 0 <= self.best_acc <= 100 or not all(map(math.isfinite, totals)):
                 raise ValueError(f'best_acc {self.best_acc}, meters {totals}')
@@ -169,13 +159,13 @@ class Run:
                 raise ValueError(f'the averages of its {self.step} steps are missing')
             if not isinstance(saved['optimizer'], dict):
                 raise TypeError('the optimizer has no state')
-            load_parameters(self.model, self.checkpoint['model'], f'--resume: {self.source}')
+            checkpoints.load_parameters(self.model, self.checkpoint['model'], f'--resume: {self.source}')
             scaler = saved.get('scaler') or {}
-            load_scaler(self.scaler, scaler)
+            checkpoints.load_scaler(self.scaler, scaler)
             # The first steps of float16 may all have been skipped; not every parameter of timm's has gradients.
             started = bool((epoch or self.step) and (saved['optimizer']['state'] or not scaler))
             optional = {parameter for name, parameter in self.model.named_parameters() if 'backbone.' in name}
-            load_optimizer(self.optimizer, saved['optimizer'], started, optional)
+            checkpoints.load_optimizer(self.optimizer, saved['optimizer'], started, optional)
         except UserError:
             raise
         except Exception as error:                      # what is missing or of another kind can raise anything
@@ -189,9 +179,11 @@ class Run:
             log(f"--evaluate: not as in {self.last}: {'; '.join(changed)}")
         if self.checkpoint.get('classes', classes) != classes:
             raise UserError(f'--evaluate: {self.last} has other classes than the images')
-        load_parameters(model, self.checkpoint['model'], str(self.last))
+        checkpoints.load_parameters(model, self.checkpoint['model'], str(self.last))
 
     def _changed_options(self, names):
+        """Those of the options `names` that are not as in the checkpoint. One that it lacks, since it is older than the
+        option, counts as unchanged, but a switch as off."""
         before, now = plain(self.checkpoint['opt']), plain(vars(self.opt))
         return [f'--{name} {now[name]}, was {shortened(before.get(name, False))}' for name in now
                 if name in names and before.get(name, False if now[name] is True else now[name]) != now[name]]
@@ -215,7 +207,7 @@ class Run:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock.acquire()
-            if self._last_written() != self.last_seen:
+            if self._stamp_of_last() != self.stamp:
                 raise UserError(f'{self.folder}: another process has written this run while this one was starting')
             overwritten = ('*.ckpt', 'events.out.tfevents.*', '*.png', 'log.txt') if self.checkpoint is None else ()
             for pattern in ('*.partial', *overwritten):                 # what a killed or an overwritten run left
@@ -253,9 +245,10 @@ class Run:
         if epoch == 1 and not self.step and self.curves:
             self._log_views(loader)
         self.meters = {name: AverageMeter(*saved) for name, saved in self.saved_meters.items()}
-        self.saved_meters, self.sizes, self.started = {}, loader.sizes, time.time()
-        self.images_before = sum(loader.sizes[:self.step])
-        batch_time, data_time, end, self.waited = AverageMeter(), AverageMeter(), time.time(), 0.
+        self.saved_meters = {}
+        self.images = sum(loader.sizes[self.step:])
+        batch_time, data_time = AverageMeter(), AverageMeter()
+        self.waited, self.started, end = 0., time.time(), time.time()
         batches = iter(loader)
         for step in progress(range(self.step, steps), f'epoch {epoch}/{opt.epochs}'):
             batch = next(batches)
@@ -280,12 +273,11 @@ class Run:
             self.meters.setdefault(name, AverageMeter()).update(value, self.size)
 
     def averages(self):
-        """The averages of an epoch: {name: number}, images_per_second, and the fraction of the time in which the loop
-        waited for the loader."""
+        """The averages of an epoch, {name: number}, with images_per_second and loader_fraction, the fraction of time in
+        which the loop waited for the loader."""
         averages = {name: meter.avg for name, meter in self.meters.items()}
         self.seconds = time.time() - self.started
-        images = sum(self.sizes) - self.images_before
-        return {**averages, 'images_per_second': images / max(self.seconds, 1e-9),
+        return {**averages, 'images_per_second': self.images / max(self.seconds, 1e-9),
                 'loader_fraction': self.waited / max(self.seconds, 1e-9)}
 
     def _print_step(self, epoch, step, steps, batch_time, data_time):
@@ -311,7 +303,7 @@ class Run:
         kept = [f'ckpt_epoch_{epoch}.ckpt'] if epoch % self.opt.save_freq == 0 else []
         self.step, stop = 0, all_max(self.signals.number)
         # With cached features an epoch takes less time than to write the encoder, which does not change.
-        recent = getattr(self.opt, 'cache_features', False) and time.time() - self.written < CACHED_SECONDS
+        recent = getattr(self.opt, 'cache_features', False) and time.time() - self.last_write < CACHED_SECONDS
         if kept or stop or epoch == self.opt.epochs or not recent:
             self._write([*kept, 'last.ckpt'], epoch, 0, {})
         if epoch == self.opt.epochs:
@@ -326,25 +318,25 @@ class Run:
             raise SystemExit(128 + signal_number)
 
     def _write(self, names, epoch, step, meters):
-        """Checkpoints after `epoch` epochs and `step` steps of the next one, written while training goes on."""
+        """Checkpoints after `epoch` epochs and `step` steps of the next one, written while training continues."""
         average_statistics(self.model)
-        self.written = time.time()
+        self.last_write = time.time()
         if rank():
             return
         wandb = self.curves.wandb.id if self.curves.wandb else (self.checkpoint or {}).get('wandb')
-        state = {'model': strip_wrappers(self.model.state_dict()), 'optimizer': self.optimizer.state_dict(),
+        state = {'model': checkpoints.strip_wrappers(self.model.state_dict()), 'optimizer': self.optimizer.state_dict(),
                  'scaler': self.scaler.state_dict(), 'epoch': epoch, 'step': step, 'best_acc': self.best_acc,
                  'meters': {name: meter.state for name, meter in meters.items()}, 'opt': plain(vars(self.opt)),
                  'classes': self.classes, 'wandb': wandb}
-        self.writer.submit(self._write_files, copy_on_host(state), names, epoch)
+        self.writer.submit(self._write_files, checkpoints.copy_on_host(state), names, epoch)
 
     def _write_files(self, state, names, epoch):
         for name in names:
             check_locks()
-            write_checkpoint(state, self.folder / name)
+            checkpoints.write_checkpoint(state, self.folder / name)
         if self.opt.keep_ckpts and len(names) > 1:
             with writing(self.folder):
-                for file in kept_checkpoints(self.folder, up_to=epoch)[self.opt.keep_ckpts:]:
+                for file in checkpoints.kept_checkpoints(self.folder, up_to=epoch)[self.opt.keep_ckpts:]:
                     file.unlink()
 
     def log_values(self, values, step):
@@ -358,8 +350,8 @@ class Run:
             self.curves.log_image(tag, array, self.opt.epochs)
 
     def _log_views(self, loader):
-        """Show some images of the first batch; features cannot be shown."""
+        """Show some images of the first batch, not the small crops."""
         images, labels = next(iter(loader))
-        images = images[0] if isinstance(images, tuple) else images     # not the small crops
-        if images.dim() == 4:
+        images = images[0] if isinstance(images, tuple) else images
+        if images.dim() == 4:                                           # no cached features
             self.curves.log_image('views', grid_of_views(images, len(labels), self.opt), 0)

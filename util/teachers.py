@@ -136,4 +136,4 @@ def _try(teacher, opt, num_classes, name):
 
 
 def _names(classes):
-    return ', '.join(f'{name:.99}' for name in classes[:5]) + ', ...' * (len(classes) > 5)
+    return ', '.join([f'{name:.99}' for name in classes[:5]] + (['...'] if len(classes) > 5 else []))

@@ -26,19 +26,20 @@ BUFFERS = next(name for name in ('forward_sync_buffers', 'broadcast_buffers')
 def set_device(opt):
     """Seed all random numbers, rendezvous with torchrun's other processes and choose opt.device: the visible GPUs, or
     the CPU, which is reported. UserError where GPUs are there that cannot be used."""
-    opt.device, number = 'cuda' if gpus_work() else 'cpu', None
+    opt.device = 'cuda' if gpus_work() else 'cpu'
+    gpu = None
     if opt.device == 'cuda':
-        number, found = local_rank(), torch.cuda.device_count()
-        if number >= found:
-            raise UserError(f'LOCAL_RANK is {number}: found {found} GPUs, expected torchrun with --nproc_per_node of '
-                            'at most that')
+        gpu, found = local_rank(), torch.cuda.device_count()
+        if gpu >= found:
+            raise UserError(f'LOCAL_RANK is {gpu}: found {found} GPUs, expected torchrun with --nproc_per_node of at '
+                            'most that')
         if several_devices(opt):
             if opt.compile:
                 raise UserError(f'--compile works on one GPU in each process, found {found}: start with torchrun, or '
                                 'choose one with CUDA_VISIBLE_DEVICES')
             log(f'{found} GPUs in one process: torchrun --nproc_per_node {found} is faster (docs/distributed.md)')
-        torch.cuda.set_device(number)                   # before the rendezvous, which opens connections from it
-    start_processes(number)
+        torch.cuda.set_device(gpu)                      # before the rendezvous, which opens connections from it
+    start_processes(gpu)
     if world_size() > 1:
         log(f'{world_size()} processes, each with its slice of every batch')
     if opt.device == 'cpu':
@@ -50,7 +51,7 @@ def set_device(opt):
     if opt.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(opt.deterministic, warn_only=True)       # a line for what CUDA cannot repeat
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False                 # a check for bugs, which takes time
     torch.backends.cudnn.benchmark = not opt.deterministic
     torch.manual_seed(opt.seed)
 
@@ -82,8 +83,8 @@ def several_devices(opt):
 class Network:
     """A model on its devices, as a training loop calls it: compiled, in mixed precision, in micro-batches, in replicas.
 
-    `model`, a module with an `encoder`, is moved to opt.device. Convolutions are fastest with the channels of a pixel
-    side by side: measured on CPUs, NVIDIA's advice for --amp. With several processes the gradients of all are averaged.
+    `model`, a module with an `encoder`, is moved to opt.device, in channels_last memory format: the fastest measured on
+    CPUs, and NVIDIA's advice for --amp. With several processes the gradients of all are averaged.
 
     With --accum_steps a batch goes through the model in micro-batches, by gradient caching (Gao et al., 2021,
     https://arxiv.org/abs/2101.06983): first without graph, for all outputs and their loss; then the backward pass goes
@@ -108,8 +109,8 @@ class Network:
                                                    gradient_as_bucket_view=True, **{BUFFERS: False})
 
     def __call__(self, images, n_views=1):
-        """Outputs of the model for images [n_views * bsz, ...], view after view; for a tuple of images of unlike sizes
-        those of each, one after the other."""
+        """Outputs of the model for images [n_views * bsz, ...], view after view; for a tuple, of views and small crops,
+        the outputs of both, one after the other."""
         if isinstance(images, tuple):
             outputs = [self(part) for part in images]
             return tuple(map(torch.cat, zip(*outputs))) if isinstance(outputs[0], tuple) else torch.cat(outputs)
@@ -149,7 +150,8 @@ class _GradientCaching(torch.autograd.Function):
         sizes = [part.shape[1] for part in micro_batches]
         gradients = [gradient.unflatten(0, (len(micro_batches[0]), -1)).split(sizes, 1) for gradient in gradients]
         for number, (part, seed, *gradient) in enumerate(zip(micro_batches, ctx.seeds, *gradients), 1):
-            alone = network.replica is not network.model and number < len(sizes)        # the last one averages them all
+            # Of several processes, the gradients are averaged once, with the last micro-batch.
+            alone = network.replica is not network.model and number < len(sizes)
             with torch.enable_grad(), network.replica.no_sync() if alone else contextlib.nullcontext():
                 outputs = _GradientCaching.outputs(network, part, seed)
                 torch.autograd.backward(outputs, [values.flatten(0, 1) for values in gradient])
@@ -173,9 +175,9 @@ def compiled(network, opt):
 
 
 class Compiled(nn.Module):
-    """A network that is compiled for batches as the first: of its size, and in training or eval mode as then.
+    """A network that is compiled for batches like the first: of the same size and mode (training or eval).
 
-    Others, as the last batch of an epoch, the empty part of a process or those of evaluation, are computed without the
+    Others (the last batch of an epoch, the empty slice of a process, those of evaluation) are computed without the
     compiler, which takes minutes for each kind; and all are if it fails.
     """
 
@@ -203,21 +205,20 @@ def spread(network, opt):
 
 
 def precision(opt, mixed=None):
-    """The dtype of mixed precision (of --amp, unless given): bfloat16, which needs no loss scaling, or float16 on GPUs
-    that lack it. None without.
-    """
+    """The dtype of mixed precision (of --amp, unless `mixed` is given), None without: bfloat16, which needs no loss
+    scaling, or float16 on GPUs that lack it."""
     if not (opt.amp if mixed is None else mixed):
         return None
     return torch.bfloat16 if opt.device == 'cpu' or torch.cuda.is_bf16_supported(False) else torch.float16
 
 
 def autocast(opt):
-    """The context in which networks see images: --amp."""
+    """The context in which networks compute: mixed precision with --amp."""
     return torch.autocast(opt.device, precision(opt), enabled=opt.amp)
 
 
 def fused(opt):
-    """Whether the optimizer is one kernel, None for PyTorch's choice: with float16, since fused SGD starts with
+    """Whether the optimizer is one kernel; with float16 None, PyTorch's choice, since fused SGD starts with
     uninitialized momentum where the scaler skips the first step (seen in PyTorch 2.15)."""
     return None if precision(opt) == torch.float16 else True
 
@@ -267,8 +268,8 @@ def set_scaler(opt):
 
 
 def split_into_micro_batches(images, opt, n_views=1):
-    """Images [n_views * bsz, ...] in opt.accum_steps parts [n_views, part of bsz, ...] of at least two images, which
-    batch norm needs; as many in all processes."""
+    """Images [n_views * bsz, ...] in at most opt.accum_steps parts [n_views, part of bsz, ...], each of at least two
+    images, which batch norm needs; equally many in all processes."""
     views = images.unflatten(0, (n_views, -1))
     smallest = min(all_sizes(views.shape[1])) if opt.accum_steps > 1 else 0
     return views.tensor_split(max(1, min(opt.accum_steps, smallest // 2)), 1)
@@ -308,9 +309,9 @@ def gradient_norm(model, scaler):
 
 
 def seed_step(opt, epoch, step):
-    """The random numbers of a training step, the same in all processes, so that a run can continue there.
+    """The NumPy generator of a training step, in the same state in all processes, so that a run can resume there.
 
-    Seeds what Python, NumPy and PyTorch sample in the step too, in each process otherwise.
+    Also seeds Python, NumPy and PyTorch themselves, differently in each process.
     """
     rng = np.random.default_rng([opt.seed, epoch, step])
     seed = int(rng.integers(2**62)) + rank()

@@ -3,21 +3,11 @@ Hub too. Nothing in a file is executed."""
 import json
 import os
 import re
-from collections import Counter
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from util.checkpoints import (
-    RECORDED,
-    check_recorded,
-    in_our_names,
-    load_parameters,
-    plain_values,
-    read_checkpoint,
-    strip_wrappers,
-    whole_number,
-)
+from util import checkpoints
 from util.distributed import rank_zero_first
 from util.errors import UserError
 from util.log import log
@@ -36,23 +26,25 @@ def start_from_weights(model, opt):
         return
     checkpoint = read_weights(opt.ckpt)
     for name in ('model', 'stem', 'width'):
-        known = checkpoint['opt'].get(name, getattr(opt, name))
-        if known != getattr(opt, name):
-            raise UserError(f'--ckpt {opt.ckpt} holds an encoder with --{name} {known}, found --{name} '
-                            f'{getattr(opt, name)}')
+        found = getattr(opt, name)
+        recorded = checkpoint['opt'].get(name, found)
+        if recorded != found:
+            raise UserError(f'--ckpt {opt.ckpt} holds an encoder with --{name} {recorded}, found --{name} {found}')
     parts = {}
-    for name, value in in_our_names(checkpoint['model'], opt.model).items():
+    for name, value in checkpoints.in_our_names(checkpoint['model'], opt.model).items():
         part, _, rest = name.partition('.')
         parts.setdefault(part, {})[rest] = value
     source = f'--ckpt {opt.ckpt} (for --model {opt.model} --stem {opt.stem} --width {opt.width:g})'
-    loaded = Counter({'encoder': load_parameters(model.encoder, parts.pop('encoder', {}), source)})
+    loaded = {'encoder': checkpoints.load_parameters(model.encoder, parts.pop('encoder', {}), source)}
     head = getattr(model, 'head', None)
     if head and _shapes(head.state_dict()) == _shapes(parts.get('head', {})):
-        loaded['head'] = load_parameters(head, parts.pop('head'), source)
+        loaded['head'] = checkpoints.load_parameters(head, parts.pop('head'), source)
     new = [name for name, _ in model.named_children() if name not in loaded]
-    log(f"--ckpt {opt.ckpt}: loaded {', '.join(f'{part} ({count} tensors)' for part, count in loaded.items())}"
-        + f"; starts from random weights: {', '.join(new)}" * bool(new)
-        + f"; not used: {', '.join(parts)}" * bool(parts))
+    line = f"--ckpt {opt.ckpt}: loaded {', '.join(f'{part} ({count} tensors)' for part, count in loaded.items())}"
+    for what, names in (('starts from random weights', new), ('not used', parts)):
+        if names:
+            line += f"; {what}: {', '.join(names)}"
+    log(line)
 
 
 def _shapes(state):
@@ -60,8 +52,8 @@ def _shapes(state):
 
 
 def read_weights(file):
-    """Parameters from a file, and what it records: a dict with `model`, their names without wrappers' prefixes, the
-    options `opt` and, where it has them, `epoch` and `classes`.
+    """What a file holds, a dict: `model`, parameters by their names, without wrappers' prefixes; the recorded options
+    `opt`, a dict; `classes` or None; and `epoch`, where it has one.
 
     file: a checkpoint of these programs or of SupContrast, a file of --export, or a state dict, alone or under
     `state_dict` or `model`; also .safetensors; or hf://owner/name[/file] (default: model.safetensors). UserError where
@@ -71,25 +63,27 @@ def read_weights(file):
     if path.suffix == '.safetensors':
         checkpoint, state = read_safetensors(path)
     else:
-        checkpoint, state = read_checkpoint(path, ['state_dict', 'model'], plain=True)
-    if isinstance(checkpoint.get('model'), str):
-        checkpoint = {'opt': {name: checkpoint[name] for name in RECORDED.keys() & checkpoint.keys()},
+        checkpoint, state = checkpoints.read_checkpoint(path, ['state_dict', 'model'], plain=True)
+    if isinstance(checkpoint.get('model'), str):        # of --export: the network's name
+        checkpoint = {'opt': {name: checkpoint[name] for name in checkpoints.RECORDED.keys() & checkpoint.keys()},
                       'classes': checkpoint.get('classes')}
-    opt = check_recorded(checkpoint, path)
+    opt = checkpoints.check_recorded(checkpoint, path)
+    weights = {'opt': opt, 'classes': checkpoint.get('classes'), 'model': state}
     try:
-        epoch = {'epoch': whole_number(plain_values(checkpoint['epoch']), 'epoch')} if 'epoch' in checkpoint else {}
+        if 'epoch' in checkpoint:
+            weights['epoch'] = checkpoints.whole_number(checkpoints.plain_values(checkpoint['epoch']), 'epoch')
     except ValueError as error:
         raise UserError(f'{path} is no valid checkpoint of a run ({error})') from error
-    return {**epoch, 'opt': opt, 'classes': checkpoint.get('classes'), 'model': state}
+    return weights
 
 
 def read_safetensors(file):
-    """What --export writes beside the parameters, as far as it is there, and the parameters by their names."""
+    """-> those entries of INFO that the file has; the parameters by their names."""
     if not os.path.isfile(file):
         raise UserError(f'{file}: no such checkpoint')
     try:
         with safe_open(file, 'pt') as stream:
-            state = strip_wrappers({name: stream.get_tensor(name) for name in stream.keys()})   # noqa: SIM118, no dict
+            state = checkpoints.strip_wrappers({name: stream.get_tensor(name) for name in stream.keys()})   # noqa: SIM118, no dict
             info = json.loads((stream.metadata() or {}).get('info', '{}'))
         if not isinstance(info, dict):
             raise ValueError('its metadata is of another program')
