@@ -1,13 +1,14 @@
 """Seconds of an epoch of SupCon: this project's way against the original's, and how much of it are the views.
 
-    python benchmarks/bench_epoch.py [--model resnet18] [--images 50000] [--batch_size 1024] [--num_workers N] [--compile]
+    python benchmarks/bench_epoch.py [--model resnet18] [--images 50000] [--batch_size 1024] [--num_workers N]
+                                     [--compile]
 
-`ours` is main_supcon.py --amp, or --amp --compile, with its checkpoint after each epoch. `original` is the loop of SupContrast written
-plainly: float32, channels first, torchvision's transforms in worker processes, the loss with N x N matrices,
-cudnn.benchmark, and the loss read in each step. Each is a process of its own on one GPU; medians of the epochs after
-the first. `views` is the time of all views without training. On a GPU also the largest memory, and the fraction of the
-chip's bfloat16 peak that an epoch reaches. On a CPU the defaults are smaller. The last line is the ratio of original to
-ours.
+`ours` is main_supcon.py --amp, or --amp --compile, with its checkpoint after each epoch. `original` is the loop of
+SupContrast written plainly: float32, channels first, torchvision's transforms in worker processes, the loss with
+N x N matrices, cudnn.benchmark, and the loss read in each step. Each is a process of its own on one GPU; medians of
+the epochs after the first. `views` is the time of all views without training. On a GPU also the largest memory, and the
+fraction of the chip's bfloat16 peak that an epoch reaches. On a CPU the defaults are smaller. The last line is the
+ratio of original to ours.
 """
 import argparse
 import collections

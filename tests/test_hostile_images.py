@@ -278,9 +278,9 @@ def test_what_workers_lack_is_one_line(monkeypatch, error):
         def __iter__(self):
             raise error
     loader.loader = Failing()
-    with pytest.raises(UserError, match=r'^--num_workers 1: worker processes failed \([^\n]+ulimit -n\S*\Z') as error:
+    with pytest.raises(UserError, match=r'^--num_workers 1: worker processes failed \([^\n]+ulimit -n\S*\Z') as raised:
         list(loader)
-    assert 'Traceback' not in str(error.value)
+    assert 'Traceback' not in str(raised.value)
     loader.loader.num_workers = 0                       # none are to blame there
     with pytest.raises(type(error)):
         list(loader)
@@ -289,7 +289,7 @@ def test_what_workers_lack_is_one_line(monkeypatch, error):
 def test_errors_of_the_program_in_workers_keep_their_traceback(monkeypatch):
     def broken(*args):
         raise RuntimeError('a mistake in the program')
-    monkeypatch.setattr(loaders._WholeViews, '__call__', broken)
+    monkeypatch.setattr(loaders._PerSample, '__call__', broken)
     with pytest.raises(RuntimeError, match='Traceback'):
         list(worker_loader())
 

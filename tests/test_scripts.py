@@ -72,7 +72,7 @@ def command_of(script, tmp_path, *arguments):
 
 def test_every_launch_script_is_tested():
     scripts = {file.stem for file in (ROOT / 'scripts').glob('*.sh')}
-    assert scripts == {*LAUNCH, *PAPER, HEAD, 'env', 'mvip_experiments', 'quickstart', 'slurm', 'test'}
+    assert scripts == {*LAUNCH, *PAPER, HEAD, 'check_gpu', 'env', 'mvip_experiments', 'quickstart', 'slurm', 'test'}
 
 
 @pytest.mark.parametrize('script', LAUNCH)
@@ -425,9 +425,9 @@ def test_what_check_gpu_makes_of_a_run(check_gpu):
     lines = ''.join(f'Train: [{step}/2]\tBT {bt:.3f} (9.0)\tDT {dt:.3f} (9.0)\n' for step, bt, dt in steps)
     row = check_gpu['figures'](lines + f'peak memory {3 * 2**29}\n', 256)
     assert row == ['1280', '10.0 %', '1.5 GB']
-    rows = {'loss': ['works', 'error'], 'SupCon': ['works', '640', '1.0 %', '1 GB'], '--amp': ['works', *row]}
+    rows = {'loss': ['works', 'error'], 'SupCon': ['works', '640', '1.0 %', '1 GB'], 'amp': ['works', *row]}
     fastest, slow = check_gpu['advice'](rows)
-    assert fastest.startswith('Fastest: --amp, 2.0 times') and 'more than 5 % of the time: --amp;' in slow
+    assert fastest.startswith('Fastest: amp, 2.0 times') and 'more than 5 % of the time: amp;' in slow
     with pytest.raises(check_gpu['Failed'], match='no step'):
         check_gpu['figures']('', 256)
     job = check_gpu['start'](['main_supcon', '--epochs', 'x'])

@@ -332,10 +332,10 @@ def test_a_run_that_resumes_from_an_earlier_epoch_keeps_its_own_checkpoints(call
 def test_another_process_that_was_faster_is_not_overwritten(call, monkeypatch):
     set_model = main_ce.set_model
 
-    def slow(*args):
+    def slow(*args, **settings):
         FOLDER.mkdir(parents=True)
         (FOLDER / 'last.ckpt').write_bytes(b'of the other')
-        return set_model(*args)
+        return set_model(*args, **settings)
     monkeypatch.setattr(main_ce, 'set_model', slow)
     status, _, err = call(main_ce.main, *RUN, '--epochs', 1)
     assert status == 2 and err.count('\n') == 1 and 'another process has written' in err
@@ -569,7 +569,7 @@ def test_a_clock_that_stands_still(call, monkeypatch):
 
 @pytest.mark.parametrize('error', [MemoryError(), np.zeros, RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_memory_that_is_not_enough_is_one_line(call, monkeypatch, error):
-    def fails(*args):
+    def fails(*args, **settings):
         if error is np.zeros:
             np.zeros(2**50)
         raise error

@@ -47,8 +47,10 @@ if [ $budget = cpu ]; then
     methods cifar "$cifar_small" "--epochs 150 $train_small" "$linear_small"
 else
     seeds=0
-    methods cifar "$cifar --model resnet18 --amp" '--epochs 20 --batch_size 512 --lr 0.3 --cosine --warm' \
-        '--epochs 10 --batch_size 512 --lr 0.1 --cosine --no_warm'
+    network="$cifar --model resnet18 --amp" train='--batch_size 512 --lr 0.3 --cosine --warm'
+    # As many views, and as much time, as SupCon.
+    classifier cifar-ce-sim-2x 0 "$network --epochs 100 $train --augment_policy sim"
+    methods cifar "$network" "--epochs 50 $train" '--epochs 10 --batch_size 512 --lr 0.1 --cosine --no_warm'
 fi
 corruptions cifar
 finish
