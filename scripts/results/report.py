@@ -17,7 +17,8 @@ matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402
 
 METHODS = {
-    'ce': 'cross-entropy', 'ce-sim': 'cross-entropy, views of SupCon', 'simclr': 'SimCLR', 'supcon': 'SupCon',
+    'ce': 'cross-entropy', 'ce-sim': 'cross-entropy, views of SupCon',
+    'ce-sim-2x': 'cross-entropy, views of SupCon, twice the epochs', 'simclr': 'SimCLR', 'supcon': 'SupCon',
     'supcon-ce': 'SupCon with cross-entropy', 'supcon-in': 'SupCon, `in` (Eq. 3)',
     'genscl-mix': 'GenSCL, mixup-cutmix', 'genscl-kd': 'GenSCL, mixup-cutmix, teacher',
 }
