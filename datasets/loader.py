@@ -143,6 +143,7 @@ def _sampled(members, count, generator):
 class Loader:
     """What all loaders have: `len`, the steps of an epoch; `sizes`, the images of each batch in all processes; `labels`
     [n] of all images."""
+    operations = views.OPERATIONS                       # of views.apply
 
     def __init__(self, labels, opt, train, stream=()):
         self.batches, self.labels, self.stream = Batches(labels, opt, train), labels, stream
