@@ -197,3 +197,18 @@ def shell(command, cwd, **environment):
     path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=700,
                           env={**os.environ, 'PATH': path, **environment})
+
+
+def ok(call, program, *arguments):
+    """What a program prints that ends without an error."""
+    status, out, err = call(program.main, *arguments)
+    assert status == 0, err
+    return out
+
+
+def options(*arguments):
+    """Options of main_supcon.py for the CPU."""
+    import main_supcon
+    opt = main_supcon.parse_option([str(argument) for argument in arguments])
+    opt.device = 'cpu'
+    return opt

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import TINY
+from conftest import TINY, ok
 from torch.nn import functional as F
 
 import main_ce
@@ -122,12 +122,6 @@ def test_accuracy_of_mixed_labels():
 
 
 # Programs
-
-def ok(call, program, *arguments):
-    status, out, err = call(program.main, *arguments)
-    assert status == 0, err
-    return out
-
 
 @pytest.fixture
 def teacher(call):

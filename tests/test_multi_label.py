@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ok
 from PIL import Image
 from torch.nn import functional as F
 
@@ -22,12 +23,6 @@ from util.checkpoints import load_checkpoint
 LAST = 'output/{}/trial=0/last.ckpt'
 NETWORK = ['--model', 'resnet18', '--width', 0.0625, '--size', 8, '--num_workers', 0, '--batch_size', 16]
 DATA = ['--dataset', 'csv', '--data_folder', 'listed']
-
-
-def ok(call, program, *words):
-    status, out, err = call(program.main, *words)
-    assert status == 0, err
-    return out
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, ok
 from torch import nn
 
 import main_ce
@@ -30,12 +30,6 @@ from util.runs import RESUME_MAY_CHANGE
 LAST = 'output/{}/trial=0/last.ckpt'
 SMALL = ['--dataset', 'digits', '--size', 16, '--max_samples', 40, '--batch_size', 20, '--num_workers', 0,
          '--epochs', 1, '--model', 'resnet18']
-
-
-def ok(call, program, *words):
-    status, out, err = call(program.main, *words)
-    assert status == 0, err
-    return out
 
 
 def randomized(network, seed=0):
