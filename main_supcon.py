@@ -1,9 +1,9 @@
-"""Contrastive pretraining: SupCon, SimCLR and GenSCL.
+"""Contrastive pretraining: SupCon, SimCLR, SINCERE, DCL, BCL and GenSCL.
 
     python main_supcon.py --batch_size 1024 --learning_rate 0.5 --temp 0.1 --cosine                     SupCon
     python main_supcon.py --batch_size 1024 --learning_rate 0.5 --temp 0.5 --cosine --method SimCLR     SimCLR
     python main_supcon.py --method GenSCL --mix mixup_cutmix --KD --teacher_path output/teacher/trial=0  GenSCL
-    python main_supcon.py --dataset path --data_folder ./images                                       own images
+    python main_supcon.py --dataset path --data_folder ./images                                          own images
 
 Uses all GPUs in CUDA_VISIBLE_DEVICES, or the CPU; in several processes: torchrun --nproc_per_node 8 main_supcon.py ...
 Writes output/<run>/trial=<trial>/last.ckpt for main_linear.py.
