@@ -502,10 +502,10 @@ def _numbered(ids):
 
 # ------------------------------------------------ Blocked log-sum-exp -------------------------------------------------
 
-# Similarities held at a time. 2**21 floats are 8 MB, which stay in the cache of a CPU; a batch of 1,024 images takes
-# two blocks. 2**24 are 64 MB, small beside a network on a GPU, and work enough for each of its kernels. _RowLosses
-# holds about six tensors of this size.
-BLOCK = 2**21
+# Similarities held at a time. 2**20 floats are 4 MB, which stay in the cache of a CPU; a batch of 512 images takes one
+# block. 2**24 are 64 MB, small beside a network on a GPU, and work enough for each of its kernels. _RowLosses holds
+# about six tensors of this size.
+BLOCK = 2**20
 BLOCK_CUDA = 2**24
 
 
@@ -702,11 +702,17 @@ class _RowLosses(torch.autograd.Function):
     def forward(ctx, anchors, contrasts, mask, pairs, temperature, location='out', denominator='all'):
         result = anchors.new_empty(len(anchors))
         log_denominators = torch.empty_like(result)
+        plain = location == 'out' and denominator != 'one_positive'     # D_ip is the same for all p
         for rows in _blocks(anchors, contrasts):
-            logits, terms, p = _RowLosses._block(anchors, contrasts, rows, mask, pairs, temperature, denominator)
-            log_denominator = terms.logsumexp(1)
-            log_prob = _RowLosses._log_prob(logits, log_denominator, denominator)
-            losses = -((p * log_prob).sum(1) if location == 'out' else _RowLosses._log_mean_exp(log_prob, p))
+            logits, p, left_out = _RowLosses._block(anchors, contrasts, rows, mask, pairs, temperature, denominator)
+            if plain:
+                mean_positive = torch.linalg.vecdot(p, logits)
+            log_denominator = _RowLosses._terms(logits if plain else logits.clone(), p, left_out, pairs).logsumexp(1)
+            if plain:
+                losses = log_denominator - mean_positive
+            else:
+                log_prob = _RowLosses._log_prob(logits, log_denominator, denominator)
+                losses = -((p * log_prob).sum(1) if location == 'out' else _RowLosses._log_mean_exp(log_prob, p))
             valid = p.sum(1) > 0
             if denominator != 'one_positive':
                 valid &= log_denominator != -torch.inf
@@ -724,32 +730,39 @@ class _RowLosses(torch.autograd.Function):
         anchors, contrasts, mask, result, log_denominators = ctx.saved_tensors
         pairs, temperature, location, denominator = ctx.settings
         grad = torch.where(log_denominators == torch.inf, 0, grad / temperature)
+        plain = location == 'out' and denominator != 'one_positive'
 
         def grad_logits(rows):
-            logits, terms, p = _RowLosses._block(anchors, contrasts, rows, mask, pairs, temperature, denominator)
+            logits, p, left_out = _RowLosses._block(anchors, contrasts, rows, mask, pairs, temperature, denominator)
             log_denominator = log_denominators[rows]
+            terms = _RowLosses._terms(logits if plain else logits.clone(), p, left_out, pairs)
             q = terms.sub_(log_denominator[:, None]).exp_()
-            if location == 'in':
-                log_prob = _RowLosses._log_prob(logits, log_denominator, denominator)
-                highest = math.log(torch.finfo(p.dtype).max) - 1            # only of contrasts with p_ij = 0
-                p.mul_(log_prob.add_(result[rows, None]).clamp_(max=highest).exp_())
-            if denominator == 'one_positive':
-                p.mul_(torch.sigmoid(log_denominator[:, None] - logits))
-            return q.mul_(p.sum(1, keepdim=True)).sub_(p).mul_(grad[rows, None])
+            if not plain:
+                if location == 'in':
+                    log_prob = _RowLosses._log_prob(logits, log_denominator, denominator)
+                    highest = math.log(torch.finfo(p.dtype).max) - 1            # only of contrasts with p_ij = 0
+                    p.mul_(log_prob.add_(result[rows, None]).clamp_(max=highest).exp_())
+                if denominator == 'one_positive':
+                    p.mul_(torch.sigmoid(log_denominator[:, None] - logits))
+                q.mul_(p.sum(1, keepdim=True))
+            return q.sub_(p).mul_(grad[rows, None])
         return *_gradients(anchors, contrasts, ctx.needs_input_grad[1], grad_logits), None, None, None, None, None
 
     @staticmethod
     def _block(anchors, contrasts, rows, mask, pairs, temperature, denominator):
-        """s_ij; s_ij + b_ij, -inf where D_i leaves j out; w_ij / sum_j w_ij of some anchors: [rows, m] each."""
-        logits = _logits(anchors, contrasts, rows, temperature)
+        """s_ij, w_ij / sum_j w_ij, and whether D_i leaves j out, of some anchors: [rows, m] each."""
         weights, allowed = pairs.block(rows, mask)
         left_out = ~allowed if denominator == 'all' else ~allowed | weights.bool()
-        p = weights.to(logits.dtype)
-        terms = logits.clone()
-        if pairs.class_sizes is not None:
-            terms.sub_((pairs.class_sizes - p).log_())                  # the anchor itself does not count in its class
+        p = weights.to(anchors.dtype)
         p.div_(p.sum(1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny))
-        return logits, terms.masked_fill_(left_out, -torch.inf), p
+        return _logits(anchors, contrasts, rows, temperature), p, left_out
+
+    @staticmethod
+    def _terms(logits, p, left_out, pairs):
+        """s_ij + b_ij, -inf where D_i leaves j out, in place of s_ij."""
+        if pairs.class_sizes is not None:                               # the anchor itself does not count in its class
+            logits.sub_(torch.where(p > 0, (pairs.class_sizes - 1).log(), pairs.class_sizes.log()))
+        return logits.masked_fill_(left_out, -torch.inf)
 
     @staticmethod
     def _log_prob(logits, log_denominator, denominator):

@@ -4,6 +4,7 @@
     python benchmarks/bench_loss.py --variant SINCERE DCL BCL                                           some of VARIANTS
     python benchmarks/bench_loss.py --variant all
     python benchmarks/bench_loss.py --soft --classes 100                                                GenSupConLoss
+    python benchmarks/bench_loss.py --against old.py                                another version of losses.py as well
 
 Every measurement is a process of its own, so that peak memory is what the loss alone adds to an idle process that
 holds the features; the forms take turns and medians are shown. `products` is what no loss can do without that makes the
@@ -67,10 +68,10 @@ def inputs(variant, views, dim, classes):
 
 def linear(variant, features, **targets):
     """The loss of losses.py."""
-    from losses import BalancedSupConLoss, GenSupConLoss, SupConLoss
+    import losses
     if variant == 'GenSCL':
-        return GenSupConLoss()(features.unbind(1), targets['labels'].unbind(1))
-    loss = BalancedSupConLoss() if variant == 'BCL' else SupConLoss(**VARIANTS[variant])
+        return losses.GenSupConLoss()(features.unbind(1), targets['labels'].unbind(1))
+    loss = losses.BalancedSupConLoss() if variant == 'BCL' else losses.SupConLoss(**VARIANTS[variant])
     return loss(features, **targets)
 
 
@@ -151,9 +152,14 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-def measure(form, variant, views, dim, classes):
+def measure(form, variant, views, dim, classes, against):
     """Print seconds, added peak memory in MB and the loss of one forward and backward pass."""
     import torch
+    if form == 'against':
+        spec = importlib.util.spec_from_file_location('losses', against)
+        sys.modules['losses'] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules['losses'])
+        form = 'linear'
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
 
     def step(views):
@@ -202,26 +208,30 @@ def compare(variant, args):
     """Print a table of all forms of a variant; -> dense / linear of the times."""
     libraries = [name for name, variants in LIBRARIES.items() if variant in variants]
     installed = [name for name in libraries if importlib.util.find_spec(name)]
-    results = {form: [] for form in (*FORMS, *installed)}
+    mine = ('linear', 'against') if args.against else ('linear',)
+    results = {form: [] for form in (*mine, *FORMS[1:], *installed)}
     for _ in range(args.repeat):
         for form, rows in results.items():
             command = [sys.executable, __file__, '--form', form, '--variant', variant, '--views', str(args.views),
-                       '--dim', str(args.dim), '--classes', str(args.classes)]
+                       '--dim', str(args.dim), '--classes', str(args.classes), '--against', args.against]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             rows.append([float(value) for value in output.splitlines()[-1].split()])
     medians = {form: [statistics.median(column) for column in zip(*rows)] for form, rows in results.items()}
-    for form in ('linear', *installed):
+    for form in (*mine, *installed):
         if not math.isclose(medians[form][2], medians['dense'][2], rel_tol=1e-4):
             sys.exit(f'{variant}: {form} gives {medians[form][2]}, dense {medians["dense"][2]}: not the same loss')
     print(f'{variant}: {args.views} views, {args.dim} dimensions, {args.classes} classes, forward and backward, '
           f'median of {args.repeat}')
     print(f'{"form":24}{"seconds":>10}{"peak MB":>10}{"loss":>14}')
-    for form in (*FORMS, *libraries):
+    for form in (*mine, *FORMS[1:], *libraries):
         if form in medians:
             seconds, memory, loss = medians[form]
             print(f'{form:24}{seconds:10.4g}{memory:10.0f}{loss:14.7f}')
         else:
             print(f'{form:24}{"not installed":>20}')
+    if args.against:
+        ratios = [new[0] / old[0] for new, old in zip(results['linear'], results['against'])]
+        print(f'time: linear / against, median of each turn {statistics.median(ratios):.3f}')
     ratio = medians['dense'][0] / medians['linear'][0]
     print(f'memory: dense / linear {medians["dense"][1] / max(medians["linear"][1], 1):.1f}; time: linear / products '
           f'{medians["linear"][0] / medians["products"][0]:.2f}, dense / linear {ratio:.1f}', flush=True)
@@ -236,12 +246,13 @@ def main():
     parser.add_argument('--variant', nargs='+', choices=(*VARIANTS, 'all'), default=['SupCon'])
     parser.add_argument('--soft', action='store_true', help='label distributions, as --variant GenSCL')
     parser.add_argument('--repeat', type=int, default=3)
-    parser.add_argument('--form', choices=(*FORMS, *LIBRARIES), help='measure this form once, in this process')
+    parser.add_argument('--against', metavar='FILE', default='', help='another version of losses.py')
+    parser.add_argument('--form', choices=(*FORMS, 'against', *LIBRARIES), help='measure it once, in this process')
     args = parser.parse_args()
     variants = ['GenSCL'] if args.soft else VARIANTS if 'all' in args.variant else args.variant
     if args.form:
         for variant in variants:
-            measure(args.form, variant, args.views, args.dim, args.classes)
+            measure(args.form, variant, args.views, args.dim, args.classes, args.against)
         return
     ratios = [compare(variant, args) for variant in variants]
     print(f'ratio {min(ratios):.1f}')
