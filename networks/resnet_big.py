@@ -54,7 +54,27 @@ class Bottleneck(nn.Module):
 
 
 def conv(in_planes, planes, size, stride=1):
-    return nn.Conv2d(in_planes, planes, size, stride, padding=size // 2, bias=False)
+    kind = nn.Conv2d if size == 1 else Conv2d
+    return kind(in_planes, planes, size, stride, padding=size // 2, bias=False)
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution without bias: [bsz, in_channels, h, w] -> [bsz, out_channels, h / stride, w / stride].
+
+    When a CPU trains, one that gives at most 2x2 pixels is a single matrix product of all pixels and channels of an
+    image. It multiplies hardly more numbers there, and oneDNN's convolution reaches a tenth of its speed, above all for
+    the gradient of the weights (benchmarks/README.md). Values differ in rounding alone.
+    """
+
+    def forward(self, x):
+        (h, w), stride = x.shape[2:], self.stride[0]
+        if not self.training or not x.is_cpu or max(h, w) > 2 * stride:
+            return super().forward(x)
+        pixels = torch.eye(h * w, dtype=x.dtype).view(-1, 1, h, w)                      # an image of each single pixel
+        taps = F.unfold(pixels, self.kernel_size, padding=self.padding, stride=stride)  # [pixel, tap, pixel of result]
+        matrix = torch.einsum('pto,dct->odpc', taps, self.weight.flatten(2))
+        out = F.linear(x.permute(0, 2, 3, 1).flatten(1), matrix.flatten(2).flatten(0, 1))
+        return out.view(-1, -(-h // stride), -(-w // stride), self.out_channels).permute(0, 3, 1, 2)
 
 
 def shortcut(in_planes, planes, stride):

@@ -5,8 +5,9 @@ import sys
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from networks.resnet_big import RESNETS, LinearProbe, ResNet, SupCEResNet, SupConResNet, ThinShortcut
+from networks.resnet_big import RESNETS, Conv2d, LinearProbe, ResNet, SupCEResNet, SupConResNet, ThinShortcut
 
 
 @pytest.mark.parametrize('name, dim, parameters', [       # parameters of the encoders with the 3x3 stem, in millions
@@ -125,3 +126,44 @@ def test_thin_shortcut_is_the_convolution():
     shortcut = ThinShortcut(4, 8, 1, 2, bias=False)
     x = torch.randn(2, 4, 9, 8)
     torch.testing.assert_close(shortcut(x), F.conv2d(x, shortcut.weight, stride=2))
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts PyTorch's own convolutions while it is entered."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.convolution.default
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize('h, w', [(1, 1), (2, 2), (1, 2), (3, 4), (4, 4), (5, 2)])
+@pytest.mark.parametrize('stride', [1, 2])
+def test_convolutions_of_small_maps_are_the_convolution(h, w, stride):
+    layer = Conv2d(3, 5, 3, stride, padding=1, bias=False).double()
+    x = torch.randn(4, 3, h, w, dtype=torch.double, requires_grad=True)
+    with Convolutions() as convolutions:
+        out = layer(x)
+    assert convolutions.count == (max(h, w) > 2 * stride)
+    expected = F.conv2d(x, layer.weight, stride=stride, padding=1)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    torch.testing.assert_close(torch.autograd.grad(out, (x, layer.weight), grad),
+                               torch.autograd.grad(expected, (x, layer.weight), grad))
+    assert layer(x[:0]).shape == (0, *out.shape[1:])            # the empty slice of a process
+    with Convolutions() as convolutions:
+        torch.testing.assert_close(layer.eval()(x), out)
+    assert convolutions.count == 1                              # what is exported and evaluated is a plain convolution
+
+
+@pytest.mark.parametrize('side, stride', [(2, 1), (4, 2)])
+def test_convolutions_of_small_maps_in_bfloat16(side, stride):
+    layer = Conv2d(16, 32, 3, stride, padding=1, bias=False).to(memory_format=torch.channels_last)
+    x = torch.randn(64, 16, side, side).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
+    with torch.autocast('cpu', torch.bfloat16):
+        out, expected = layer(x), F.conv2d(x, layer.weight, stride=stride, padding=1)
+    assert out.dtype == torch.bfloat16 and out.is_contiguous(memory_format=torch.channels_last)
+    grad = torch.randn_like(out)
+    pairs = [(out, expected), *zip(torch.autograd.grad(out, (x, layer.weight), grad),
+                                   torch.autograd.grad(expected, (x, layer.weight), grad))]
+    assert all((a - b).norm() < 0.01 * b.norm() for a, b in pairs)
