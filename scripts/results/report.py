@@ -20,7 +20,7 @@ METHODS = {
     'ce': 'cross-entropy', 'ce-sim': 'cross-entropy, views of SupCon',
     'ce-sim-2x': 'cross-entropy, views of SupCon, twice the epochs', 'simclr': 'SimCLR', 'supcon': 'SupCon',
     'supcon-ce': 'SupCon with cross-entropy', 'supcon-in': 'SupCon, `in` (Eq. 3)',
-    'genscl-mix': 'GenSCL, mixup-cutmix', 'genscl-kd': 'GenSCL, mixup-cutmix, teacher',
+    'sincere': 'SINCERE', 'genscl-mix': 'GenSCL, mixup-cutmix', 'genscl-kd': 'GenSCL, mixup-cutmix, teacher',
 }
 EXPERIMENTS = {
     '1-real': '1 real images', '2-id': '2 + id images, both stages', '3-id-ood': '3 + ood images in pretraining',
@@ -40,6 +40,8 @@ def values_of(text):
              'knn': re.findall(r'kNN accuracy (\S+)$', text, re.MULTILINE),
              'clean': re.findall(r'^top-1 (\S+)$', text, re.MULTILINE)}
     values = {name: float(numbers[-1]) for name, numbers in found.items() if numbers}
+    if cost := re.findall(r'^CPU minutes: (\S+)$', text, re.MULTILINE):
+        values['minutes'] = sum(map(float, cost))
     if 'diverged: ' in text:
         values = {'diverged': True}
     if ood := re.findall(r'^confidence id (\S+) ood (\S+) .* AUROC (\S+) FPR95 (\S+)$', text, re.MULTILINE):
@@ -209,6 +211,59 @@ def labels(rows, folder):
     return curve_table(curves, f'images of each class, {of_seeds(rows)}')
 
 
+def trials(rows):
+    """Tables of the rows trial-METHOD and trial-METHOD-WHAT_IS_TRIED."""
+    options = {'lr': 'learning rate', 'weight_decay': 'weight decay', 'batch_size': 'batch size', 'temp': 'temperature'}
+    lines = []
+    for method, title in METHODS.items():
+        of_method = re.compile(f'trial-{method}(-(lr|wd|batch|temp)-.*)?')
+        tried = [row for name, row in rows.items() if of_method.fullmatch(name)]
+        if tried:
+            lines += ['', f"| trials of {title} | {' | '.join(options.values())} | top-1 % | kNN % |", '|---' * 7 + '|']
+        for row in tried:
+            settings = next(iter(row.values()))
+            cells = [settings.get(option, '') for option in options]
+            lines.append(f"| | {' | '.join(cells)} | {spread(row, 'top1')} | {spread(row, 'knn')} |")
+    return lines
+
+
+def epochs(rows, folder):
+    """Rows METHOD-E have E epochs of two views, or 2 E epochs of one."""
+    curves = {}
+    for name, row in rows.items():
+        method, _, number = name.rpartition('-')
+        if method in METHODS:
+            curves.setdefault(method, {})[int(number)] = row
+    if not curves:
+        return trials(rows)
+    curves = {method: dict(sorted(curves[method].items())) for method in METHODS if method in curves}
+    ticks = sorted({number for points in curves.values() for number in points})
+    columns = [f'{tick / 10:g}' for tick in ticks]
+    lines = [f"| top-1 % by million views seen | {' | '.join(columns)} | CPU minutes of the last | its kNN % |",
+             '|---' * (len(ticks) + 3) + '|']
+    for method, points in curves.items():
+        last = points[max(points)]
+        cells = [METHODS[method], *(spread(points[tick], 'top1') if tick in points else '' for tick in ticks),
+                 spread(last, 'minutes', 0), spread(last, 'knn')]
+        lines.append(f"| {' | '.join(cells)} |")
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout='constrained')
+    for method, points in curves.items():
+        shown = {number: row for number, row in points.items() if all('top1' in values for values in row.values())}
+        top1 = [mean(values['top1'] for values in row.values()) for row in shown.values()]
+        minutes = [mean(values['minutes'] for values in row.values()) for row in shown.values()]
+        style = {'marker': 'o', 'ms': 4, 'color': COLORS.get(method), 'label': METHODS[method]}
+        axes[0].plot([number / 10 for number in shown], top1, **style)
+        axes[1].plot(minutes, top1, **style)
+    for ax, label in zip(axes, ('million views seen', 'CPU minutes, with the linear evaluation')):
+        ax.set(xscale='log', xlabel=label)
+    axes[0].set_xticks([tick / 10 for tick in ticks], [f'{tick / 10:g}' for tick in ticks])
+    axes[0].minorticks_off()
+    axes[0].set_ylabel('top-1 %')
+    axes[0].legend(frameon=False, fontsize='small')
+    save(fig, folder / 'epochs.png')
+    return lines + trials(rows)
+
+
 def longtail(rows, folder):
     columns = {'top1': 'top-1 %', 'many': 'many', 'medium': 'medium', 'few': 'few images'}
     first = next(iter(rows.values()))
@@ -234,7 +289,7 @@ def main():
 
 
 TABLES = {'methods': methods, 'hard_negatives': hard_negatives, 'stability': stability, 'labels': labels,
-          'longtail': longtail}
+          'epochs': epochs, 'longtail': longtail}
 
 if __name__ == '__main__':
     main()

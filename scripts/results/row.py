@@ -2,14 +2,16 @@
 
     python scripts/results/row.py <file>.log 'main_supcon.py --output_name a --trial 0 ...' 'main_linear.py ...'
 
-A log holds machine, versions and date, the runs that were there before, and of each command the words and what its run
-has printed, also before it was stopped and resumed. A run whose loss is not finite is a result too: its row ends with
-`diverged`. Nothing is run where the log is there; a log, or an unfinished run, of other commands is rejected.
+A log holds machine, versions and date, the runs that were there before, and of each command the words, what its run has
+printed, also before it was stopped and resumed, and its CPU time. A run whose loss is not finite is a result too: its
+row ends with `diverged`. Nothing is run where the log is there; a log, or an unfinished run, of other commands is
+rejected.
 """
 import datetime
 import os
 import platform
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -69,18 +71,30 @@ def claim(command):
     return False
 
 
+def cpu_seconds():
+    """CPU time of the commands that have ended: of all their threads, and whatever else the machine did."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def output_of(command, errors):
-    """Run a command: what it has printed, of a resumed run from its beginning, and whether its loss was finite.
+    """Run a command: what it has printed, of a resumed run from its beginning, its CPU time, and whether its loss was
+    finite.
 
     errors: the file that keeps the errors of a command that fails.
     """
+    before = cpu_seconds()
     done = subprocess.run([sys.executable, *shlex.split(command)], capture_output=True, text=True)
+    seconds, folder = cpu_seconds() - before, folder_of(command)
+    if folder:                                          # a stopped run is resumed
+        with open(folder / 'cpu_seconds', 'a') as file:
+            print(f'{seconds:.1f}', file=file)
+        seconds = sum(map(float, (folder / 'cpu_seconds').read_text().split()))
     if done.returncode in STOPPED:
         raise Failure('stopped; the same command resumes')
-    folder = folder_of(command)
     output = (folder / 'log.txt').read_text() if folder and (folder / 'log.txt').exists() else done.stdout
     if not done.returncode:
-        return output, True
+        return f'{output}CPU minutes: {seconds / 60:.1f}\n', True
     reason = (done.stderr.strip().splitlines() or ['no message'])[-1]
     if 'expected a finite' in reason:
         return f'{output}diverged: {reason}\n', False
