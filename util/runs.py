@@ -13,7 +13,7 @@ from pathlib import Path
 from networks.sync_bn import average_statistics
 from util import checkpoints
 from util.curves import Curves, grid_of_views
-from util.distributed import all_max, all_sizes, rank
+from util.distributed import all_max, all_sizes, rank, training_on
 from util.errors import UserError
 from util.files import FolderLock, check_locks, replace_file, writing
 from util.log import log, progress
@@ -258,7 +258,8 @@ class Run:
             self.waited += data_time.val
             set_learning_rate(self.optimizer, learning_rate(opt, epoch, step, steps))
             self.rng, self.size = seed_step(opt, epoch, step), loader.sizes[step]
-            yield batch
+            with training_on(self.size):
+                yield batch
             del batch                                   # its memory is needed for the next one
             batch_time.update(time.time() - end)
             end = time.time()

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from networks.sync_bn import average_statistics, synchronized
-from util.distributed import all_sizes, gather, local_rank, rank, start_processes, world_size
+from util.distributed import all_sizes, gather, local_rank, rank, slice_sizes, start_processes, world_size
 from util.errors import UserError
 from util.log import log, progress
 from util.memory import keep_freed_memory
@@ -271,15 +271,21 @@ def split_into_micro_batches(images, opt, n_views=1):
     """Images [n_views * bsz, ...] in at most opt.accum_steps parts [n_views, part of bsz, ...], each of at least two
     images, which batch norm needs; equally many in all processes."""
     views = images.unflatten(0, (n_views, -1))
-    smallest = min(all_sizes(views.shape[1])) if opt.accum_steps > 1 else 0
-    return views.tensor_split(max(1, min(opt.accum_steps, smallest // 2)), 1)
+    return views.tensor_split(_n_micro_batches(views.shape[1], opt), 1)
+
+
+def _n_micro_batches(bsz, opt, n_views=1):
+    smallest = n_views * min(slice_sizes(bsz)) if opt.accum_steps > 1 else 0
+    return max(1, min(opt.accum_steps, smallest // 2))
 
 
 @torch.no_grad()
-def in_micro_batches(module, images, opt):
-    """Outputs [n, ...] of a module for images [n, ...] in micro-batches, as in training but without gradient."""
+def in_micro_batches(module, images, opt, n_views=1):
+    """Outputs of a module for images [n_views * bsz, ...] in micro-batches, as in training but without gradient; the
+    views of an image may be in several of them."""
+    number = _n_micro_batches(len(images) // n_views, opt, n_views)
     with autocast(opt):
-        return torch.cat([module(part.flatten(0, 1)) for part in split_into_micro_batches(images, opt)])
+        return torch.cat([module(part) for part in images.tensor_split(number)])
 
 
 @contextlib.contextmanager
