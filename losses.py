@@ -256,6 +256,7 @@ class GenSupConLoss(_ContrastiveLoss):
     """
 
     def forward(self, features: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor],
+                teacher: tuple[Tensor, Tensor] | None = None, alpha: float = 1.,
                 sizes: list[int] | None = None) -> Tensor:
         """Compute the loss of one batch; float16 and bfloat16 features are computed in float32.
 
@@ -263,6 +264,8 @@ class GenSupConLoss(_ContrastiveLoss):
             features: two groups of views, each [N, dim], normally of unit length.
             labels: their label distributions, each [N, C] of numbers >= 0. Integers are allowed; only the direction of
                 a row counts.
+            teacher: label distributions too, those of a teacher; alpha times their loss is added. The log-sum-exp, the
+                same in both, is computed once.
             sizes: as for SupConLoss, the N of each process.
 
         Returns:
@@ -271,28 +274,36 @@ class GenSupConLoss(_ContrastiveLoss):
         Raises:
             ValueError: wrong shapes (all are named) or sizes.
         """
+        targets = [(1., labels)] if teacher is None else [(1., labels), (alpha, teacher)]
+        for _, target in targets:
+            self._check_shapes(features, target)
+        features = [_at_least_float32(part) for part in features]
+        sizes = _all_sizes(len(features[0]), sizes)
+        anchors, contrasts, self_index = self._split(features, sizes)
+        with _full_precision(anchors.device):
+            log_denominator = _log_sum_exp(anchors, contrasts, self.temperature, self_index)
+            loss = 0.
+            for weight, target in targets:
+                u, v, _ = self._split([F.normalize(part.double(), dim=1) for part in target], sizes)
+                sum_positive, has_positives = self._sum_positive(anchors.double(), contrasts.double(), u, v)
+                sum_of_losses = torch.where(has_positives, log_denominator, 0).sum() - sum_positive / self.temperature
+                loss = loss + weight * sum_of_losses
+            loss = _all_reduce_sum(loss) / max(1, len(contrasts))               # as many as all processes' anchors
+        return loss.to(anchors.dtype) * (self.temperature / self.base_temperature)
+
+    @staticmethod
+    def _check_shapes(features, labels):
         shapes = [list(tensor.shape) for tensor in (*features, *labels)]
-        n = shapes[0][0]
-        of_labels = [n, shapes[-1][-1]]
+        of_labels = [shapes[0][0], shapes[-1][-1]]
         if any(len(shape) != 2 for shape in shapes) or shapes != [shapes[0], shapes[0], of_labels, of_labels]:
             raise ValueError(f'features are {shapes[:len(features)]} and labels {shapes[len(features):]}, expected two '
                              'of the same [N, dim] and two of the same [N, C]')
-        features = [_at_least_float32(part) for part in features]
-        labels = [F.normalize(part.double(), dim=1) for part in labels]
-        sizes = _all_sizes(n, sizes)
+
+    def _split(self, groups, sizes):
+        """Two groups [N, ...] -> anchors [n, ...], contrasts [m, ...], which contrast each anchor is ([n], or None)."""
         if self.contrast_mode == 'all':
-            anchors, contrasts, self_index = _anchors_and_contrasts(torch.stack(features, 1), sizes)
-            u, v, _ = _anchors_and_contrasts(torch.stack(labels, 1), sizes)             # [n, C], [m, C]
-        else:
-            anchors, contrasts = features[0], _gather(features[1], sizes)
-            u, v = labels[0], _gather(labels[1], sizes)
-            self_index = None
-        with _full_precision(anchors.device):
-            log_denominator = _log_sum_exp(anchors, contrasts, self.temperature, self_index)
-            sum_positive, has_positives = self._sum_positive(anchors.double(), contrasts.double(), u, v)
-            loss = torch.where(has_positives, log_denominator, 0).sum() - sum_positive / self.temperature
-            loss = _all_reduce_sum(loss) / max(1, len(contrasts))               # as many as all processes' anchors
-        return loss.to(anchors.dtype) * (self.temperature / self.base_temperature)
+            return _anchors_and_contrasts(torch.stack(groups, 1), sizes)
+        return groups[0], _gather(groups[1], sizes), None
 
     def _sum_positive(self, anchors, contrasts, u, v):
         """sum_i sum_j w_ij z_i . z_j / sum_j w_ij, a scalar, and whether sum_j w_ij > 0: [n]; w_ij = u_i . v_j.

@@ -128,19 +128,19 @@ class GenSCL:
             images, labels = mix_views(images, labels, n_views, opt.mix, opt.mix_alpha, rng)
         else:
             labels = labels.repeat(n_views, 1)
-        targets = [(1., labels)]                                                # (weight, [n_views * bsz, num_classes])
-        if self.teacher is not None:
+        probabilities = None
+        if self.teacher is not None:                                            # [n_views * bsz, num_classes]
             probabilities = (in_micro_batches(self.teacher, images, opt, n_views).float() / opt.KD_temp).softmax(1)
-            targets = [(1., probabilities)] if opt.KD_alpha == math.inf else [*targets, (opt.KD_alpha, probabilities)]
+            if opt.KD_alpha == math.inf:
+                labels, probabilities = probabilities, None
 
         features, logits = features_and_logits(network, images, n_views)
         halves = features.transpose(0, 1).flatten(0, 1).chunk(2)                # each [n_views / 2 * bsz, feat_dim]
-        in_half = [n_views // 2 * n for n in sizes]
-        loss = sum(weight * self.criterion(halves, target.chunk(2), in_half) for weight, target in targets)
-        _, target = targets[0]
+        of_teacher = None if probabilities is None else probabilities.chunk(2)
+        loss = self.criterion(halves, labels.chunk(2), of_teacher, opt.KD_alpha, [n_views // 2 * n for n in sizes])
         if logits is not None:
-            loss = loss + opt.ce_weight * classifier_loss(logits, target, opt)
-        return features, loss, contrastive_accuracy(features, by_image(target, n_views), sizes=sizes)
+            loss = loss + opt.ce_weight * classifier_loss(logits, labels, opt)
+        return features, loss, contrastive_accuracy(features, by_image(labels, n_views), sizes=sizes)
 
 
 METHODS = {'SupCon': SupCon, 'SimCLR': SimCLR, 'SINCERE': SINCERE, 'DCL': DCL, 'BCL': BCL, 'GenSCL': GenSCL}

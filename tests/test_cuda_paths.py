@@ -472,8 +472,8 @@ MIX, GENSCL, MOCO = ['--mix', 'mixup'], ['--method', 'GenSCL', '--no_warm'], ['-
 STEP = {                                # what a step sends; a resnet18 has 20 batch norms
     'SupCon': (main_supcon, [], 9), 'syncBN': (main_supcon, ['--syncBN'], 9 + 2 * 20),
     'micro-batches': (main_supcon, ['--accum_steps', '2'], 9), 'BCL': (main_supcon, ['--method', 'BCL'], 11),
-    'GenSCL': (main_supcon, [*GENSCL, *MIX], 13), 'teacher': (main_supcon, GENSCL, 14),
-    'teacher in micro-batches': (main_supcon, [*GENSCL, '--accum_steps', '2'], 14), 'moco': (main_supcon, MOCO, 11),
+    'GenSCL': (main_supcon, [*GENSCL, *MIX], 13), 'teacher': (main_supcon, GENSCL, 10),
+    'teacher in micro-batches': (main_supcon, [*GENSCL, '--accum_steps', '2'], 10), 'moco': (main_supcon, MOCO, 11),
     'moco in micro-batches': (main_supcon, [*MOCO, '--accum_steps', '2'], 11), 'ce': (main_ce, [], 4),
     'mixed ce': (main_ce, MIX, 6), 'ce in micro-batches': (main_ce, ['--accum_steps', '2'], 4)}
 
