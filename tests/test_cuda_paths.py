@@ -15,6 +15,7 @@ import torch
 from conftest import train_one_epoch
 from torch import distributed as dist
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.testing._internal.distributed import fake_pg  # noqa: F401, registers the backend `fake`
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -318,6 +319,36 @@ def test_a_compiler_that_fails_is_done_without(monkeypatch, capsys):
         torch.testing.assert_close(network(x), network.module(x))
     assert capsys.readouterr().out.count('torch.compile fails on this network (BackendCompilerFailed)') == 1
     torch._dynamo.reset()
+
+
+def test_a_compiler_that_fails_in_the_backward_pass_is_done_without(monkeypatch, capsys):
+    def fails(graph, inputs):
+        raise AssertionError('a bug of the compiler')
+    backend = aot_autograd(fw_compiler=lambda graph, inputs: graph.forward, bw_compiler=fails)
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda function, **settings: compile_(function, backend=backend))
+    torch._dynamo.reset()
+    network = training.Compiled(nn.Linear(3, 2))
+    for _ in range(2):
+        network(torch.ones(4, 3)).sum().backward()
+    torch.testing.assert_close(network.module.weight.grad, torch.full((2, 3), 8.))
+    assert capsys.readouterr().out.count('torch.compile fails on this network (BackendCompilerFailed)') == 1
+    torch._dynamo.reset()
+
+
+def test_what_is_compiled_is_what_most_batches_are(graphs):
+    """Whatever comes first: an empty slice, an evaluation, the last batch of a resumed epoch."""
+    network = training.Compiled(nn.Linear(3, 2))
+    for mode, sizes, expected in ((False, [0], 0), (True, [0], 0), (True, [2], 1), (True, [4, 4, 2, 0], 2),
+                                  (False, [4, 6], 2), (True, [4, 3], 2)):
+        network.train(mode)
+        for size in sizes:
+            network(torch.rand(size, 3))
+        assert len(graphs) == expected
+    frozen = training.Compiled(nn.Linear(3, 2).eval())          # a teacher
+    for size in (0, 3, 3):
+        frozen(torch.rand(size, 3))
+    assert len(graphs) == 3
 
 
 # Checkpoints

@@ -174,24 +174,32 @@ def compiled(network, opt):
     return Compiled(network) if opt.compile else network
 
 
+def _compiling_backward():
+    """The context in which torch.compile does not leave the backward pass until it is needed."""
+    config, setting = torch._functorch.config, 'force_non_lazy_backward_lowering'
+    return config.patch(setting, True) if hasattr(config, setting) else contextlib.nullcontext()
+
+
 class Compiled(nn.Module):
-    """A network that is compiled for batches like the first: of the same size and mode (training or eval).
+    """A network that is compiled for the largest batches so far in its mode: of training, or eval until it trains.
 
     Others (the last batch of an epoch, the empty slice of a process, those of evaluation) are computed without the
-    compiler, which takes minutes for each kind; and all are if it fails.
+    compiler, which takes minutes for each kind; and all are if it fails. It compiles the backward pass with the forward
+    pass, and may fail there; a PyTorch without this setting does so in backward, where an error ends the program.
     """
 
     def __init__(self, module):
         super().__init__()
-        self.module, self.usual, self.fails = module, None, False
+        self.module, self.usual, self.fails = module, (False, 0), False
         self.compiled = torch.compile(module.forward, dynamic=False)
 
     def forward(self, x):
-        kind = len(x), self.module.training
-        self.usual = self.usual or kind
+        kind = self.module.training, len(x)
+        self.usual = max(self.usual, kind)
         if kind == self.usual and len(x) and not self.fails:
             try:
-                return self.compiled(x)
+                with _compiling_backward():
+                    return self.compiled(x)
             except torch._dynamo.exc.TorchDynamoException as error:
                 log(f'--compile: torch.compile fails on this network ({type(error).__name__}), which is computed '
                     'without it')
