@@ -224,6 +224,16 @@ def test_a_row_with_a_wrong_command_is_reported_in_one_line(tmp_path):
         assert done.returncode == 1 and expected in done.stderr and done.stderr.count('\n') == 1, done.stderr
 
 
+def test_a_row_whose_log_is_no_file_is_rejected(tmp_path):
+    """A named pipe, which would be waited for, a folder, a device."""
+    os.mkfifo(tmp_path / 'a.log')
+    (tmp_path / 'b.log').mkdir()
+    for log in ('a.log', 'b.log', '/dev/null'):
+        done = subprocess.run([sys.executable, RESULTS / 'row.py', log, 'main_ce.py'], cwd=tmp_path, timeout=30,
+                              capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr == f'row.py: error: {log} is no file, expected a log\n'
+
+
 def test_corrupted_images_of_a_run_that_has_diverged(tmp_path):
     report = runpy.run_path(str(RESULTS / 'report.py'))
     values = {'clean': 50., **{kind: [5., 4., 3., 2., 1.] for kind in evaluate.STRENGTHS}}
