@@ -157,8 +157,10 @@ class Run:
                 raise ValueError(f'best_acc {self.best_acc}, meters {totals}')
             if not isinstance(saved.get('wandb'), (str, type(None))) or not self.checkpoint['opt']:
                 raise TypeError('wandb is no text, or the options are missing')
-            if self.step and not self.saved_meters:
-                raise ValueError(f'the averages of its {self.step} steps are missing')
+            needed = ['loss', 'contrastive_acc'] if hasattr(self.opt, 'temp') else ['train_loss', 'train_acc']
+            if self.step and list(self.saved_meters)[:2] != needed:     # as `record` gets them
+                raise ValueError(f'the averages of its {self.step} steps are {reprlib.repr(list(self.saved_meters))}, '
+                                 f'expected first {needed}')
             if not isinstance(saved['optimizer'], dict):
                 raise TypeError('the optimizer has no state')
             checkpoints.load_parameters(self.model, self.checkpoint['model'], f'--resume: {self.source}')
