@@ -497,6 +497,15 @@ def test_mistakes_in_several_processes_are_reported_once(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_rank_beyond_the_processes_is_rejected_at_once(rejected, monkeypatch):
+    monkeypatch.setattr(dist, 'init_process_group', lambda *args, **settings: pytest.fail('waits for the others'))
+    monkeypatch.setattr(time, 'sleep', lambda seconds: None)            # rank 0 would print first
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    for number in ('2', '7'):
+        monkeypatch.setenv('RANK', number)
+        rejected(main_ce.main, *TINY, words=[f'RANK is {number} and WORLD_SIZE 2', 'below WORLD_SIZE'])
+
+
 def test_more_processes_than_a_batch_can_serve(rejected, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '8')
     rejected(main_supcon.main, '--batch_size', '15', words=['--batch_size 15', 'each of 8 processes'])

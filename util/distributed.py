@@ -22,6 +22,9 @@ def start_processes(gpu):
     """
     if _number('WORLD_SIZE', 1) == 1 or _started():
         return
+    if rank() >= expected_processes():                  # it and the others would wait for minutes
+        raise UserError(f'RANK is {rank()} and WORLD_SIZE {expected_processes()} in the environment, expected a RANK '
+                        'below WORLD_SIZE, as torchrun sets it')
     try:
         if gpu is None:
             dist.init_process_group('gloo')
