@@ -349,6 +349,29 @@ def test_evaluation_is_that_of_the_run(call, monkeypatch):
     assert status == 2 and err.count('\n') == 1 and 'nowhere.ckpt' in err
 
 
+@pytest.mark.parametrize('extra', [[], ['--moco', '--moco_k', '32'], ['--method', 'BCL', '--no_warm']])
+def test_the_classifier_beside_a_projection_head_is_evaluated(call, monkeypatch, extra):
+    """main_supcon.py --ce_weight; without it there is none, which is reported."""
+    words = [*TINY, '--epochs', 1, '--output_name', 'a']
+    assert call(main_supcon.main, *words, '--ce_weight', 1, *extra)[0] == 0
+    checkpoint = load_checkpoint('output/a/trial=0/last.ckpt')
+    opt = main_supcon.parse_option([*map(str, words), '--ce_weight', '1', *extra])
+    opt.device = 'cpu'
+    *_, val_loader, classes = main_supcon.set_loader(opt)
+    model = main_supcon.set_model(opt)
+    model.load_state_dict(checkpoint['model'])
+    with torch.no_grad():
+        right = [model.eval()(images)[1].argmax(1) == labels for images, labels in val_loader]
+    monkeypatch.setattr(sys, 'argv', ['evaluate.py', '--ckpt', 'output/a/trial=0/last.ckpt'])
+    status, out, err = call(lambda argv: evaluate.main())
+    assert status == 0, err
+    assert f'top-1 {100 * torch.cat(right).float().mean():.2f}\n' in out and 'kNN accuracy' in out
+    if not extra:
+        assert call(main_supcon.main, *words, '--overwrite')[0] == 0
+        status, _, err = call(lambda argv: evaluate.main())
+        assert status == 2 and 'holds no classifier of resnet18: fc.weight is missing' in err
+
+
 RECORDED = {'dataset': 'digits', 'model': 'resnet18', 'width': 0.0625, 'size': 8, 'mean': [0.3] * 3, 'std': [0.2] * 3}
 
 
