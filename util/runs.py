@@ -29,6 +29,9 @@ RESUME_MAY_CHANGE = {
     'output_name', 'trial', 'debug', 'wandb', 'wandb_entity', 'wandb_project', 'num_classes',
     'class_sizes', 'evaluate', 'export'}
 
+# Options that decide what the optimizer keeps, of which parameters.
+OPTIMIZER = {'optim_kind', 'LARS', 'momentum', 'no_bias_decay', 'encoder_lr', 'finetune', 'freeze_bn'}
+
 DEFAULTS = {name: value for program in PROGRAMS for name, value in program_defaults(program).items()}
 
 CACHED_SECONDS = 10                     # at least, between two checkpoints with --cache_features
@@ -169,7 +172,13 @@ class Run:
             # The first steps of float16 may all have been skipped; not every parameter of timm's has gradients.
             started = bool((epoch or self.step) and (saved['optimizer']['state'] or not scaler))
             optional = {parameter for name, parameter in self.model.named_parameters() if 'backbone.' in name}
-            checkpoints.load_optimizer(self.optimizer, saved['optimizer'], started, optional)
+            try:
+                checkpoints.load_optimizer(self.optimizer, saved['optimizer'], started, optional)
+            except Exception as error:
+                if changed := self._changed_options(OPTIMIZER):
+                    raise UserError(f'--force: the optimizer of {self.source} cannot continue with '
+                                    f"{'; '.join(changed)} ({error!s:.200}), expected the same") from error
+                raise
         except UserError:
             raise
         except Exception as error:                      # what is missing or of another kind can raise anything
