@@ -113,7 +113,8 @@ class SupConLoss(_ContrastiveLoss):
         self.hard_negatives = hard_negatives
 
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None,
-                positives: str = 'class', keys: Tensor | None = None, key_labels: Tensor | None = None) -> Tensor:
+                positives: str = 'class', keys: Tensor | None = None, key_labels: Tensor | None = None,
+                sizes: list[int] | None = None) -> Tensor:
         """Compute the loss of one batch; float16 and bfloat16 features are computed in float32.
 
         Where torch.distributed has several processes, all of them call this, each with its slice of the batch, which
@@ -132,17 +133,19 @@ class SupConLoss(_ContrastiveLoss):
                 All processes have the same, of the whole batch.
             key_labels: [n_keys] their labels, needed with labels. -(c + 1), which always is allowed here, hides a key
                 from all anchors but those of class c.
+            sizes: how many images each process has, where that is known; None: each asks the others, by a message.
 
         Returns:
             A scalar. An anchor without positives (with 'only_negatives', also one without negatives) adds 0 and still
             counts in the mean.
 
         Raises:
-            ValueError: wrong shapes (both are named), labels and mask together, unknown positives, or negative labels
-                without hard_negatives. On a GPU, which is not waited for, the last is a failed device-side assertion.
+            ValueError: wrong shapes (both are named) or sizes, labels and mask together, unknown positives, or negative
+                labels without hard_negatives. On a GPU, which is not waited for, the last is a failed device-side
+                assertion.
         """
         _check_shapes(features, labels)
-        sizes = _all_sizes(len(features))
+        sizes = _all_sizes(len(features), sizes)
         self._check_arguments(features, labels, mask, positives, keys, key_labels, n_total=sum(sizes))
         features = _at_least_float32(features.flatten(2))
         anchors, contrasts, self_index = _views(features, labels, sizes, self.contrast_mode, self.hard_negatives)
@@ -198,11 +201,12 @@ class BalancedSupConLoss(_ContrastiveLoss):
         temperature, contrast_mode, base_temperature: as for SupConLoss; 0.1 and 0.1 is the published form.
     """
 
-    def forward(self, features: Tensor, labels: Tensor, prototypes: Tensor | None = None) -> Tensor:
+    def forward(self, features: Tensor, labels: Tensor, prototypes: Tensor | None = None,
+                sizes: list[int] | None = None) -> Tensor:
         """Compute the loss of one batch; float16 and bfloat16 features are computed in float32.
 
         Args:
-            features, labels: as for SupConLoss.
+            features, labels, sizes: as for SupConLoss.
             prototypes: [C, dim], row c is of class c, normally of unit length; they get gradients. All processes have
                 the same, which count once. None: the contrasts are the views alone.
 
@@ -210,12 +214,13 @@ class BalancedSupConLoss(_ContrastiveLoss):
             A scalar. An anchor without positives adds 0 and still counts in the mean.
 
         Raises:
-            ValueError: wrong shapes, or labels that are negative or have no prototype; on a GPU, which is not waited
-                for, the last two are a failed device-side assertion.
+            ValueError: wrong shapes or sizes, or labels that are negative or have no prototype; on a GPU, which is not
+                waited for, the last two are a failed device-side assertion.
         """
         _check_shapes(features, labels)
+        sizes = _all_sizes(len(features), sizes)
         features = _at_least_float32(features.flatten(2))
-        anchors, contrasts, self_index = _views(features, labels, _all_sizes(len(features)), self.contrast_mode, False)
+        anchors, contrasts, self_index = _views(features, labels, sizes, self.contrast_mode, False)
         if prototypes is not None:
             if prototypes.dim() != 2 or prototypes.shape[1] != features.shape[2]:
                 raise ValueError(f'prototypes are {list(prototypes.shape)}, expected [C, {features.shape[2]}] for '
@@ -250,42 +255,55 @@ class GenSupConLoss(_ContrastiveLoss):
             first group are the anchors and the second the contrasts.
     """
 
-    def forward(self, features: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, features: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor],
+                teacher: tuple[Tensor, Tensor] | None = None, alpha: float = 1.,
+                sizes: list[int] | None = None) -> Tensor:
         """Compute the loss of one batch; float16 and bfloat16 features are computed in float32.
 
         Args:
             features: two groups of views, each [N, dim], normally of unit length.
             labels: their label distributions, each [N, C] of numbers >= 0. Integers are allowed; only the direction of
                 a row counts.
+            teacher: label distributions too, those of a teacher; alpha times their loss is added. The log-sum-exp, the
+                same in both, is computed once.
+            sizes: as for SupConLoss, the N of each process.
 
         Returns:
             A scalar. An anchor whose positives weigh 0 in sum (less than 1e-9) adds 0 and still counts in the mean.
 
         Raises:
-            ValueError: wrong shapes (all are named).
+            ValueError: wrong shapes (all are named) or sizes.
         """
+        targets = [(1., labels)] if teacher is None else [(1., labels), (alpha, teacher)]
+        for _, target in targets:
+            self._check_shapes(features, target)
+        features = [_at_least_float32(part) for part in features]
+        sizes = _all_sizes(len(features[0]), sizes)
+        anchors, contrasts, self_index = self._split(features, sizes)
+        with _full_precision(anchors.device):
+            log_denominator = _log_sum_exp(anchors, contrasts, self.temperature, self_index)
+            loss = 0.
+            for weight, target in targets:
+                u, v, _ = self._split([F.normalize(part.double(), dim=1) for part in target], sizes)
+                sum_positive, has_positives = self._sum_positive(anchors.double(), contrasts.double(), u, v)
+                sum_of_losses = torch.where(has_positives, log_denominator, 0).sum() - sum_positive / self.temperature
+                loss = loss + weight * sum_of_losses
+            loss = _all_reduce_sum(loss) / max(1, len(contrasts))               # as many as all processes' anchors
+        return loss.to(anchors.dtype) * (self.temperature / self.base_temperature)
+
+    @staticmethod
+    def _check_shapes(features, labels):
         shapes = [list(tensor.shape) for tensor in (*features, *labels)]
-        n = shapes[0][0]
-        of_labels = [n, shapes[-1][-1]]
+        of_labels = [shapes[0][0], shapes[-1][-1]]
         if any(len(shape) != 2 for shape in shapes) or shapes != [shapes[0], shapes[0], of_labels, of_labels]:
             raise ValueError(f'features are {shapes[:len(features)]} and labels {shapes[len(features):]}, expected two '
                              'of the same [N, dim] and two of the same [N, C]')
-        features = [_at_least_float32(part) for part in features]
-        labels = [F.normalize(part.double(), dim=1) for part in labels]
-        sizes = _all_sizes(n)
+
+    def _split(self, groups, sizes):
+        """Two groups [N, ...] -> anchors [n, ...], contrasts [m, ...], which contrast each anchor is ([n], or None)."""
         if self.contrast_mode == 'all':
-            anchors, contrasts, self_index = _anchors_and_contrasts(torch.stack(features, 1), sizes)
-            u, v, _ = _anchors_and_contrasts(torch.stack(labels, 1), sizes)             # [n, C], [m, C]
-        else:
-            anchors, contrasts = features[0], _gather(features[1], sizes)
-            u, v = labels[0], _gather(labels[1], sizes)
-            self_index = None
-        with _full_precision(anchors.device):
-            log_denominator = _log_sum_exp(anchors, contrasts, self.temperature, self_index)
-            sum_positive, has_positives = self._sum_positive(anchors.double(), contrasts.double(), u, v)
-            loss = torch.where(has_positives, log_denominator, 0).sum() - sum_positive / self.temperature
-            loss = _all_reduce_sum(loss) / max(1, len(contrasts))               # as many as all processes' anchors
-        return loss.to(anchors.dtype) * (self.temperature / self.base_temperature)
+            return _anchors_and_contrasts(torch.stack(groups, 1), sizes)
+        return groups[0], _gather(groups[1], sizes), None
 
     def _sum_positive(self, anchors, contrasts, u, v):
         """sum_i sum_j w_ij z_i . z_j / sum_j w_ij, a scalar, and whether sum_j w_ij > 0: [n]; w_ij = u_i . v_j.
@@ -304,16 +322,17 @@ class GenSupConLoss(_ContrastiveLoss):
 
 @torch.no_grad()
 def contrastive_accuracy(features: Tensor, labels: Tensor | None = None, positives: str = 'class',
-                         hard_negatives: bool = False) -> Tensor:
+                         hard_negatives: bool = False, sizes: list[int] | None = None) -> Tensor:
     """Percentage of anchors whose most similar other view in the batch is a positive; a scalar.
 
-    features [bsz, n_views, dim], labels [bsz], positives and hard_negatives as for SupConLoss; or label distributions
-    [bsz, n_views, C], then the mean weight (%) of the most similar view. It rises from chance as pretraining learns.
+    features [bsz, n_views, dim], labels [bsz], positives, hard_negatives and sizes as for SupConLoss; or label
+    distributions [bsz, n_views, C], then the mean weight (%) of the most similar view. It rises from chance as
+    pretraining learns.
     With several processes as SupConLoss: of the whole batch.
     """
     _check('positives', positives, ('class', 'image'))
     features = features.float()
-    sizes = _all_sizes(len(features))
+    sizes = _all_sizes(len(features), sizes)
     if labels is not None and labels.dim() == 3:
         anchors, contrasts, self_index = _anchors_and_contrasts(features, sizes)
         u, v, _ = _anchors_and_contrasts(F.normalize(labels, dim=2), sizes)
@@ -796,8 +815,14 @@ def _rank():
     return dist.get_rank() if _n_processes() > 1 else 0
 
 
-def _all_sizes(n):
-    """The numbers n of all processes, a list; sent from the CPU where it has a way, so that no GPU is waited for."""
+def _all_sizes(n, known=None):
+    """The numbers n of all processes, a list; unless they are known, sent from the CPU where it has a way, so that no
+    GPU is waited for."""
+    if known is not None:
+        if len(known) != _n_processes() or known[_rank()] != n:
+            raise ValueError(f'sizes are {known}, expected one for each of {_n_processes()} processes, {n} for process '
+                             f'{_rank()}')
+        return known
     if _n_processes() == 1:
         return [n]
     backends = dist.get_backend_config()

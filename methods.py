@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from datasets.mixing import as_distributions, mix_views
 from losses import BalancedSupConLoss, GenSupConLoss, SupConLoss, contrastive_accuracy
-from util.distributed import all_sizes, all_to_all_rows, gather, global_mean, local_slice, to_device
+from util.distributed import all_to_all_rows, gather, global_mean, local_slice, slice_sizes, to_device
 from util.training import in_micro_batches
 
 
@@ -38,10 +38,11 @@ class SupCon:
         opt = self.opt
         features, logits = features_and_logits(network, images, self.n_views)
         classes = None if opt.multi_label else labels       # with several labels this is SimCLR: see make_method
-        loss = self.criterion(features, classes, positives=opt.positives)
+        sizes = slice_sizes(len(labels))
+        loss = self.criterion(features, classes, positives=opt.positives, sizes=sizes)
         if logits is not None:
             loss = loss + opt.ce_weight * classifier_loss(logits, torch.cat([labels] * self.n_views), opt)
-        return features, loss, contrastive_accuracy(features, classes, opt.positives, self.hard_negatives)
+        return features, loss, contrastive_accuracy(features, classes, opt.positives, self.hard_negatives, sizes)
 
 
 class SimCLR(SupCon):
@@ -75,11 +76,13 @@ class Momentum(SupCon):
         moco.enqueue(keys, all_labels)
 
         features, logits = features_and_logits(network, images, opt.n_views - 1)
-        loss = self.criterion(features, labels, positives=opt.positives, keys=contrasts, key_labels=contrast_labels)
+        sizes = slice_sizes(len(labels))
+        loss = self.criterion(features, labels, positives=opt.positives, keys=contrasts, key_labels=contrast_labels,
+                              sizes=sizes)
         if logits is not None:
             loss = loss + opt.ce_weight * classifier_loss(logits, labels.repeat(opt.n_views - 1), opt)
         features = torch.cat([features, keys[local_slice(len(keys))][:, None]], 1)      # the keys are the last views
-        return features, loss, contrastive_accuracy(features, labels, opt.positives, self.hard_negatives)
+        return features, loss, contrastive_accuracy(features, labels, opt.positives, self.hard_negatives, sizes)
 
 
 class BCL:
@@ -100,9 +103,10 @@ class BCL:
     def __call__(self, network, images, labels, rng):
         features, logits = features_and_logits(network, images, self.n_views)
         prototypes = network.model.project(network.model.fc.weight)             # [num_classes, feat_dim]
-        loss = (self.weight * self.criterion(features, labels, prototypes)
+        sizes = slice_sizes(len(labels))
+        loss = (self.weight * self.criterion(features, labels, prototypes, sizes)
                 + self.opt.ce_weight * classifier_loss(logits + self.adjustment, labels.repeat(self.n_views), self.opt))
-        return features, loss, contrastive_accuracy(features, labels)
+        return features, loss, contrastive_accuracy(features, labels, sizes=sizes)
 
 
 class GenSCL:
@@ -118,24 +122,25 @@ class GenSCL:
         self.opt, self.num_classes, self.teacher = opt, num_classes, teacher
 
     def __call__(self, network, images, labels, rng):
-        opt, n_views = self.opt, self.opt.n_views
+        opt, n_views, sizes = self.opt, self.opt.n_views, slice_sizes(len(labels))
         labels = as_distributions(labels, self.num_classes)
         if opt.mix:
             images, labels = mix_views(images, labels, n_views, opt.mix, opt.mix_alpha, rng)
         else:
             labels = labels.repeat(n_views, 1)
-        targets = [(1., labels)]                                                # (weight, [n_views * bsz, num_classes])
-        if self.teacher is not None:
-            probabilities = (in_micro_batches(self.teacher, images, opt).float() / opt.KD_temp).softmax(1)
-            targets = [(1., probabilities)] if opt.KD_alpha == math.inf else [*targets, (opt.KD_alpha, probabilities)]
+        probabilities = None
+        if self.teacher is not None:                                            # [n_views * bsz, num_classes]
+            probabilities = (in_micro_batches(self.teacher, images, opt, n_views).float() / opt.KD_temp).softmax(1)
+            if opt.KD_alpha == math.inf:
+                labels, probabilities = probabilities, None
 
         features, logits = features_and_logits(network, images, n_views)
         halves = features.transpose(0, 1).flatten(0, 1).chunk(2)                # each [n_views / 2 * bsz, feat_dim]
-        loss = sum(weight * self.criterion(halves, target.chunk(2)) for weight, target in targets)
-        _, target = targets[0]
+        of_teacher = None if probabilities is None else probabilities.chunk(2)
+        loss = self.criterion(halves, labels.chunk(2), of_teacher, opt.KD_alpha, [n_views // 2 * n for n in sizes])
         if logits is not None:
-            loss = loss + opt.ce_weight * classifier_loss(logits, target, opt)
-        return features, loss, contrastive_accuracy(features, by_image(target, n_views))
+            loss = loss + opt.ce_weight * classifier_loss(logits, labels, opt)
+        return features, loss, contrastive_accuracy(features, by_image(labels, n_views), sizes=sizes)
 
 
 METHODS = {'SupCon': SupCon, 'SimCLR': SimCLR, 'SINCERE': SINCERE, 'DCL': DCL, 'BCL': BCL, 'GenSCL': GenSCL}
@@ -188,7 +193,7 @@ def momentum_keys(moco, images, labels, opt, rng):
     The images of all processes are shuffled before they are split into micro-batches, GPUs and processes: otherwise the
     statistics of batch norm would reveal which keys and anchors belong together (He et al., 2020, section 3.3).
     """
-    sizes = all_sizes(len(images))
+    sizes = slice_sizes(len(images))
     order = torch.from_numpy(rng.permutation(sum(sizes)))
     keys = in_micro_batches(moco, all_to_all_rows(images, order, sizes), opt)
     return gather(keys, sizes)[to_device(order.argsort(), keys.device)], gather(labels, sizes)

@@ -9,7 +9,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from util.distributed import all_sizes, all_to_all_rows
+from util.distributed import all_to_all_rows, slice_sizes
 
 
 def mix(images, labels, kind, alpha, rng):
@@ -22,7 +22,7 @@ def mix(images, labels, kind, alpha, rng):
     if kind == 'mixup_cutmix':
         kind = rng.choice(['mixup', 'cutmix'])
     lam = rng.beta(alpha, alpha)
-    sizes = all_sizes(len(images))
+    sizes = slice_sizes(len(images))
     order = torch.from_numpy(rng.permutation(sum(sizes)))
     others, labels_of_others = all_to_all_rows(images, order, sizes), all_to_all_rows(labels, order, sizes)
     if kind == 'mixup':

@@ -1,4 +1,5 @@
-"""Evaluate a classifier of main_ce.py or main_linear.py and its encoder on the validation images of its run.
+"""Evaluate a classifier of main_ce.py, main_linear.py or main_supcon.py --ce_weight, and its encoder, on the validation
+images of its run.
 
     python scripts/evaluate.py --ckpt output/<run>/trial=0/last.ckpt [--figures FOLDER] [--per_class] [--corruptions]
 
@@ -42,7 +43,8 @@ STRENGTHS = {
 
 def parse_option():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--ckpt', required=True, metavar='FILE', help='checkpoint of main_ce.py or main_linear.py')
+    parser.add_argument('--ckpt', required=True, metavar='FILE', help='checkpoint of main_ce.py, main_linear.py or '
+                        'main_supcon.py --ce_weight')
     parser.add_argument('--figures', metavar='FOLDER', help='write figures there; default: none')
     parser.add_argument('--per_class', action='store_true', help='the accuracy of each class too')
     parser.add_argument('--corruptions', action='store_true', help='corrupted images too')

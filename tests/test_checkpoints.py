@@ -314,7 +314,8 @@ SCALER = {'scale': 8., 'growth_factor': 2., 'backoff_factor': 0.5, 'growth_inter
 
 @pytest.mark.parametrize('change', [
     {'epoch': 1.}, {'epoch': True}, {'epoch': '1'}, {'epoch': -1}, {'epoch': 2**40}, {'step': 1.}, {'step': 2**40},
-    {'step': 2, 'meters': {}}, {'optimizer': torch.ones(3)},
+    {'step': 2, 'meters': {}}, *({'step': 3, 'meters': dict.fromkeys(names, (1., 96))} for names in (
+        ['x'], ['train_loss'], ['train_acc', 'train_loss'], ['loss', 'contrastive_acc'])), {'optimizer': torch.ones(3)},
     {'best_acc': 101}, {'best_acc': -1}, {'meters': {'train_loss': (NAN, 1)}}, {'meters': {'train_loss': (1., 0.5)}},
     {'meters': {'train_loss': (1., -1)}}, {'scaler': {'scale': 1.}}, {'scaler': {**SCALER, 'scale': 'x'}},
     {'scaler': {**SCALER, 'scale': NAN}}, {'scaler': {**SCALER, 'growth_interval': 0.5}}, {'opt': {5: 6}},
@@ -359,7 +360,7 @@ def test_a_step_after_the_end_of_the_epoch(call, whole):
     loader.set_epoch(2, 3)
     with pytest.raises(UserError, match='step'):
         loader.set_epoch(2, 4)
-    LAST.write_bytes(stored({**whole, 'step': 99, 'meters': {'train_loss': (1., 1)}}))
+    LAST.write_bytes(stored({**whole, 'step': 99, 'meters': dict.fromkeys(['train_loss', 'train_acc'], (1., 1))}))
     status, _, err = call(main_ce.main, *RUN, '--epochs', 2, '--resume')
     assert status == 2 and err.count('\n') == 1 and '99' in err and '3 steps' in err
 

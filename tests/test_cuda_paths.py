@@ -15,6 +15,7 @@ import torch
 from conftest import train_one_epoch
 from torch import distributed as dist
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.testing._internal.distributed import fake_pg  # noqa: F401, registers the backend `fake`
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -320,6 +321,36 @@ def test_a_compiler_that_fails_is_done_without(monkeypatch, capsys):
     torch._dynamo.reset()
 
 
+def test_a_compiler_that_fails_in_the_backward_pass_is_done_without(monkeypatch, capsys):
+    def fails(graph, inputs):
+        raise AssertionError('a bug of the compiler')
+    backend = aot_autograd(fw_compiler=lambda graph, inputs: graph.forward, bw_compiler=fails)
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda function, **settings: compile_(function, backend=backend))
+    torch._dynamo.reset()
+    network = training.Compiled(nn.Linear(3, 2))
+    for _ in range(2):
+        network(torch.ones(4, 3)).sum().backward()
+    torch.testing.assert_close(network.module.weight.grad, torch.full((2, 3), 8.))
+    assert capsys.readouterr().out.count('torch.compile fails on this network (BackendCompilerFailed)') == 1
+    torch._dynamo.reset()
+
+
+def test_what_is_compiled_is_what_most_batches_are(graphs):
+    """Whatever comes first: an empty slice, an evaluation, the last batch of a resumed epoch."""
+    network = training.Compiled(nn.Linear(3, 2))
+    for mode, sizes, expected in ((False, [0], 0), (True, [0], 0), (True, [2], 1), (True, [4, 4, 2, 0], 2),
+                                  (False, [4, 6], 2), (True, [4, 3], 2)):
+        network.train(mode)
+        for size in sizes:
+            network(torch.rand(size, 3))
+        assert len(graphs) == expected
+    frozen = training.Compiled(nn.Linear(3, 2).eval())          # a teacher
+    for size in (0, 3, 3):
+        frozen(torch.rand(size, 3))
+    assert len(graphs) == 3
+
+
 # Checkpoints
 
 def test_checkpoints_are_written_while_training_goes_on(call, monkeypatch):
@@ -468,25 +499,61 @@ def test_batch_norm_of_eight_processes_sends_once_each_way(eight_processes, bsz)
     assert x.grad.shape == x.shape
 
 
-STEP = {                                # what a step sends at most; a resnet18 has 20 batch norms
-    'SupCon': ([], 11), 'syncBN': (['--syncBN'], 11 + 2 * 20),
-    'GenSCL': (['--method', 'GenSCL', '--mix', 'mixup', '--no_warm'], 17), 'moco': (['--moco', '--moco_k', '64'], 14)}
+MIX, GENSCL, MOCO = ['--mix', 'mixup'], ['--method', 'GenSCL', '--no_warm'], ['--moco', '--moco_k', '64']
+STEP = {                                # what a step sends; a resnet18 has 20 batch norms
+    'SupCon': (main_supcon, [], 9), 'syncBN': (main_supcon, ['--syncBN'], 9 + 2 * 20),
+    'micro-batches': (main_supcon, ['--accum_steps', '2'], 9), 'BCL': (main_supcon, ['--method', 'BCL'], 11),
+    'GenSCL': (main_supcon, [*GENSCL, *MIX], 13), 'teacher': (main_supcon, GENSCL, 10),
+    'teacher in micro-batches': (main_supcon, [*GENSCL, '--accum_steps', '2'], 10), 'moco': (main_supcon, MOCO, 11),
+    'moco in micro-batches': (main_supcon, [*MOCO, '--accum_steps', '2'], 11), 'ce': (main_ce, [], 4),
+    'mixed ce': (main_ce, MIX, 6), 'ce in micro-batches': (main_ce, ['--accum_steps', '2'], 4)}
+
+
+class Slices(Rows):
+    """This process's slices of batches [64, 60, 60]: the last two are of 7 or 8 images."""
+
+    def __init__(self, n_views):
+        self.sizes, self.n_views = [64, 60, 60], n_views
+
+    def __iter__(self):
+        for size in self.sizes:
+            labels = torch.arange(size)[distributed.local_slice(size)] % 10
+            yield torch.rand(self.n_views * len(labels), 3, 8, 8), labels
 
 
 @pytest.mark.parametrize('name', STEP)
 def test_a_step_of_eight_processes_sends_few_messages(eight_processes, monkeypatch, tmp_path, spy, name):
-    """Beside DistributedDataParallel's own."""
+    """Beside DistributedDataParallel's own: features, labels, sums, and whether a signal stops the run; no sizes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(training, 'DistributedDataParallel', lambda model, **settings: model)
-    extra, most = STEP[name]
-    opt = main_supcon.parse_option([*SMALL, '--batch_size', '64', '--epochs', '1', *extra])
+    program, extra, number = STEP[name]
+    opt = program.parse_option([*SMALL, '--batch_size', '64', '--epochs', '1', *extra])
+    opt.class_sizes, opt.KD_alpha, opt.KD_temp = [20] * 10, 0.5, 1.
     training.set_device(opt)
     training.set_warmup(opt)
     sent = [spy(dist, function) for function in ('all_gather', 'all_reduce', 'all_to_all_single')]
     numbers, update = [], training.update
     monkeypatch.setattr(training, 'update', lambda *args: (update(*args), numbers.append(sum(map(len, sent)))))
-    train_one_epoch(main_supcon, opt, Rows(3), 10)
-    assert numbers[1] - numbers[0] == numbers[2] - numbers[1] <= most
+    teacher = (lambda images: images.flatten(1)[:, :10]) if 'teacher' in name else None
+    train_one_epoch(program, opt, Slices(2 if program is main_supcon else 1), 10, teacher)
+    assert numbers[1] - numbers[0] == numbers[2] - numbers[1] == number
+
+
+def test_sizes_that_are_known_need_no_message(eight_processes, spy):
+    """And those that are wrong are an error in this process."""
+    sent = spy(dist, 'all_gather')
+    with distributed.training_on(60):
+        assert distributed.slice_sizes(8) == [7, 8, 7, 8, 7, 8, 7, 8]
+        with pytest.raises(ValueError, match='process 1 has 7 images of a batch of 60, expected 8'):
+            distributed.slice_sizes(7)
+    assert not sent
+    distributed.slice_sizes(7)
+    assert len(sent) == 1                               # the batch is not known here
+    z = torch.rand(2, 2, 3)
+    for sizes in ([2] * 7, [3] * 8):
+        with pytest.raises(ValueError, match='one for each of 8 processes, 2 for process 1'):
+            SupConLoss()(z, sizes=sizes)
+    assert len(sent) == 1
 
 
 def test_slices_of_unequal_size_are_gathered(eight_processes):

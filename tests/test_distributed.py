@@ -224,7 +224,8 @@ class Prototypes(nn.Linear):
     SupConLoss(denominator_mode='one_positive'), SupConLoss(0.07, 'one', 0.07, 'in', 'one_positive', 2),
     GenSupConLoss(), GenSupConLoss(contrast_mode='one'), BalancedSupConLoss(), BalancedSupConLoss(contrast_mode='one')])
 def test_the_loss_alone_in_any_training_loop(in_processes, criterion):
-    """With PyTorch's own DistributedDataParallel around a network; one process has no image."""
+    """With PyTorch's own DistributedDataParallel around a network; one process has no image. The processes send each
+    other how many they have, or know it."""
     rng = torch.Generator().manual_seed(0)
     x, labels = torch.randn(7, 2, 5, generator=rng, dtype=torch.float64), torch.tensor([0, 1, 0, 2, 1, 0, 1])
     soft, sizes = F.one_hot(labels).double() + 0.1, [4, 0, 3]
@@ -232,7 +233,7 @@ def test_the_loss_alone_in_any_training_loop(in_processes, criterion):
     if hard_negatives:
         labels[1:3] = torch.tensor([-1, -2])
 
-    def step():
+    def step(known=None):
         several = dist.is_initialized()
         torch.manual_seed(0)
         network = Prototypes() if isinstance(criterion, BalancedSupConLoss) else nn.Linear(5, 4).double()
@@ -242,16 +243,17 @@ def test_the_loss_alone_in_any_training_loop(in_processes, criterion):
         z, prototypes = z if isinstance(z, tuple) else (z, None)
         z = F.normalize(z, dim=2)
         if isinstance(criterion, GenSupConLoss):
-            loss = criterion(z.unbind(1), (soft[rows], soft[rows]))
+            loss = criterion(z.unbind(1), (soft[rows], soft[rows]), sizes=known)
         elif prototypes is not None:
-            loss = criterion(z, labels[rows], F.normalize(prototypes, dim=1))
+            loss = criterion(z, labels[rows], F.normalize(prototypes, dim=1), sizes=known)
         else:
-            loss = criterion(z, labels[rows])
+            loss = criterion(z, labels[rows], sizes=known)
         loss.backward()
-        accuracy = contrastive_accuracy(z, labels[rows], hard_negatives=hard_negatives)
+        accuracy = contrastive_accuracy(z, labels[rows], hard_negatives=hard_negatives, sizes=known)
         return loss.item(), [p.grad for p in network.parameters()], accuracy.item()
     whole, = in_processes(1, step)
-    for loss, gradients, accuracy in in_processes(3, step):
+    for (loss, gradients, accuracy), known in in_processes(3, lambda: (step(), step(sizes))):
+        assert known[0] == loss and known[2] == accuracy and all(map(torch.equal, known[1], gradients))
         assert loss == pytest.approx(whole[0], rel=1e-12) and accuracy == pytest.approx(whole[2])
         torch.testing.assert_close(gradients, whole[1], rtol=1e-10, atol=1e-12)
 
@@ -493,6 +495,15 @@ def test_mistakes_in_several_processes_are_reported_once(monkeypatch, tmp_path):
     assert job.returncode != 0
     assert len([line for line in out.splitlines() if 'main_linear.py: error: nowhere.ckpt: no such' in line]) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_beyond_the_processes_is_rejected_at_once(rejected, monkeypatch):
+    monkeypatch.setattr(dist, 'init_process_group', lambda *args, **settings: pytest.fail('waits for the others'))
+    monkeypatch.setattr(time, 'sleep', lambda seconds: None)            # rank 0 would print first
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    for number in ('2', '7'):
+        monkeypatch.setenv('RANK', number)
+        rejected(main_ce.main, *TINY, words=[f'RANK is {number} and WORLD_SIZE 2', 'below WORLD_SIZE'])
 
 
 def test_more_processes_than_a_batch_can_serve(rejected, monkeypatch):

@@ -176,14 +176,16 @@ def test_loss_is_that_of_labels_and_of_the_teacher(call, teacher, spy, tmp_path)
         updates.clear()
         ok(call, main_supcon, *GENSCL, '--mix', 'mixup', '--KD', '--KD_alpha', alpha, '--KD_temp', 2, '--teacher_path',
            TEACHER, '--output_name', alpha)
-        terms = [methods.GenSupConLoss(0.1)(*args[1:]).item() for args, _ in called[:2]]
+        _, features, *targets, weight, _ = called[0][0]
+        assert weight == float(alpha) and (targets[1] is None) == (alpha == 'inf')
+        targets = [target for target in targets if target is not None]
+        terms = [methods.GenSupConLoss(0.1)(features, target).item() for target in targets]
         losses[alpha] = updates[0][0][0].item(), terms
-        labels = called[0][0][2] if alpha == 'inf' else called[1][0][2]
-        assert [part.shape for part in labels] == [(32, 10), (32, 10)]
-        torch.testing.assert_close(labels[0].sum(1), torch.ones(32))
-        assert (labels[0] > 0).all()                                        # a softmax
+        assert [part.shape for part in targets[-1]] == [(32, 10), (32, 10)]
+        torch.testing.assert_close(targets[-1][0].sum(1), torch.ones(32))
+        assert (targets[-1][0] > 0).all()                                   # a softmax
         if alpha != 'inf':
-            assert ((called[0][0][2][0] > 0).sum(1) <= 2).all()             # two images mixed
+            assert ((targets[0][0] > 0).sum(1) <= 2).all()                  # two images mixed
     for alpha in ('0', '0.5'):
         total, (of_labels, of_teacher) = losses[alpha]
         assert total == pytest.approx(of_labels + float(alpha) * of_teacher, rel=1e-5)
@@ -450,12 +452,15 @@ def test_soft_labels_row_by_row(monkeypatch):
     values = torch.arange(6.)                                               # view after view
     network = lambda images, n_views: (seen.append(images), torch.rand(6, 4))[1]        # noqa: E731
     method = methods.GenSCL(opt, 3, FakeTeacher())
-    method.criterion = lambda features, labels: (learned.append(torch.stack(labels)), torch.ones(()))[1]
+    def criterion(features, labels, teacher, alpha, sizes):
+        learned.extend(torch.stack(target) for target in (labels, teacher) if target is not None)
+        return torch.ones(()) * alpha
+    method.criterion = criterion
     _, loss, _ = method(network, values[:, None, None, None].expand(6, 3, 2, 2), torch.tensor([0, 1, 2]), None)
     mixed = torch.tensor([0.75 * 0 + 0.25 * 1, 0.75 * 1 + 0.25 * 2, 0.75 * 2 + 0.25 * 0,
                           0.6 * 3 + 0.4 * 5, 0.6 * 4 + 0.4 * 3, 0.6 * 5 + 0.4 * 4])
     torch.testing.assert_close(seen[0][:, 0, 0, 0], mixed)
-    assert loss.item() == pytest.approx(1.4)                                # weights 1 and --KD-alpha
+    assert loss.item() == pytest.approx(0.4)                                # --KD-alpha
     torch.testing.assert_close(learned[0], torch.tensor([[[.75, .25, 0], [0, .75, .25], [.25, 0, .75]],
                                                          [[.6, 0, .4], [.4, .6, 0], [0, .4, .6]]]))
     logits = torch.stack([mixed, torch.zeros(6), torch.ones(6)], 1) / 2

@@ -353,6 +353,28 @@ def test_soft_labels_match_reference(set_blocks, mode, targets, block):
     assert torch.autograd.gradcheck(lambda f: GenSupConLoss(0.5, mode)(f.unbind(1), labels.unbind(0)), (features,))
 
 
+@pytest.mark.parametrize('mode', ['all', 'one'])
+@pytest.mark.parametrize('alpha', [0., 0.5, 3.])
+def test_the_loss_of_a_teacher_is_added_with_one_log_sum_exp(monkeypatch, mode, alpha):
+    """Of its own number of classes, with some anchors that only one of both gives positives."""
+    computed, log_sum_exp = [], losses._log_sum_exp
+    monkeypatch.setattr(losses, '_log_sum_exp', lambda *args: computed.append(args) or log_sum_exp(*args))
+    labels, teacher = torch.rand(2, 7, 4), torch.rand(2, 7, 6).softmax(2)
+    labels[:, 2] = 0.
+    features = random_features()
+    copied = copy.deepcopy(features)
+    loss = GenSupConLoss(0.1, mode, 0.07)(features.unbind(1), labels.unbind(0), teacher.unbind(0), alpha)
+    assert len(computed) == 1
+    expected = sum(weight * reference_soft(copied.unbind(1), target.unbind(0), 0.1, mode)
+                   for weight, target in ((1., labels), (alpha, teacher)))
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-12)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(features.grad, copied.grad, rtol=1e-6, atol=1e-12)
+    with pytest.raises(ValueError, match=r'labels \[\[7, 6\], \[6, 6\]\]'):
+        GenSupConLoss()(features.unbind(1), labels.unbind(0), (teacher[0], teacher[0, :6]))
+
+
 def test_one_hot_labels_match_supcon():
     features, labels = random_features(64, 2, (16,), torch.float32), torch.randint(9, (64,))
     expected = SupConLoss(0.1)(features, labels)

@@ -251,7 +251,7 @@ def test_training_waits_for_the_device_only_to_print(monkeypatch, program, argum
     opt = program.parse_option([*TINY, '--batch_size', '8', *arguments])
     opt.device = 'cpu'
     monkeypatch.setattr(methods.SupConLoss, 'forward', lambda self, features, *rest, **more: features.square().sum())
-    monkeypatch.setattr(methods.GenSupConLoss, 'forward', lambda self, features, labels: features[0].square().sum())
+    monkeypatch.setattr(methods.GenSupConLoss, 'forward', lambda self, features, *rest: features[0].square().sum())
     # PyTorch's looks at the labels, on CPUs only.
     monkeypatch.setattr(torch.nn.functional, 'one_hot', lambda labels, classes: torch.eye(classes)[labels])
     monkeypatch.setattr(losses, '_check_labels', lambda *_: None)               # asks on CPUs only too

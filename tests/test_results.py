@@ -224,6 +224,16 @@ def test_a_row_with_a_wrong_command_is_reported_in_one_line(tmp_path):
         assert done.returncode == 1 and expected in done.stderr and done.stderr.count('\n') == 1, done.stderr
 
 
+def test_a_row_whose_log_is_no_file_is_rejected(tmp_path):
+    """A named pipe, which would be waited for, a folder, a device."""
+    os.mkfifo(tmp_path / 'a.log')
+    (tmp_path / 'b.log').mkdir()
+    for log in ('a.log', 'b.log', '/dev/null'):
+        done = subprocess.run([sys.executable, RESULTS / 'row.py', log, 'main_ce.py'], cwd=tmp_path, timeout=30,
+                              capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr == f'row.py: error: {log} is no file, expected a log\n'
+
+
 def test_corrupted_images_of_a_run_that_has_diverged(tmp_path):
     report = runpy.run_path(str(RESULTS / 'report.py'))
     values = {'clean': 50., **{kind: [5., 4., 3., 2., 1.] for kind in evaluate.STRENGTHS}}
@@ -337,6 +347,29 @@ def test_evaluation_is_that_of_the_run(call, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['evaluate.py', '--ckpt', 'nowhere.ckpt'])
     status, _, err = call(lambda argv: evaluate.main())
     assert status == 2 and err.count('\n') == 1 and 'nowhere.ckpt' in err
+
+
+@pytest.mark.parametrize('extra', [[], ['--moco', '--moco_k', '32'], ['--method', 'BCL', '--no_warm']])
+def test_the_classifier_beside_a_projection_head_is_evaluated(call, monkeypatch, extra):
+    """main_supcon.py --ce_weight; without it there is none, which is reported."""
+    words = [*TINY, '--epochs', 1, '--output_name', 'a']
+    assert call(main_supcon.main, *words, '--ce_weight', 1, *extra)[0] == 0
+    checkpoint = load_checkpoint('output/a/trial=0/last.ckpt')
+    opt = main_supcon.parse_option([*map(str, words), '--ce_weight', '1', *extra])
+    opt.device = 'cpu'
+    *_, val_loader, classes = main_supcon.set_loader(opt)
+    model = main_supcon.set_model(opt)
+    model.load_state_dict(checkpoint['model'])
+    with torch.no_grad():
+        right = [model.eval()(images)[1].argmax(1) == labels for images, labels in val_loader]
+    monkeypatch.setattr(sys, 'argv', ['evaluate.py', '--ckpt', 'output/a/trial=0/last.ckpt'])
+    status, out, err = call(lambda argv: evaluate.main())
+    assert status == 0, err
+    assert f'top-1 {100 * torch.cat(right).float().mean():.2f}\n' in out and 'kNN accuracy' in out
+    if not extra:
+        assert call(main_supcon.main, *words, '--overwrite')[0] == 0
+        status, _, err = call(lambda argv: evaluate.main())
+        assert status == 2 and 'holds no classifier of resnet18: fc.weight is missing' in err
 
 
 RECORDED = {'dataset': 'digits', 'model': 'resnet18', 'width': 0.0625, 'size': 8, 'mean': [0.3] * 3, 'std': [0.2] * 3}

@@ -384,6 +384,18 @@ def test_other_options_are_listed_and_forced(call, rejected):
     rejected(main_ce.main, *RUN, '--resume', '--force', '--epochs', 1, words=['has 2 epochs', '--epochs of at least'])
 
 
+@pytest.mark.parametrize('before, after, words', [
+    ([], ['--encoder_lr', 0.01], '--encoder_lr 0.01, was None'),
+    (['--encoder_lr', 0.01], [], '--encoder_lr None, was 0.01'),
+    ([], ['--no_bias_decay'], '--no_bias_decay True, was False'),
+    ([], ['--optim_kind', 'Adam'], '--optim_kind Adam, was SGD')])
+def test_options_that_the_optimizer_cannot_continue_with_are_named(call, rejected, before, after, words):
+    assert call(main_ce.main, *RUN, '--epochs', 1, *before)[0] == 0
+    rejected(main_ce.main, *RUN, '--epochs', 2, '--resume', '--force', *after,
+             words=[f'--force: the optimizer of {FOLDER}/last.ckpt cannot continue with {words} ('])
+    assert call(main_ce.main, *RUN, '--epochs', 2, '--resume', '--force', *before, '--weight_decay', 0.5)[0] == 0
+
+
 def test_a_finished_run_resumed_reports_its_result_and_exports(call, tmp_path):
     _, out, _ = call(main_ce.main, *RUN, '--epochs', 2)
     status, again, err = call(main_ce.main, *RUN, '--epochs', 2, '--resume', '--export', 'x.pth')

@@ -6,6 +6,7 @@ Each process calls backward on the same number, the loss of the whole batch. Wha
 back is the sum of what the processes pass to them, so that the gradients of the parameters have to be averaged
 afterwards, as DistributedDataParallel does: the average is the gradient of that loss.
 """
+import contextlib
 import os
 
 import torch
@@ -21,6 +22,9 @@ def start_processes(gpu):
     """
     if _number('WORLD_SIZE', 1) == 1 or _started():
         return
+    if rank() >= expected_processes():                  # it and the others would wait for minutes
+        raise UserError(f'RANK is {rank()} and WORLD_SIZE {expected_processes()} in the environment, expected a RANK '
+                        'below WORLD_SIZE, as torchrun sets it')
     try:
         if gpu is None:
             dist.init_process_group('gloo')
@@ -74,13 +78,43 @@ def local_processes():
 
 def local_slice(n):
     """The slice of a batch of n images that is this process's: at least two, which batch norm needs, or none."""
+    bounds = _bounds(n)
+    return slice(bounds[rank()], bounds[rank() + 1])
+
+
+def _bounds(n):
+    """Where the slices of a batch of n images begin and end: [world_size() + 1] numbers."""
     active = max(1, min(world_size(), n // 2))
-    bounds = [n * min(i, active) // active for i in (rank(), rank() + 1)]
-    return slice(*bounds)
+    return [n * min(i, active) // active for i in range(world_size() + 1)]
+
+
+_batch = None                           # see training_on
+
+
+@contextlib.contextmanager
+def training_on(n):
+    """Within it all processes train on a batch of n images, their slices of it: `slice_sizes` needs no message."""
+    global _batch
+    _batch = n
+    try:
+        yield
+    finally:
+        _batch = None
+
+
+def slice_sizes(n):
+    """How many images of the batch each process has, a list; n: how many this one has, its local_slice."""
+    if _batch is None or world_size() == 1:
+        return all_sizes(n)
+    bounds = _bounds(_batch)
+    sizes = [end - start for start, end in zip(bounds, bounds[1:])]
+    if n != sizes[rank()]:
+        raise ValueError(f'process {rank()} has {n} images of a batch of {_batch}, expected {sizes[rank()]}')
+    return sizes
 
 
 def all_sizes(n):
-    """The numbers n of all processes, a list."""
+    """The numbers n of all processes, a list; each sends its own."""
     if world_size() == 1:
         return [n]
     mine = torch.tensor([n], device=_device_of_numbers())

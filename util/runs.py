@@ -13,7 +13,7 @@ from pathlib import Path
 from networks.sync_bn import average_statistics
 from util import checkpoints
 from util.curves import Curves, grid_of_views
-from util.distributed import all_max, all_sizes, rank
+from util.distributed import all_max, all_sizes, rank, training_on
 from util.errors import UserError
 from util.files import FolderLock, check_locks, replace_file, writing
 from util.log import log, progress
@@ -28,6 +28,9 @@ RESUME_MAY_CHANGE = {
     'per_class', 'resume', 'force', 'overwrite', 'device', 'data_folder', 'aug_root', 'cache_dir', 'loader_chosen',
     'output_name', 'trial', 'debug', 'wandb', 'wandb_entity', 'wandb_project', 'num_classes',
     'class_sizes', 'evaluate', 'export'}
+
+# Options that decide what the optimizer keeps, of which parameters.
+OPTIMIZER = {'optim_kind', 'LARS', 'momentum', 'no_bias_decay', 'encoder_lr', 'finetune', 'freeze_bn'}
 
 DEFAULTS = {name: value for program in PROGRAMS for name, value in program_defaults(program).items()}
 
@@ -157,8 +160,10 @@ class Run:
                 raise ValueError(f'best_acc {self.best_acc}, meters {totals}')
             if not isinstance(saved.get('wandb'), (str, type(None))) or not self.checkpoint['opt']:
                 raise TypeError('wandb is no text, or the options are missing')
-            if self.step and not self.saved_meters:
-                raise ValueError(f'the averages of its {self.step} steps are missing')
+            needed = ['loss', 'contrastive_acc'] if hasattr(self.opt, 'temp') else ['train_loss', 'train_acc']
+            if self.step and list(self.saved_meters)[:2] != needed:     # as `record` gets them
+                raise ValueError(f'the averages of its {self.step} steps are {reprlib.repr(list(self.saved_meters))}, '
+                                 f'expected first {needed}')
             if not isinstance(saved['optimizer'], dict):
                 raise TypeError('the optimizer has no state')
             checkpoints.load_parameters(self.model, self.checkpoint['model'], f'--resume: {self.source}')
@@ -167,7 +172,13 @@ class Run:
             # The first steps of float16 may all have been skipped; not every parameter of timm's has gradients.
             started = bool((epoch or self.step) and (saved['optimizer']['state'] or not scaler))
             optional = {parameter for name, parameter in self.model.named_parameters() if 'backbone.' in name}
-            checkpoints.load_optimizer(self.optimizer, saved['optimizer'], started, optional)
+            try:
+                checkpoints.load_optimizer(self.optimizer, saved['optimizer'], started, optional)
+            except Exception as error:
+                if changed := self._changed_options(OPTIMIZER):
+                    raise UserError(f'--force: the optimizer of {self.source} cannot continue with '
+                                    f"{'; '.join(changed)} ({error!s:.200}), expected the same") from error
+                raise
         except UserError:
             raise
         except Exception as error:                      # what is missing or of another kind can raise anything
@@ -258,7 +269,8 @@ class Run:
             self.waited += data_time.val
             set_learning_rate(self.optimizer, learning_rate(opt, epoch, step, steps))
             self.rng, self.size = seed_step(opt, epoch, step), loader.sizes[step]
-            yield batch
+            with training_on(self.size):
+                yield batch
             del batch                                   # its memory is needed for the next one
             batch_time.update(time.time() - end)
             end = time.time()

@@ -80,11 +80,13 @@ def load_classifier(checkpoint, opt, classes):
     """A frozen classifier for images of these classes, on opt.device.
 
     checkpoint: {'file': its name, 'opt': the options of its run or {}, 'model': its parameters, 'classes': their names
-    or None}. One of main_ce.py or main_linear.py records its network; any other must hold the parameters of
-    timm's --teacher_kind, with the stem of --stem, trained on images with the statistics of this run. Raises
-    UserError where it does not fit.
+    or None}. One of main_ce.py, main_linear.py or main_supcon.py with --ce_weight records its network; any other must
+    hold the parameters of timm's --teacher_kind, with the stem of --stem, trained on images with the statistics of this
+    run. Raises UserError where it does not fit.
     """
     file, recorded, state = checkpoint['file'], checkpoint['opt'], checkpoint['model']
+    if recorded:                                        # main_supcon.py's hold what its classifier does not need
+        state = {name: value for name, value in state.items() if not name.startswith(('head.', 'moco.'))}
     if recorded and opt.teacher_kind:
         raise UserError(f'--teacher_kind {opt.teacher_kind}: {file} records its network, {recorded.get("model")}')
     def build():
@@ -109,7 +111,7 @@ def load_classifier(checkpoint, opt, classes):
 
 
 def _ours(recorded, state, num_classes, opt):
-    """The network of a checkpoint of main_ce.py or main_linear.py, with the names of it and of its last weights."""
+    """The classifier in a checkpoint of these programs, with the names of its network and of its last weights."""
     name = recorded.get('model', 'resnet50')
     settings = {'size': opt.size, 'stem': recorded.get('stem', 'cifar'), 'width': recorded.get('width', 1.)}
     if 'classifier.fc.weight' in state:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from networks.sync_bn import average_statistics, synchronized
-from util.distributed import all_sizes, gather, local_rank, rank, start_processes, world_size
+from util.distributed import all_sizes, gather, local_rank, rank, slice_sizes, start_processes, world_size
 from util.errors import UserError
 from util.log import log, progress
 from util.memory import keep_freed_memory
@@ -174,24 +174,32 @@ def compiled(network, opt):
     return Compiled(network) if opt.compile else network
 
 
+def _compiling_backward():
+    """The context in which torch.compile does not leave the backward pass until it is needed."""
+    config, setting = torch._functorch.config, 'force_non_lazy_backward_lowering'
+    return config.patch(setting, True) if hasattr(config, setting) else contextlib.nullcontext()
+
+
 class Compiled(nn.Module):
-    """A network that is compiled for batches like the first: of the same size and mode (training or eval).
+    """A network that is compiled for the largest batches so far in its mode: of training, or eval until it trains.
 
     Others (the last batch of an epoch, the empty slice of a process, those of evaluation) are computed without the
-    compiler, which takes minutes for each kind; and all are if it fails.
+    compiler, which takes minutes for each kind; and all are if it fails. It compiles the backward pass with the forward
+    pass, and may fail there; a PyTorch without this setting does so in backward, where an error ends the program.
     """
 
     def __init__(self, module):
         super().__init__()
-        self.module, self.usual, self.fails = module, None, False
+        self.module, self.usual, self.fails = module, (False, 0), False
         self.compiled = torch.compile(module.forward, dynamic=False)
 
     def forward(self, x):
-        kind = len(x), self.module.training
-        self.usual = self.usual or kind
+        kind = self.module.training, len(x)
+        self.usual = max(self.usual, kind)
         if kind == self.usual and len(x) and not self.fails:
             try:
-                return self.compiled(x)
+                with _compiling_backward():
+                    return self.compiled(x)
             except torch._dynamo.exc.TorchDynamoException as error:
                 log(f'--compile: torch.compile fails on this network ({type(error).__name__}), which is computed '
                     'without it')
@@ -271,15 +279,21 @@ def split_into_micro_batches(images, opt, n_views=1):
     """Images [n_views * bsz, ...] in at most opt.accum_steps parts [n_views, part of bsz, ...], each of at least two
     images, which batch norm needs; equally many in all processes."""
     views = images.unflatten(0, (n_views, -1))
-    smallest = min(all_sizes(views.shape[1])) if opt.accum_steps > 1 else 0
-    return views.tensor_split(max(1, min(opt.accum_steps, smallest // 2)), 1)
+    return views.tensor_split(_n_micro_batches(views.shape[1], opt), 1)
+
+
+def _n_micro_batches(bsz, opt, n_views=1):
+    smallest = n_views * min(slice_sizes(bsz)) if opt.accum_steps > 1 else 0
+    return max(1, min(opt.accum_steps, smallest // 2))
 
 
 @torch.no_grad()
-def in_micro_batches(module, images, opt):
-    """Outputs [n, ...] of a module for images [n, ...] in micro-batches, as in training but without gradient."""
+def in_micro_batches(module, images, opt, n_views=1):
+    """Outputs of a module for images [n_views * bsz, ...] in micro-batches, as in training but without gradient; the
+    views of an image may be in several of them."""
+    number = _n_micro_batches(len(images) // n_views, opt, n_views)
     with autocast(opt):
-        return torch.cat([module(part.flatten(0, 1)) for part in split_into_micro_batches(images, opt)])
+        return torch.cat([module(part) for part in images.tensor_split(number)])
 
 
 @contextlib.contextmanager

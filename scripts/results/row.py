@@ -108,6 +108,8 @@ def main():
         raise Failure('expected a log and the commands of its row')
     log, commands = Path(sys.argv[1]), sys.argv[2:]
     if log.exists():
+        if not log.is_file():                           # to read a named pipe would wait
+            raise Failure(f'{log} is no file, expected a log')
         if re.findall(r'^\$ python (.*)$', log.read_text(), re.MULTILINE) != commands:
             raise Failure(f'{log} is of other commands, expected: delete it, or choose another folder with --into')
         return
