@@ -13,7 +13,7 @@ methods='supcon ce-sim supcon-ce simclr sincere genscl-mix ce'
 linear='--epochs 30 --batch_size 512 --lr 1 --cosine --no_warm --cache_features'
 
 trained() {         # name, seed, data, method, epochs of two views, further options; one view has twice the epochs
-    local options="--cosine --warm --warm_epochs 1 ${options_of[$4]} $6"
+    local options=$(echo --cosine --warm --warm_epochs 1 ${options_of[$4]} $6)
     case $4 in
         ce*) classifier "$1" $2 "$3 $network_small --amp --epochs $(($5 * 2)) $options" ;;
         *) pretrained "$1" $2 "$3 $network_small --amp" "--epochs $5 $options" "$linear" ;;

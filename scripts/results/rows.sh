@@ -1,17 +1,19 @@
 # Sourced by the tables of this folder. Each is rows: `row NAME SEED COMMAND...` runs the commands of a row, as many rows at
 # once as there are cores (on a GPU one), and writes what they print to <into>/<table>/NAME-SEED.log; a row whose log is
 # there is left alone. `finish` waits for all and makes the table, and the figures of the logs.
-#   bash scripts/results/<table>.sh --budget cpu|gpu [--data FOLDER] [--into FOLDER] [--only PATTERN] [--with "OPTIONS"]
+#   bash scripts/results/<table>.sh --budget cpu|gpu [--data FOLDER] [--into FOLDER] [--only PATTERN] [--jobs N]
+#       [--with "OPTIONS"]
 # --data: an ImageFolder copy of CIFAR-10 (train/ and test/); default: data/cifar10_jpeg where that is, else the published
 # CIFAR-10, downloaded into data/. --into: logs, table and figures, default scripts/results/<budget>; it is a part of the
 # runs' names, so that another folder trains everything anew. Both are relative to the repository. --only: rows whose NAME-SEED
-# matches, such as '*-0'. --with: options for every training command. Stopped by Ctrl-C, or by `timeout 9m bash ...`, a table
-# goes on where it was when it is called again.
+# matches, such as '*-0'. --jobs: how many rows at once; 0 makes the table of the logs that are there. --with: options for
+# every training command. Stopped by Ctrl-C, or by `timeout 9m bash ...`, a table goes on where it was when it is called
+# again.
 set -euo pipefail
 shopt -s extglob
 CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PYTHONUTF8=1                     # logs and tables are the same in every locale
-table=$(basename "$0" .sh) budget='' data='' into='' only='*' with=''
+table=$(basename "$0" .sh) budget='' data='' into='' only='*' with='' jobs=''
 
 reject() { echo "$table.sh: error: $1" >&2; exit 2; }
 
@@ -23,8 +25,9 @@ while (($#)); do
         --data) data=${2%%+(/)} ;;
         --into) into=${2%%+(/)} ;;
         --only) only=$2 ;;
+        --jobs) [[ $2 =~ ^[0-9]+$ ]] || reject "--jobs '$2': expected a number"; jobs=$2 ;;
         --with) with+=" $2" ;;
-        *) reject "$1: unknown, expected --budget, --data, --into, --only or --with" ;;
+        *) reject "$1: unknown, expected --budget, --data, --into, --only, --jobs or --with" ;;
     esac
     shift 2
 done
@@ -41,9 +44,10 @@ sys.exit(not all(map(f, ("torch", "torchvision", "sklearn", "matplotlib", "tenso
     source scripts/env.sh requirements.txt
 case $budget in
     cpu) export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=''       # a thread for each row: the same bits on any number of cores
-         jobs=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)') ;;
+         cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)')
+         jobs=${jobs:-$cores} ;;
     gpu) python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || reject '--budget gpu: no GPU is found'
-         jobs=1 ;;
+         jobs=${jobs:-1} ;;
 esac
 
 archive=../shared/data/cifar10_jpeg.tar.xz      # where it lies beside the repository, it is unpacked
@@ -83,6 +87,7 @@ row() {             # name, seed, commands; @NAME-SEED stands for those of anoth
     commands_of[$1-$2]=$(printf '%s\n' "${commands[@]}")
     [[ $1-$2 == $only ]] || return 0
     names+=("$1-$2")
+    ((jobs)) || return 0
     while (($(jobs -rp | wc -l) >= jobs)); do wait -n || true; done
     { trap '' INT TERM; python scripts/results/row.py "$into/$table/$1-$2.log" "${commands[@]}" || echo "$1-$2" >> "$failures"; } &
 }
