@@ -13,6 +13,9 @@ class UserError(Exception):
 
 def run(main):
     """Run a program's main(); a UserError ends it with one line on stderr and exit status 2."""
+    if not gc.isenabled():                                      # see options.answer_early
+        gc.enable()
+        gc.freeze()                                             # looking through all that is imported takes a second
     warnings.filterwarnings('ignore', module='PIL')             # of images that are readable all the same
     sys.stdout = sys.stdout or open(os.devnull, 'w')            # noqa: SIM115, None where it is closed
     if hasattr(sys.stdout, 'reconfigure'):

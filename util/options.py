@@ -1,6 +1,7 @@
 """The command line: one table of options, shared by the three programs, with the defaults of each."""
 import argparse
 import difflib
+import gc
 import importlib.util
 import math
 import os
@@ -389,7 +390,7 @@ class Parser(argparse.ArgumentParser):
 def answer_early(program, description):
     """What comes before the imports that take seconds: until `run` handles it Ctrl-C ends the program without a
     traceback; --help is printed; a cache folder that PyTorch cannot make, which importing torchvision needs, is an
-    error.
+    error; garbage, of which imports make none, is not looked for until `run`.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -404,6 +405,7 @@ def answer_early(program, description):
         except OSError as error:
             print(f'{program}.py: error: TORCHINDUCTOR_CACHE_DIR cannot be made ({error})', file=sys.stderr)
             sys.exit(2)
+    gc.disable()
 
 
 def options_of(program):
