@@ -1,9 +1,14 @@
 """Seconds until a run can start: --help, and a folder of small images with and without --cache_dir.
 
     python benchmarks/bench_start.py [--images 60000] [--size 32] [--repeat 3]
+    python benchmarks/bench_start.py --program first_step
 
 The folder holds JPEG files, made in a temporary folder. Reading it is finding the files, measuring mean and standard
 deviation, and decoding all. The last line is the ratio of a start without cache to the second with one.
+
+With --program, of main_supcon.py on the digits, one epoch of twelve steps: the seconds from its start until its first
+step is done, and from its last step to its end, with evaluation and checkpoint. The last line is 5 s divided by the
+first (first_step), or 1 s by the second (end).
 """
 import argparse
 import contextlib
@@ -52,12 +57,34 @@ def seconds_of_help():
     return time.perf_counter() - before
 
 
+def seconds_of_program():
+    """Seconds of main_supcon.py on the digits from its start to its first step, and from its last step to its end."""
+    options = ('--dataset digits --model resnet18 --width 0.25 --batch_size 128 --epochs 1 --print_freq 1 '
+               '--output_name start')
+    command = [sys.executable, ROOT / 'main_supcon.py', *options.split()]
+    with tempfile.TemporaryDirectory() as folder:
+        before, steps = time.perf_counter(), []
+        with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+            steps += [time.perf_counter() for line in process.stdout if line.startswith('Train: ')]
+        return steps[0] - before, time.perf_counter() - steps[-1]
+
+
+def measure_program(args):
+    first, end = (statistics.median(values) for values in zip(*(seconds_of_program() for _ in range(args.repeat))))
+    print(f'main_supcon.py on digits: {first:.2f} s to its first step, {end:.2f} s from its last step to its end; '
+          f'medians of {args.repeat}')
+    print(f'ratio {5 / first if args.program == "first_step" else 1 / end:.2f}')
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--images', type=int, default=60000)
     parser.add_argument('--size', type=int, default=32)
     parser.add_argument('--repeat', type=int, default=3)
+    parser.add_argument('--program', choices=('first_step', 'end'))
     args = parser.parse_args()
+    if args.program:
+        return measure_program(args)
     print(f'main_supcon.py --help: {statistics.median(seconds_of_help() for _ in range(args.repeat)):.2f} s')
     with tempfile.TemporaryDirectory() as folder:
         root, results = Path(folder) / 'images', {'without': [], 'first': [], 'second': []}

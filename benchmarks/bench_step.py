@@ -1,12 +1,12 @@
 """Views per second of a SupCon training step: this project's, against the original's way of training the same network.
 
-    python benchmarks/bench_step.py [--model resnet18] [--batch_size 64] [--size 32] [--steps 5] [--repeat 3]
+    python benchmarks/bench_step.py [--model resnet18] [--width 1] [--batch_size 64] [--size 32] [--steps 5]
 
 One step is two views of each image through network, loss, backward pass and optimizer. Each form is a process of its
 own, since memory, threads and compilers are a process's; they take turns, and medians are shown. `original` is float32,
 channels first, in a process as PyTorch starts it; `float32`, `amp` and `compile` are main_supcon.py without options,
-with --amp, and with --amp --compile; `original, memory` shows how much is due to keeping freed memory alone. The last
-line is the ratio of amp to original.
+with --amp, and with --amp --compile; `original, memory` shows how much is due to keeping freed memory alone, and `amp,
+conv2d` what --amp does with PyTorch's convolutions of small maps. The last line is the ratio of amp to original.
 """
 import argparse
 import statistics
@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-FORMS = ('original', 'original, memory', 'float32', 'amp', 'compile')
+FORMS = ('original', 'original, memory', 'float32', 'amp, conv2d', 'amp', 'compile')
 
 
 def step_of(form, args):
@@ -26,17 +26,19 @@ def step_of(form, args):
     import torch
 
     from losses import SupConLoss
-    from networks.resnet_big import SupConResNet
+    from networks.resnet_big import Conv2d, SupConResNet
     from util import arguments, memory, training
 
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    opt = arguments.defaults(device=device, amp=form in ('amp', 'compile'), compile=form == 'compile',
+    opt = arguments.defaults(device=device, amp=form.startswith(('amp', 'compile')), compile=form == 'compile',
                              learning_rate=0.1)
+    if form.startswith('original') or form.endswith('conv2d'):
+        Conv2d.forward = torch.nn.Conv2d.forward
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
     images = torch.randn(2 * args.batch_size, 3, args.size, args.size, device=device)
     labels = torch.randint(10, (args.batch_size,), device=device)
-    model, criterion = SupConResNet(args.model).to(device).train(), SupConLoss(temperature=0.1)
+    model, criterion = SupConResNet(args.model, width=args.width).to(device).train(), SupConLoss(temperature=0.1)
     if form != 'original' and device == 'cpu':
         memory.keep_freed_memory()
     if form.startswith('original'):
@@ -74,6 +76,7 @@ def measure(form, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='resnet18')
+    parser.add_argument('--width', type=float, default=1., help='of the network: multiplies its channels')
     parser.add_argument('--batch_size', type=int, default=64)
     parser.add_argument('--size', type=int, default=32)
     parser.add_argument('--steps', type=int, default=5)
@@ -90,8 +93,8 @@ def main():
                                     stdout=subprocess.PIPE, text=True).stdout
             values.append(float(output.split()[-1]))
     medians = {form: statistics.median(values) for form, values in speeds.items()}
-    print(f'{args.model}, batches of {args.batch_size} images with two views of {args.size} pixels; medians of '
-          f'{args.repeat}')
+    print(f'{args.model} of width {args.width:g}, batches of {args.batch_size} images with two views of {args.size} '
+          f'pixels; medians of {args.repeat}')
     print(f'{"form":18}{"views/s":>10}{"ratio":>8}')
     for form, speed in medians.items():
         print(f'{form:18}{speed:10.1f}{speed / medians["original"]:8.2f}')

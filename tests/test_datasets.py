@@ -2,7 +2,10 @@ import functools
 import hashlib
 import http.server
 import io
+import os
 import pickle
+import subprocess
+import sys
 import tarfile
 import threading
 
@@ -39,6 +42,23 @@ def test_digits_are_split_once_and_for_all():
     assert np.array_equal(train.source, other_train.source)
     assert not {p.tobytes() for p in train.source} & {p.tobytes() for p in val.source}
     assert train.source.max() == 255 and train.source.min() == 0
+
+
+def test_digits_are_read_without_importing_scikit_learn():
+    """Whose import takes a second, of four until the first step."""
+    from sklearn.datasets import load_digits
+    code = """import sys
+from datasets.sources import digits
+parts = digits(None)
+assert 'sklearn' not in sys.modules
+print(*sorted((int(label), *image[..., 0].ravel().tolist()) for part in parts
+              for image, label in zip(part.source, part.labels)), sep='\\n')"""
+    environment = {**os.environ, 'PYTHONPATH': '.'}
+    done = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True)
+    data = load_digits()
+    pixels = (data.data * (255 / 16)).round().astype(int)
+    expected = sorted((int(label), *image.tolist()) for label, image in zip(data.target, pixels))
+    assert done.stdout.splitlines() == [str(row) for row in expected], done.stderr
 
 
 def fake_cifar(monkeypatch, tmp_path, name, folder, keys):

@@ -51,6 +51,17 @@ finally:
     assert done.stdout.endswith('\n[]\n') and '--learning_rate LR' in done.stdout
 
 
+def test_garbage_collection_sees_nothing_that_is_imported():
+    """Looking through the objects of all imports takes half a second while importing, and a second at exit."""
+    code = """import gc
+from util import errors, options
+options.answer_early('main_ce', '')
+ballast, before = [[] for _ in range(1000)], gc.isenabled()
+errors.run(lambda: print(before, gc.isenabled(), gc.get_freeze_count() > 1000))"""
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == 'False True True\n', done.stderr
+
+
 def test_never_more_workers_than_cores(monkeypatch):
     monkeypatch.setattr(options.os, 'cpu_count', lambda: 2)
     assert parse('main_ce').num_workers == 2
