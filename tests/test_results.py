@@ -320,6 +320,8 @@ def test_a_row_with_the_real_programs(copy):  # noqa: F811
     assert done.returncode == 0, done.stderr
     text = (copy / 'logs' / 'a b-1.log').read_text()
     assert 'PyTorch' in text and commands_in(copy / 'logs' / 'a b-1.log') == commands
+    minutes = [float(number) for number in re.findall(r'^CPU minutes: (\S+)$', text, re.MULTILINE)]
+    assert len(minutes) == 3 and all(0 < number < 10 for number in minutes)
     for line in (r' \* contrastive accuracy .*kNN accuracy [\d.]+', r'best accuracy: [\d.]+', r'top-1 [\d.]+',
                  r'noise( [\d.]+){5}', r'jpeg( [\d.]+){5}'):
         assert re.search(f'^{line}$', text, re.MULTILINE), line

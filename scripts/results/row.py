@@ -94,7 +94,7 @@ def output_of(command, errors):
         raise Failure('stopped; the same command resumes')
     output = (folder / 'log.txt').read_text() if folder and (folder / 'log.txt').exists() else done.stdout
     if not done.returncode:
-        return f'{output}CPU minutes: {seconds / 60:.1f}\n', True
+        return f'{output}CPU minutes: {seconds / 60:.2f}\n', True
     reason = (done.stderr.strip().splitlines() or ['no message'])[-1]
     if 'expected a finite' in reason:
         return f'{output}diverged: {reason}\n', False
