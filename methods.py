@@ -60,6 +60,25 @@ class DCL(SupCon):
     has --positives image too (Yeh et al., 2021, https://arxiv.org/abs/2110.06848)."""
 
 
+class MultiLabelSupCon(SupCon):
+    """SupCon of images with several labels: an image weighs exp(cos(y_i, y_j) / temperature), of the 0-1 vectors of its
+    labels and the anchor's (the X-sample contrastive loss of label vectors; Sobal et al., 2024,
+    https://arxiv.org/abs/2407.18134).
+
+    With the temperature of the similarities, the loss is lowest where the features' cosines are those of the labels.
+    Weights that are proportional to the overlap are nearly uniform where most images share a label, and hide this.
+    """
+
+    def __call__(self, network, images, labels, rng):
+        opt, sizes = self.opt, slice_sizes(len(labels))
+        features, logits = features_and_logits(network, images, self.n_views)
+        weights = label_weights(labels, gather(labels, sizes), opt.temp)
+        loss = self.criterion(features, mask=weights, sizes=sizes)
+        if logits is not None:
+            loss = loss + opt.ce_weight * classifier_loss(logits, labels.repeat(self.n_views, 1), opt)
+        return features, loss, contrastive_accuracy(features, labels[:, None].expand(-1, self.n_views, -1), sizes=sizes)
+
+
 class Momentum(SupCon):
     """SupCon or SimCLR with momentum contrast (--moco; He et al., 2020, https://arxiv.org/abs/1911.05722).
 
@@ -147,15 +166,12 @@ METHODS = {'SupCon': SupCon, 'SimCLR': SimCLR, 'SINCERE': SINCERE, 'DCL': DCL, '
 
 
 def make_method(opt, num_classes, teacher=None):
-    """The method of --method and --moco.
-
-    SupCon of images with several labels is GenSCL's loss on these labels: a positive weighs as much as its labels and
-    the anchor's overlap, by cosine similarity.
-    """
+    """The method of --method and --moco."""
     if opt.moco:
         return Momentum(opt, num_classes)
-    name = 'GenSCL' if opt.multi_label and opt.positives == 'class' else opt.method
-    return METHODS[name](opt, num_classes, teacher)
+    if opt.multi_label and opt.method == 'SupCon' and opt.positives == 'class':
+        return MultiLabelSupCon(opt, num_classes)
+    return METHODS[opt.method](opt, num_classes, teacher)
 
 
 def features_and_logits(network, images, n_views):
@@ -169,6 +185,12 @@ def features_and_logits(network, images, n_views):
 def by_image(x, n_views):
     """[n_views * bsz, ...] -> [bsz, n_views, ...]"""
     return x.unflatten(0, (n_views, -1)).transpose(0, 1)
+
+
+def label_weights(labels, all_labels, temperature):
+    """exp((cos(y_i, y_j) - 1) / temperature) of labels [n, C] and [m, C] of 0 and 1: [n, m]."""
+    y, all_y = (F.normalize(part.double(), dim=1) for part in (labels, all_labels))    # since a GPU may use TF32
+    return ((y @ all_y.T - 1) / temperature).exp().to(labels.dtype)
 
 
 def classifier_loss(logits, labels, opt):

@@ -146,14 +146,9 @@ def check_multi_label(opt):
     for name, default in ONE_CLASS.items():
         if (value := getattr(opt, name, default)) != default:
             raise UserError(f'--{name} {value}: images of {opt.data_folder} have several labels, expected one each')
-    if not hasattr(opt, 'n_views'):                                     # not pretraining
-        return
-    if opt.method == 'BCL':
+    if getattr(opt, 'method', None) == 'BCL':
         raise UserError(f'--method BCL: images of {opt.data_folder} have several labels, expected SupCon, SimCLR or '
                         'GenSCL')
-    if opt.positives == 'class' and opt.n_views % 2:                    # SupCon of several labels is GenSCL's loss
-        raise UserError(f'--n_views {opt.n_views}: images of {opt.data_folder} have several labels, expected an even '
-                        'number')
 
 
 def _cache_dir(opt):

@@ -105,7 +105,7 @@ METHODS = {
     'genscl of four views': ['--method', 'GenSCL', '--mix', 'mixup', '--no_warm', '--n_views', '4'],
     'bcl': ['--method', 'BCL', '--n_views', '3'], 'bcl in parts': ['--method', 'BCL', '--accum_steps', '3'],
     'multi-crop': ['--local_crops', '2', '--ce_weight', '1', '--temp', '0.2'],
-    'moco of three views': ['--moco', '--moco_k', '26', '--n_views', '3'],
+    'moco of three views': ['--moco', '--moco_k', '26', '--n_views', '3'], 'several labels': [],
 }
 
 
@@ -117,7 +117,7 @@ def steps(method, sizes, labels=(0, 1, 2, 1, 0)):
                                         '--batch_size', '13', '--temp', '0.5', '--lr', '0.1', '--epochs', '2',
                                         *METHODS[method]])
         opt.size, opt.print_freq, opt.aug_mode = 8, 1, 'with_both' if 'negatives' in method else 'none'
-        opt.class_sizes = [20, 10, 5]
+        opt.class_sizes, opt.multi_label = [20, 10, 5], 'several' in method
         training.set_device(opt)
         training.set_warmup(opt)
         teacher = (lambda images: images.mean((2, 3))) if 'teacher' in method else None
@@ -136,6 +136,8 @@ def steps(method, sizes, labels=(0, 1, 2, 1, 0)):
 def test_processes_compute_the_loss_and_gradient_of_the_whole_batch(in_processes, monkeypatch, method, n):
     """13 images in uneven shares, with batch norm over all processes."""
     labels = (0, 1, -1, 2, 1, -3, 0) if 'negatives' in method else (0, 1, 2, 1, 0)
+    if 'several' in method:
+        labels = (1., 0., 1.), (0., 1., 0.), (1., 1., 1.)
     near = 1e-5 if 'cross-entropy' in method or 'bcl' in method or 'crop' in method else 1e-10
     if 'accum_steps' in str(METHODS[method]):           # each of its micro-batches has its own batch norms
         monkeypatch.setattr(main_supcon.SupConResNet, 'train', lambda self, mode=True: nn.Module.train(self, False))

@@ -1,4 +1,5 @@
 """Images with several labels: lists in csv, losses with overlap, binary cross-entropy, mAP and F1."""
+import math
 import re
 import sys
 from pathlib import Path
@@ -14,7 +15,6 @@ import main_ce
 import main_linear
 import main_supcon
 from datasets import load_images
-from losses import SupConLoss
 from methods import make_method
 from scripts import make_mosaics
 from util import arguments, metrics
@@ -96,7 +96,7 @@ def test_other_mistakes(listed, rejected, tmp_path):
     listed(rows('t', 6), rows('v', 6))
     for program, words in ((main_ce, ['--label_smoothing', 0.1]), (main_supcon, ['--moco', '--moco_k', 16]),
                            (main_supcon, ['--summation_location', 'in']), (main_supcon, ['--positives_cap', 2]),
-                           (main_supcon, ['--method', 'BCL']), (main_supcon, ['--n_views', 3]),
+                           (main_supcon, ['--method', 'BCL']),
                            (main_supcon, ['--sampler', 'class_balanced']), (main_ce, ['--imbalance', 10])):
         rejected(program.main, *DATA, *NETWORK, *words, words=[words[0], 'have several labels'])
 
@@ -109,21 +109,50 @@ def test_a_part_of_the_images_has_as_many_of_each_label(listed, tmp_path, monkey
     assert loaded('--samples_per_class', '3').train.labels.sum(0).tolist() == [6, 3]
 
 
-@pytest.mark.parametrize('method', ['SupCon', 'SimCLR', 'GenSCL'])
-def test_loss_weighs_positives_by_overlap(method):
-    """Against the loss with a mask of cosine similarities; SimCLR does not see the labels."""
-    opt = arguments.parse('main_supcon', '', ['--method', method, '--temp', '0.2', '--no_warm'])
+def method_of(name, *words):
+    opt = arguments.parse('main_supcon', '', ['--method', name, '--temp', '0.2', '--no_warm', *words])
     opt.multi_label = True
-    features = F.normalize(torch.randn(2, 7, 5, dtype=torch.float64), dim=2)
+    return make_method(opt, 4)
+
+
+def features_of(images, n_views):
+    """A network whose images [n_views, bsz, dim] are its features."""
+    return images.flatten(0, 1)
+
+
+@pytest.mark.parametrize('method, n_views', [('SupCon', 2), ('SupCon', 3), ('SimCLR', 2), ('GenSCL', 2)])
+def test_loss_weighs_images_by_their_labels(method, n_views):
+    """Against a plain loop over the views; SimCLR does not see the labels."""
+    weight = {'SupCon': lambda same, cosine: math.exp(cosine / 0.2), 'SimCLR': lambda same, cosine: float(same),
+              'GenSCL': lambda same, cosine: cosine}[method]
+    z = F.normalize(torch.randn(n_views, 7, 5, dtype=torch.float64), dim=2)
     labels = (torch.rand(7, 4) < 0.4).float()
     labels[:, 0] = 1.
-    network = lambda images, n_views: images.flatten(0, 1)                      # noqa: E731
-    found, loss, accuracy = make_method(opt, 4)(network, features, labels, None)
-    torch.testing.assert_close(found, features.transpose(0, 1))
-    u = F.normalize(labels.double(), dim=1)
-    mask = torch.eye(7, dtype=torch.float64) if method == 'SimCLR' else u @ u.T
-    torch.testing.assert_close(loss, SupConLoss(0.2)(found, mask=mask), rtol=1e-6, atol=0)
+    found, loss, accuracy = method_of(method, '--n_views', str(n_views))(features_of, z, labels, None)
+    torch.testing.assert_close(found, z.transpose(0, 1))
+    views, losses = [(view, image) for view in range(n_views) for image in range(7)], []
+    for a in views:
+        others = [b for b in views if b != a]
+        similarity = {b: float(z[a] @ z[b]) / 0.2 for b in others}
+        weights = {b: weight(a[1] == b[1], float(F.cosine_similarity(labels[a[1]], labels[b[1]], dim=0)))
+                   for b in others}
+        log_denominator = math.log(sum(map(math.exp, similarity.values())))
+        mean_positive = sum(weights[b] * similarity[b] for b in others) / sum(weights.values())
+        losses.append(0.2 / 0.07 * (log_denominator - mean_positive))
+    assert loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert 0 <= accuracy <= 100
+
+
+def test_supcon_is_lowest_where_features_are_as_similar_as_labels():
+    labels = (torch.rand(9, 4) < 0.5).float()
+    labels[:, 0] = 1.
+    z = F.normalize(labels, dim=1).expand(2, -1, -1).clone().requires_grad_()
+    _, loss, _ = method_of('SupCon')(features_of, z, labels, None)
+    loss.backward()
+    assert z.grad.abs().max() < 1e-6
+    _, other, _ = method_of('SupCon')(features_of, F.normalize(z.detach() + 0.1 * torch.randn_like(z), dim=2), labels,
+                                      None)
+    assert other > loss
 
 
 def test_scores_against_plain_loops():

@@ -38,10 +38,11 @@ with open('ran', 'a') as file:
     print(' '.join([sys.argv[0], *words]), file=file)
 if 'broken' in words:
     sys.exit('it broke')
-lines = ['confidence id 0.668 ood 0.525 difference 0.143 AUROC 61.80 FPR95 91.09', ' * kNN accuracy 41.25']
+lines = ['confidence id 0.668 ood 0.525 difference 0.143 AUROC 61.80 FPR95 91.09', ' * kNN accuracy 41.25',
+         ' * contrastive accuracy 60.00\\tkNN mAP 42.50']
 if not 'main_supcon' in sys.argv[0]:
     lines.append(' * Acc@1 over classes: many 60.500 medium 40.250 few 20.000')
-    lines.append(f"best accuracy: {40 + len(' '.join(words)) % 7}.50")
+    lines += [f"best {score}: {40 + len(' '.join(words)) % 7}.50" for score in ('accuracy', 'mAP')]
 if 'evaluate' in sys.argv[0]:
     lines = ['top-1 47.00', 'kNN accuracy 43.75'] + [f'{kind} 5 4 3 2 1' for kind in (
         'noise', 'blur', 'contrast', 'jpeg') if '--corruptions' in words]
@@ -62,7 +63,8 @@ print('\\n'.join(lines))
 @pytest.fixture
 def fake(copy):  # noqa: F811
     """A copy of the repository without results, whose programs are all FAKE, with a folder of images."""
-    for name in (*PROGRAMS, 'scripts/evaluate.py', 'scripts/plot_features.py', 'scripts/make_augs.py'):
+    for name in (*PROGRAMS, 'scripts/evaluate.py', 'scripts/plot_features.py', 'scripts/make_augs.py',
+                 'scripts/make_mosaics.py'):
         (copy / name).write_text(FAKE)
     for budget in ('cpu', 'gpu'):
         shutil.rmtree(copy / 'scripts' / 'results' / budget, ignore_errors=True)

@@ -30,6 +30,12 @@ LONG_TAIL = {
     'supcon-la': 'SupCon, logit-adjusted linear evaluation', 'bcl': 'BCL',
     'bcl-la': 'BCL, logit-adjusted linear evaluation',
 }
+MOSAICS = {
+    'supcon': 'SupCon', 'simclr': 'SimCLR', 'genscl': 'GenSCL: weighted by overlap', 'ce': 'binary cross-entropy',
+    'supcon-crop': 'SupCon, crops from 20 %', 'simclr-crop': 'SimCLR, crops from 20 %',
+    **{f'{method}-temp-{temp}': f'{name}, temperature {temp}' for method, name in (
+        ('supcon', 'SupCon'), ('simclr', 'SimCLR')) for temp in ('0.05', '0.2')},
+}
 COLORS = {'ce': 'tab:gray', 'ce-sim': 'tab:green', 'simclr': 'tab:orange', 'supcon': 'tab:blue'}
 CORRUPTIONS = {'noise': 'Gaussian noise', 'blur': 'Gaussian blur', 'contrast': 'less contrast', 'jpeg': 'JPEG'}
 
@@ -38,6 +44,8 @@ def values_of(text):
     """The numbers of a log, of each kind the last, since a resumed run prints its result again; options of training."""
     found = {'top1': re.findall(r'^best accuracy: (\S+)$', text, re.MULTILINE),
              'knn': re.findall(r'kNN accuracy (\S+)$', text, re.MULTILINE),
+             'map': re.findall(r'^best mAP: (\S+)$', text, re.MULTILINE),
+             'knn_map': re.findall(r'kNN mAP (\S+)$', text, re.MULTILINE),
              'clean': re.findall(r'^top-1 (\S+)$', text, re.MULTILINE)}
     values = {name: float(numbers[-1]) for name, numbers in found.items() if numbers}
     if cost := re.findall(r'^CPU minutes: (\S+)$', text, re.MULTILINE):
@@ -273,6 +281,14 @@ def longtail(rows, folder):
                     for name, method in LONG_TAIL.items() if f'longtail-{name}' in rows]
 
 
+def mosaics(rows, folder):
+    lines = [f'| mosaics of CIFAR-10 images | mAP % | kNN mAP % | mAP of {of_seeds(rows)} |', '|---|---|---|---|']
+    return lines + [f"| {title} | {spread(rows[name], 'map')} | {spread(rows[name], 'knn_map')} | "
+                    + ', '.join(f"{values['map']:.2f}" if 'map' in values else 'diverged'
+                                for _, values in sorted(rows[name].items())) + ' |'
+                    for method, title in MOSAICS.items() if (name := f'mosaics-{method}') in rows]
+
+
 def main():
     table, folder, failures = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]).read_text().split()
     rows, machines, missing = read(folder / table, [name for name in sys.argv[4:] if name not in failures])
@@ -289,7 +305,7 @@ def main():
 
 
 TABLES = {'methods': methods, 'hard_negatives': hard_negatives, 'stability': stability, 'labels': labels,
-          'epochs': epochs, 'longtail': longtail}
+          'epochs': epochs, 'longtail': longtail, 'mosaics': mosaics}
 
 if __name__ == '__main__':
     main()
