@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from datasets import views
@@ -23,7 +23,7 @@ from datasets.image_set import mostly_padding
 from util.distributed import all_max, local_processes, local_slice, to_device, world_size
 from util.errors import UserError
 from util.log import log
-from util.memory import available_memory
+from util.memory import available_memory, keep_freed_memory
 
 
 def make_loader(image_set, view, opt, n_views=1, train=True, stream=()):
@@ -129,9 +129,12 @@ class Batches:
 
     def generator(self, *key):
         """Random numbers of the epoch, or of a batch: (step,) for its views, or (step, stream, ...)."""
+        return torch.Generator().manual_seed(self.seed_of(*key))
+
+    def seed_of(self, *key):
         key = [number + 1 for number in key]            # to NumPy [a, b] and [a, b, 0] are the same
         seed, = np.random.SeedSequence([self.seed, self.epoch, *key]).generate_state(1, np.uint64)
-        return torch.Generator().manual_seed(int(seed))
+        return int(seed)
 
 
 def _sampled(members, count, generator):
@@ -259,21 +262,26 @@ class WorkerLoader(Loader):
             image_set.sizes()                           # a file that is no image is found now, not in the first epoch
         super().__init__(image_set.labels, opt, train, stream)
         self.n_views, self.device = n_views, torch.device(opt.device)
-        self.rest = None                                # what the training device has to do
+        self.rest = None                                # what is done here to the batches from the workers
         if per_sample:
-            augment = _PerSample(view, n_views)
+            augment, rest = _PerSample(view, n_views), None
         else:
-            augment = _Crops(view, n_views, finish=self.device.type == 'cpu')
-            if not augment.finish:
-                self.rest = augment.rest
+            on_cpu = self.device.type == 'cpu'
+            # Without a GPU AutoAugment and RandAugment are done by PIL, which is faster for large images.
+            augment = _Crops(view if on_cpu else views.without_policy(view), n_views)
+            rest = _Rest(views.without_policy(views.rest(view)) if on_cpu else views.rest(view), n_views)
+            if not (on_cpu and rest.changes_colors()):  # there the workers do it
+                self.rest, rest = rest, None
+            if not on_cpu:
                 self._set_operations(view, opt, n_views, train)
         # Batches that wait may take a quarter of the memory: those of thousands of large images are gigabytes.
         images_here = math.ceil(min(opt.batch_size, len(image_set)) / world_size())
         batch_bytes = images_here * n_views * 3 * view.size**2 * (1 if self.rest else 4)
         waiting = max(1, int(available_memory() / local_processes() / 4 / batch_bytes))
         workers = min(opt.num_workers, waiting)
-        self.loader = DataLoader(_Samples(image_set, augment), batch_sampler=_Keys(self), num_workers=workers,
-                                 persistent_workers=train and workers > 0, collate_fn=_collate,
+        self.busy = self.device.type == 'cpu' and workers > 0           # the cores, with the workers
+        self.loader = DataLoader(_Samples(image_set, augment, rest), batch_size=None, sampler=_Keys(self),
+                                 num_workers=workers, persistent_workers=train and workers > 0,
                                  prefetch_factor=max(1, min(4, waiting // workers)) if workers else None,
                                  pin_memory=self.device.type == 'cuda', worker_init_fn=_start_worker)
         self.empty = torch.empty(0, 3, view.size, view.size), image_set.labels[:0]
@@ -282,17 +290,12 @@ class WorkerLoader(Loader):
         for step, batch in enumerate(self._loaded(), self.batches.first_step):
             if isinstance(batch, UserError):
                 raise UserError(str(batch))     # not itself: its traceback would hold this frame, and that the workers
-            yield self._finished(step, *(part.to(self.device, non_blocking=True) for part in batch or self.empty))
-
-    def _finished(self, step, images, labels):
-        """A batch from the workers, with the part of its views that is left to opt.device."""
-        if self.rest and len(images):
-            sizes = torch.full((self.n_views * self.sizes[step],), self.rest.size)
-            generator = self.batches.generator(step, REST, *self.stream)
-            params = views.sample_params(self.rest, sizes, sizes, generator, self.device)
-            images = views.apply(self.rest, images, params.local(local_slice(self.sizes[step]), self.sizes[step]),
-                                 self._operations(step))
-        return images, labels
+            images, labels = (part.to(self.device, non_blocking=True) for part in batch or self.empty)
+            if self.rest and len(images):
+                with _one_thread() if self.busy else contextlib.nullcontext():
+                    images = self.rest(images, self.sizes[step], local_slice(self.sizes[step]),
+                                       self.batches.generator(step, REST, *self.stream), self._operations(step))
+            yield images, labels
 
     def _loaded(self):
         """What self.loader gives; UserError where its processes end, or cannot be started or reached."""
@@ -321,6 +324,7 @@ WORKERS_FAIL = (r'DataLoader worker \(pid|MemoryError|allocate memory|shared mem
 
 def _start_worker(_):
     """What a worker process does first."""
+    keep_freed_memory()                                 # of one image for the next
     # These often go to all processes of a job: workers continue while the program writes its checkpoint.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -342,8 +346,20 @@ def _end_workers():
             child.kill()
 
 
+@contextlib.contextmanager
+def _one_thread():
+    """Among workers that use all cores the threads of an operation wait for each other, many times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class _Keys:
-    """Batch sampler: each sample is an index and the seed of its views, so that workers share no random state."""
+    """Sampler of batches: the index of each image and the seed of its views, so that workers share no random state;
+    the images of the batch in all processes, the slice of this one, and the seed of what is left to do."""
 
     def __init__(self, loader):
         self.batches, self.stream = loader.batches, loader.stream
@@ -352,22 +368,28 @@ class _Keys:
         for step, indices in self.batches:
             seeds = torch.randint(2**62, indices.shape, generator=self.batches.generator(step, *self.stream))
             mine = local_slice(len(indices))
-            yield list(zip(indices[mine].tolist(), seeds[mine].tolist()))
+            yield (list(zip(indices[mine].tolist(), seeds[mine].tolist())), len(indices), mine,
+                   self.batches.seed_of(step, REST, *self.stream))
 
 
 class _Samples(Dataset):
-    def __init__(self, image_set, augment):
-        self.image_set, self.augment = image_set, augment
+    """Batches of images [n_views * bsz, 3, size, size], view after view, and labels by the keys of _Keys; None for one
+    without samples; a UserError for a file that is no image."""
 
-    def __len__(self):
-        return len(self.image_set)
+    def __init__(self, image_set, augment, rest):
+        self.image_set, self.augment, self.rest = image_set, augment, rest
 
-    def __getitem__(self, key):
-        index, seed = key
+    def __getitem__(self, batch):
+        keys, *whole, seed = batch
+        if not keys:
+            return None
         try:
-            return self.augment(self.image_set, index, seed), self.image_set.labels[index]
+            images = torch.stack([self.augment(self.image_set, *key) for key in keys], 1).flatten(0, 1)
         except UserError as error:              # raised in a worker it would arrive wrapped in a traceback
             return error
+        if self.rest:
+            images = self.rest(images, *whole, torch.Generator().manual_seed(seed))
+        return images, self.image_set.labels[[index for index, _ in keys]]
 
 
 @contextlib.contextmanager
@@ -393,19 +415,31 @@ class _PerSample:
             return torch.stack([self.transform(image) for _ in range(self.n_views)])
 
 
+class _Rest:
+    """What is left of a view after _Crops, for batches [n_views * bsz, 3, size, size] uint8."""
+
+    def __init__(self, view, n_views):
+        self.view, self.n_views = view, n_views
+
+    def changes_colors(self):
+        return bool(self.view.jitter or self.view.grayscale or self.view.blur)
+
+    def __call__(self, images, bsz, mine, generator, operations=None):
+        """images: of the slice `mine` of a batch of bsz images in all processes."""
+        sizes = torch.full((self.n_views * bsz,), self.view.size)
+        params = views.sample_params(self.view, sizes, sizes, generator, images.device).local(mine, bsz)
+        return views.apply(self.view, images.transpose(2, 3), params, operations)
+
+
 class _Crops:
-    """Cropped views [n_views, 3, size, size] uint8 of an image, column after column, on which `rest` is still to be
-    done; with `finish` it is done.
+    """Cropped and flipped views [n_views, 3, size, size] uint8 of an image, after AutoAugment and RandAugment if the
+    view has them; `views.rest` is still to be done.
 
     A JPEG is decoded at the smallest of its own scales (1, 1/2, 1/4, 1/8) at which no crop has to be enlarged.
     """
 
-    def __init__(self, view, n_views, finish):
-        self.view, self.n_views, self.rest, self.finish = view, n_views, views.rest(view), finish
-        if finish:                                      # AutoAugment and RandAugment of single images: by PIL
-            self.rest = views.without_policy(self.rest)
-        else:
-            view = views.without_policy(view)
+    def __init__(self, view, n_views):
+        self.view, self.n_views = view, n_views
         # Steps that need PIL images; flips alone do not.
         self.after = transforms.Compose(views.after_crop(view)) if views.after_crop(replace(view, flip=0.)) else None
 
@@ -415,55 +449,46 @@ class _Crops:
 
         def needed(width, height):
             nonlocal boxes
-            sizes = torch.tensor([height, width]).repeat(self.n_views, 1)
-            boxes = views.sample_boxes(self.view, *sizes.T, generator) / torch.cat([sizes, sizes], 1)         # in 0..1
-            return [math.ceil(size / fraction) for fraction in boxes[:, 2:].amin(0).flip(0).tolist()]
-        image = image_set.load(index, needed)
+            boxes = views.boxes_of_image(self.view, height, width, self.n_views, generator)
+            boxes = [(top / height, left / width, box_h / height, box_w / width) for top, left, box_h, box_w in boxes]
+            return [math.ceil(size / min(box[side] for box in boxes)) for side in (3, 2)]
+        pixels = image_set.pixels(index, needed)
+        height, width = pixels.shape[1:]
         if boxes is None:                                                   # no file whose header has the size
-            needed(*image.size)
-        boxes = boxes * torch.tensor([image.height, image.width] * 2)
-        if self.after or not self.view.crop:
-            crops = pil_crops(image, boxes, size)
+            needed(width, height)
+        boxes = [(top * height, left * width, box_h * height, box_w * width) for top, left, box_h, box_w in boxes]
+        crops = (tensor_crops if self.view.crop else pil_crops)(pixels, boxes, size)
+        if self.after:
             with _seeded(seed):
-                crops = [self.after(crop) for crop in crops] if self.after else crops
-            crops = [torch.from_numpy(np.array(crop)) for crop in crops]
+                crops = [to_tensor(self.after(to_image(crop))) for crop in crops]
         else:
-            crops = tensor_crops(image, boxes, size)
-            flips = torch.rand(self.n_views, generator=generator) < self.view.flip
-            crops = [crop.flip(1) if flip else crop for crop, flip in zip(crops, flips.tolist())]
-        crops = torch.stack([crop.permute(2, 1, 0) for crop in crops])
-        if not self.finish:
-            return crops
-        sizes = torch.full((self.n_views,), size)
-        return views.apply(self.rest, crops, views.sample_params(self.rest, sizes, sizes, generator))
+            flips = torch.rand(self.n_views, generator=generator).tolist()
+            crops = [crop.flip(2) if flip < self.view.flip else crop for crop, flip in zip(crops, flips)]
+        return torch.stack(crops)
 
 
-def tensor_crops(image, boxes, size):
-    """The boxes [n, 4], rounded to pixels, of a PIL image: uint8 tensors [size, size, 3].
+def to_tensor(image):
+    """A PIL image as [3, h, w] uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
-    PyTorch's antialiased resize of uint8 is Pillow's, and three times faster.
+
+def to_image(pixels):
+    """[3, h, w] uint8 as a PIL image."""
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def tensor_crops(pixels, boxes, size):
+    """Boxes (top, left, height, width), rounded to pixels, of an image [3, h, w] uint8: tensors [3, size, size].
+
+    PyTorch's antialiased resize of uint8 is Pillow's, and twice as fast.
     """
-    array = torch.from_numpy(np.array(image))
-    crops = []
-    for top, left, box_h, box_w in boxes.round().int().tolist():
-        crop = array[top:top + max(1, box_h), left:left + max(1, box_w)].permute(2, 0, 1)[None]
-        crops.append(F.interpolate(crop, size=(size, size), mode='bilinear', antialias=True)[0].permute(1, 2, 0))
-    return crops
+    boxes = [[round(value) for value in box] for box in boxes]
+    return [F.interpolate(pixels[None, :, top:top + max(1, box_h), left:left + max(1, box_w)], size=(size, size),
+                          mode='bilinear', antialias=True)[0] for top, left, box_h, box_w in boxes]
 
 
-def pil_crops(image, boxes, size):
-    """The boxes [n, 4], which may be parts of pixels, of a PIL image: PIL images of size x size."""
-    return [image.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + box_w, top + box_h))
-            for top, left, box_h, box_w in boxes.tolist()]
-
-
-def _collate(samples):
-    """[(views [n_views, ...], label)] -> images [n_views * bsz, ...], labels [bsz]; None for no samples."""
-    if not samples:
-        return None
-    errors = [sample for sample in samples if isinstance(sample, UserError)]
-    if errors:
-        return errors[0]
-    images, labels = zip(*samples)
-    # default_collate stacks into the memory that processes share.
-    return default_collate([view for views in zip(*images) for view in views]), torch.stack(labels)
+def pil_crops(pixels, boxes, size):
+    """The same of boxes that may be parts of pixels."""
+    image = to_image(pixels)
+    return [to_tensor(image.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + box_w, top + box_h)))
+            for top, left, box_h, box_w in boxes]

@@ -147,7 +147,7 @@ def test_batches_that_wait_are_bounded(monkeypatch):
     import datasets.loader as loaders
     images = ImageSet(np.zeros((40, 8, 8, 3), np.uint8), torch.zeros(40).long(), ['a'])
     view = View(8, (0.,) * 3, (1.,) * 3, crop=(0.2, 1.))
-    for free, workers, prefetch in ((10**9, 2, 4), (4 * 2 * 40 * 2 * 3 * 64 * 4, 2, 1), (10, 1, 1)):
+    for free, workers, prefetch in ((10**9, 2, 4), (4 * 2 * 40 * 2 * 3 * 64, 2, 1), (10, 1, 1)):
         monkeypatch.setattr(loaders, 'available_memory', lambda free=free: free)
         opt = options('--loader', 'workers', '--batch_size', 40)
         opt.num_workers = 2

@@ -16,7 +16,7 @@ import main_linear
 import main_supcon
 from datasets import classification_view, evaluation_view, load_images, make_loader, pretraining_view, views
 from datasets.image_set import ImageSet
-from datasets.loader import WorkerLoader, _Crops
+from datasets.loader import WorkerLoader
 from datasets.sources import folder
 from datasets.views import View
 from networks.resnet_big import SupConResNet
@@ -125,7 +125,7 @@ def test_workers_draw_from_the_same_distribution(real_images, view):
 
 
 def test_workers_give_both_views_of_the_same_images(jpegs):
-    """Evaluation views: view after view, in order, as the batched loader has them; and on the half way of a GPU."""
+    """Evaluation views: view after view, in order, as the batched loader has them."""
     image_set = folder(jpegs / 'train')
     view = View(64, (0.5,) * 3, (0.2,) * 3, resize=72)
     images, labels = worker_views(image_set, view)
@@ -134,11 +134,45 @@ def test_workers_give_both_views_of_the_same_images(jpegs):
     expected, _ = next(iter(make_loader(image_set, view, opt, 1, train=False)))
     torch.testing.assert_close(images[:12], expected, rtol=0, atol=4 / 255 / 0.2)           # JPEG's own scales round
     assert (images[:12] - expected).abs().mean() < 0.02
+
+
+def test_colors_are_the_same_in_workers_and_after_them(jpegs):
+    """Without a GPU workers change the colors, with one it does."""
+    view = View(64, (0.5,) * 3, (0.2,) * 3, crop=(0.2, 1.), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2)
+    opt = options('--loader', 'workers', '--batch_size', 5, '--num_workers', 0)
+    loader = make_loader(folder(jpegs / 'train'), view, opt, 2)
+    expected = list(loader)
+    samples = loader.loader.dataset
+    assert loader.rest is None
+    loader.rest, samples.rest = samples.rest, None
+    for (images, labels), (expected_images, expected_labels) in zip(loader, expected):
+        assert torch.equal(images, expected_images) and torch.equal(labels, expected_labels)
+
+
+@pytest.mark.parametrize('changes', [{}, {'auto': 'imagenet'}, {'cutout': (1, 16)}])
+def test_workers_send_bytes_where_no_colors_change(jpegs, changes):
+    """A quarter of the memory; only the normalization and what is cut out are left to do."""
+    view = View(64, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3), crop=(0.2, 1.), flip=0.5, **changes)
     opt = options('--loader', 'workers', '--batch_size', 12, '--num_workers', 0)
-    loader = make_loader(image_set, view, opt, 2, train=False)
-    augment = loader.loader.dataset.augment
-    augment.finish, loader.rest = False, augment.rest
-    torch.testing.assert_close(next(iter(loader))[0], images)
+    loader = make_loader(folder(jpegs / 'train'), view, opt, 2)
+    sent, _ = next(iter(loader.loader))
+    images, _ = next(iter(loader))
+    assert sent.dtype == torch.uint8 and sent.shape == images.shape == (24, 3, 64, 64)
+    expected = (sent / 255 - torch.tensor(view.mean)[:, None, None]) / torch.tensor(view.std)[:, None, None]
+    kept = images != 0
+    torch.testing.assert_close(images[kept], expected[kept], rtol=0, atol=2e-6)
+    assert (kept.float().mean() > 0.99) == ('cutout' not in changes)
+
+
+@pytest.mark.parametrize('size, count', [((500, 375), 300), ((3, 600), 300), ((600, 3), 300), ((1, 1), 20)])
+def test_boxes_of_an_image_are_those_of_a_batch(size, count):
+    """With and without a box that fits, and of views that are not cropped: without and with tensors, the same seed."""
+    for seed in range(count):
+        view = View(32, (0.,) * 3, (1.,) * 3, crop=((0.08, 1.), (0.9, 1.), None)[seed % 3])
+        generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
+        expected = views.sample_boxes(view, *(torch.full((3,), side) for side in size), generators[0])
+        assert views.boxes_of_image(view, *size, 3, generators[1]) == expected.tolist()
+        assert torch.equal(*(torch.rand(1, generator=generator) for generator in generators))
 
 
 def test_workers_leave_autoaugment_to_a_gpu(jpegs):
@@ -146,14 +180,15 @@ def test_workers_leave_autoaugment_to_a_gpu(jpegs):
     image_set = folder(jpegs / 'train')
     plain = View(64, (0.5,) * 3, (0.2,) * 3, crop=(0.2, 1.), flip=0.5)
     view = replace(plain, auto='imagenet', rand=(2, 9))
-    crops = _Crops(view, 2, finish=False)
-    assert all(torch.equal(crops(image_set, i, i), _Crops(plain, 2, finish=False)(image_set, i, i)) for i in range(12))
-    results = []
+    sent, results = [], []
     for each in (view, plain):
-        loader = make_loader(image_set, each, options('--loader', 'workers', '--batch_size', 12, '--num_workers', 0), 2)
-        loader.loader.dataset.augment = _Crops(each, 2, finish=False)
-        loader.rest = loader.loader.dataset.augment.rest
+        opt = options('--loader', 'workers', '--batch_size', 12, '--num_workers', 0)
+        opt.device = 'cuda'
+        loader = make_loader(image_set, each, opt, 2)
+        loader.device = torch.device('cpu')
+        sent.append(next(iter(loader.loader))[0])
         results.append(next(iter(loader))[0])
+    assert torch.equal(*sent)
     assert (results[0] != results[1]).flatten(1).any(1).sum() > 12
 
 
@@ -166,6 +201,27 @@ def test_jpegs_are_decoded_at_the_scale_that_is_needed(jpegs):
         assert images.load(i, lambda w, h, needed=needed: needed).size == expected
     view = View(16, (0.,) * 3, (1.,) * 3, crop=(0.9, 1.))
     assert isinstance(make_loader(images, view, options('--loader', 'workers'), 2), WorkerLoader)
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'CMYK'])
+@pytest.mark.parametrize('settings', [{}, {'progressive': True}, {'subsampling': 0}])
+@pytest.mark.parametrize('scale', [1, 2])
+def test_jpegs_are_the_same_bytes_as_tensors(tmp_path, monkeypatch, mode, settings, scale):
+    """With simplejpeg where it is installed, where it fails, and without it."""
+    image = Image.effect_noise((75, 50), 80).convert('RGB').rotate(45).convert(mode)
+    image.save(tmp_path / 'x.jpg', quality=80, **settings)
+    images = ImageSet([str(tmp_path / 'x.jpg')], torch.zeros(1).long(), ['a'])
+
+    def needed(width, height):
+        return width // scale, height // scale
+    expected = np.asarray(images.load(0, needed)).transpose(2, 0, 1)
+    assert np.array_equal(images.pixels(0, needed), expected)
+
+    def fail(*args):
+        raise ValueError('Corrupt JPEG data')
+    for decoder in (fail, None):
+        monkeypatch.setattr('datasets.image_set.decode_jpeg', decoder)
+        assert np.array_equal(images.pixels(0, needed), expected)
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -189,7 +245,8 @@ def test_seeds_of_workers_leave_the_programs_numbers_alone(jpegs):
         torch.manual_seed(5)
         expected = torch.rand(3)
         torch.manual_seed(5)
-        assert torch.equal(samples[0, 7][0], samples[0, 7][0]) and not torch.equal(samples[0, 7][0], samples[0, 8][0])
+        first, again, other = (samples.augment(samples.image_set, 0, seed) for seed in (7, 7, 8))
+        assert torch.equal(first, again) and not torch.equal(first, other)
         assert torch.equal(torch.rand(3), expected)
 
 
