@@ -22,8 +22,10 @@ from util.log import log
 
 def digits(opt):
     """scikit-learn's 1,797 scans of handwritten digits, 8x8, stratified into 80 % training and 20 % validation."""
-    # What load_digits reads; importing that takes a second.
-    file = Path(importlib.util.find_spec('sklearn').origin).parent / 'datasets/data/digits.csv.gz'
+    package = importlib.util.find_spec('sklearn')
+    if package is None:
+        raise UserError('--dataset digits: scikit-learn is missing, expected: pip install scikit-learn')
+    file = Path(package.origin).parent / 'datasets/data/digits.csv.gz'  # importing its reader takes a second
     data = np.loadtxt(file, delimiter=',')                              # 64 pixels of 0 to 16, and the class
     source = (data[:, :-1].reshape(-1, 8, 8, 1) * (255 / 16)).round().astype(np.uint8).repeat(3, -1)
     images = ImageSet(source, torch.from_numpy(data[:, -1]).long(), [str(digit) for digit in range(10)])

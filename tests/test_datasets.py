@@ -393,6 +393,11 @@ def test_a_cache_that_cannot_be_written_is_said(cache, tmp_path, monkeypatch, ca
     assert not list((tmp_path / 'cache').iterdir())
 
 
+def test_digits_without_scikit_learn_are_one_line(rejected, monkeypatch):
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    rejected(main_ce.main, '--dataset', 'digits', words=['--dataset digits', 'scikit-learn is missing'])
+
+
 def test_wrong_cache_folders_are_rejected(rejected, tmp_path, image_folder):
     (tmp_path / 'file').touch()
     data = ['--dataset', 'path', '--data_folder', image_folder()]

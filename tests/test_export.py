@@ -1,4 +1,5 @@
 """Evaluation without training, and networks for other programs (--evaluate, --export)."""
+import importlib.util
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import main_supcon
 from datasets import make_loader
 from datasets.image_set import ImageSet
 from datasets.views import View
-from util import checkpoints, export
+from util import checkpoints
 from util.export import named_as_elsewhere, plain_parts
 
 DATA = ['--dataset', 'digits', '--size', '8', '--max_samples', '96', '--num_workers', '0']
@@ -106,7 +107,8 @@ def test_export_at_the_end_of_a_run(linear_run):
 
 
 def test_export_refuses_before_it_trains(rejected, tmp_path, monkeypatch):
-    monkeypatch.setattr(export.importlib.util, 'find_spec', lambda name: None)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'onnxscript' else found(name))
     (tmp_path / 'folder.pth').mkdir()
     for file, words in (('x.pt', 'ends in .pth, .safetensors, .pt2, .onnx'), ('nowhere/x.pth', 'nowhere'),
                         ('x.onnx', 'onnxscript is missing'), ('x' * 300 + '.pth', 'cannot be written'),
