@@ -666,7 +666,7 @@ def test_wandb_offline(call, monkeypatch, tmp_path):
     ok(call, main_ce, *arguments, '--epochs', 1)
     settings, run = runs[0]
     assert (settings['project'], settings['entity'], settings['config']['dataset']) == ('p', 'e', 'digits')
-    assert run.summary['val_acc'] >= 0 and run.summary['views']
+    assert run.summary['val_acc'] >= 0 and run.summary['views'] and run.summary['confusion']
     run.finish()
     assert list(tmp_path.glob('wandb/offline-run-*/run-*.wandb'))
     ok(call, main_ce, *arguments, '--epochs', 2, '--resume')

@@ -31,7 +31,7 @@ class Curves:
             for tag, value in values.items():
                 self.events.log_value(tag, value, step)
         if self.wandb:
-            self.wandb.log(values, step=step, commit=True)
+            self.wandb.log({'epoch': step, **values})
 
     def log_image(self, tag, array, step):
         """Send a uint8 array [h, w, 3], and write it to <tag>.png."""
@@ -46,16 +46,18 @@ class Curves:
             self.events._log_summary(tag, summary, None, step)
         if self.wandb:
             import wandb
-            self.wandb.log({tag: wandb.Image(array)}, step=step, commit=True)
+            self.wandb.log({'epoch': step, tag: wandb.Image(array)})
 
 
 def start_wandb(opt, config, wandb_id):
     import wandb
     try:
-        return wandb.init(entity=opt.wandb_entity, project=opt.wandb_project, id=wandb_id, config=config,
-                          name=f'{opt.output_name}, trial {opt.trial}', resume='allow' if wandb_id else None)
+        run = wandb.init(entity=opt.wandb_entity, project=opt.wandb_project, id=wandb_id, config=config,
+                         name=f'{opt.output_name}, trial {opt.trial}', resume='allow' if wandb_id else None)
     except (wandb.Error, TypeError, ValueError) as error:
         raise UserError(f'--wandb: {error}') from error
+    run.define_metric('*', step_metric='epoch')     # W&B's own step drops what is logged after a step has been sent
+    return run
 
 
 def confusion_image(matrix, classes):
