@@ -118,11 +118,16 @@ def load_images(opt):
     train, val, extra_id, extra_ood = (
         part and replace(part.sample(opt.max_samples, opt.seed, number), cache_dir=cache_dir)
         for part, number in zip(parts, (per_class, None, None, None)))      # of the training images alone
-    if opt.imbalance:
+    if opt.imbalance or opt.label_noise:
         opt.split_seed = opt.seed if opt.split_seed is None else opt.split_seed
+    if opt.imbalance:
         train = train.long_tailed(opt.imbalance, opt.split_seed)
         sizes = train.class_sizes()
         log(f'--imbalance {opt.imbalance:g}: {len(train)} training images, {max(sizes)} to {min(sizes)} of a class')
+    if opt.label_noise:
+        if len(train.classes) == 1:
+            raise UserError(f'--label_noise {opt.label_noise:g}: {opt.data_folder} has one class, expected several')
+        train = train.mislabeled(opt.label_noise, opt.split_seed)
     opt.size = opt.size or info.size
     if opt.mean is None or opt.std is None:
         mean, std = (info.mean, info.std) if info.mean else train.statistics()
@@ -138,6 +143,7 @@ def load_images(opt):
 # Options that need one class for each image, with the values at which they do nothing.
 ONE_CLASS = {'label_smoothing': 0., 'moco': False, 'KD': False, 'summation_location': 'out', 'denominator_mode': 'all',
              'positives_cap': -1, 'aug_output_name': None, 'sampler': 'shuffle', 'imbalance': None,
+             'label_noise': 0.,
              'logit_adjustment': 0., 'local_crops': 0}
 
 

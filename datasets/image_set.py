@@ -119,6 +119,15 @@ class ImageSet:
         counts = [max(1, int(count + 1e-6)) for count in exact]         # what should be 50 may be 49.999...
         return self.sample(None, seed, counts)
 
+    def mislabeled(self, fraction, seed):
+        """The same images, of which `fraction`, sampled with `seed`, have another class, each as likely as any other:
+        symmetric label noise."""
+        rng, labels = np.random.default_rng(seed), self.labels.clone()
+        wrong = torch.from_numpy(rng.permutation(len(self))[:round(fraction * len(self))])
+        shift = torch.from_numpy(rng.integers(1, len(self.classes), len(wrong)))
+        labels[wrong] = (labels[wrong] + shift) % len(self.classes)
+        return replace(self, labels=labels)
+
     def counts_of_fraction(self, fraction):
         """How many images of each class a fraction of it is, at least one: [C]."""
         counts = np.bincount(self.strata(), minlength=len(self.classes))

@@ -188,6 +188,35 @@ def test_imbalance_in_the_programs(call, spy, tmp_path):
                 '--evaluate')[0] == 0
 
 
+def test_label_noise_gives_a_fraction_another_class():
+    data = ImageSet(np.zeros((1000, 8, 8, 3), np.uint8), torch.arange(1000) % 10, [str(c) for c in range(10)])
+    noisy = data.mislabeled(0.4, 0)
+    wrong = noisy.labels != data.labels
+    assert wrong.sum() == 400 and torch.equal(data.labels, torch.arange(1000) % 10)
+    shift = ((noisy.labels - data.labels) % 10)[wrong].bincount(minlength=10)
+    assert shift[0] == 0 and shift[1:].min() > 25                           # each other class about 44 times
+    assert torch.equal(noisy.labels, data.mislabeled(0.4, 0).labels)
+    assert not torch.equal(noisy.labels, data.mislabeled(0.4, 1).labels)
+    assert torch.equal(data.mislabeled(0, 0).labels, data.labels)
+
+
+def test_label_noise_in_the_programs(call, rejected, image_folder):
+    """Linear evaluation trains on the labels of pretraining, also with another seed; validation labels are right."""
+    status, _, err = call(main_supcon.main, *DIGITS, *NETWORK, '--label_noise', 0.5, '--seed', 3, '--output_name', 'a')
+    assert status == 0, err
+    status, _, err = call(main_linear.main, *DIGITS[4:], '--ckpt', 'output/a/trial=0/last.ckpt', '--output_name', 'b')
+    assert status == 0, err
+    opt = checkpoints.load_checkpoint('output/b/trial=0/last.ckpt')['opt']
+    assert (opt['label_noise'], opt['split_seed'], opt['seed']) == (0.5, 3, 0)
+    right, noisy, again = (load_images(arguments.defaults(dataset='digits', size=8, **more)) for more in (
+        {}, {'label_noise': 0.5, 'seed': 3}, {'label_noise': 0.5, 'seed': 7, 'split_seed': 3}))
+    assert 0.45 < (right.train.labels != noisy.train.labels).double().mean() < 0.55
+    assert torch.equal(noisy.train.labels, again.train.labels) and torch.equal(right.val.labels, noisy.val.labels)
+    image_folder('one', {'a': 10})
+    rejected(main_supcon.main, *NETWORK, '--dataset', 'path', '--data_folder', 'one', '--label_noise', 0.2,
+             words=['--label_noise 0.2', 'one class'])
+
+
 def test_names_of_runs_hold_what_makes_the_tail():
     opt = main_ce.parse_option(['--imbalance', '50', '--sampler', 'class_balanced', '--logit_adjustment', '1'])
     assert opt.output_name.endswith('_imbalance_50.0_sampler_class_balanced_logit_adjustment_1.0')

@@ -95,15 +95,15 @@ def test_a_table_runs_once_and_fills_the_row_that_is_deleted(fake, table):
     done, again = fill(fake, table)
     assert done.returncode == 0 and again == [] and (folder / f'{table}.md').read_text() == text
     shutil.rmtree(fake / 'output')                                      # as in a fresh clone
-    kinds = ['cifar-genscl-kd-1', 'digits-features-0', 'cifar-simclr-corrupted-2'] if table == 'methods' else [
-        logs[0].stem]
-    for log in (folder / table / f'{name}.log' for name in kinds):
-        commands = commands_in(log)
+    names = ['cifar-genscl-kd-1', 'digits-features-0', 'cifar-simclr-corrupted-2']
+    deleted = [folder / table / f'{name}.log' for name in (names if table == 'methods' else [logs[0].stem])]
+    commands = [command for log in deleted for command in commands_in(log)]
+    for log in deleted:
         log.unlink()
-        done, again = fill(fake, table)
-        assert done.returncode == 0 and commands_in(log) == commands
-        assert [line for line in again if 'make_augs' not in line] == commands
-        assert (folder / f'{table}.md').read_text() == text
+    done, again = fill(fake, table)
+    assert done.returncode == 0 and [command for log in deleted for command in commands_in(log)] == commands
+    assert sorted(line for line in again if 'make_augs' not in line) == sorted(commands)
+    assert (folder / f'{table}.md').read_text() == text
     # Every command is one that the programs take, and each row names its seed.
     for command in {command for log in logs for command in commands_in(log)}:
         program, *words = shlex.split(command)
@@ -273,11 +273,11 @@ def test_spread_over_seeds():
 
 
 def test_commands_for_a_gpu_are_taken(fake):
-    """As far as they can be tested without one: the programs know the options."""
-    for table in TABLES:
+    """As far as they can be tested without one: the programs know the options. Those of `epochs` are a CPU's."""
+    for table in set(TABLES) - {'epochs'}:
         script = fake / 'scripts' / 'results' / 'rows.sh'
         script.write_text(script.read_text().replace('not torch.cuda.is_available()', 'False'))
-        done, ran = fill(fake, table, budget='gpu')
+        done, ran = fill(fake, table, '--only', '*-0', budget='gpu')
         assert done.returncode == 0, done.stderr
         for program, *words in map(shlex.split, ran):
             if program in PROGRAMS:

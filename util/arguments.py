@@ -12,8 +12,8 @@ from util.options import DATA, EVALUATION, METHOD_DEFAULTS, NETWORK, as_text
 # Options that distinguish runs although the published names of runs do not hold them.
 NAMED = ('model', 'width', 'stem', 'size', 'timm_pretrained', 'encoder_lr', 'head', 'positives', 'moco', 'ce_weight',
          'n_views', 'local_crops', 'local_size', 'mix', 'augment_policy', 'samples_per_class', 'label_fraction',
-         'imbalance', 'sampler', 'images_per_class', 'logit_adjustment', 'aug_mode', 'cache_features', 'finetune',
-         'freeze_bn')
+         'imbalance', 'label_noise', 'sampler', 'images_per_class', 'logit_adjustment', 'aug_mode', 'cache_features',
+         'finetune', 'freeze_bn')
 DOWNLOADED = {'cifar10': 'cifar-10-batches-py', 'cifar100': 'cifar-100-python'}     # their folders in --data_folder
 
 

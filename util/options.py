@@ -135,6 +135,8 @@ OPTIONS = {
         ('--imbalance', dict(type=number(float, 1, 1e6), metavar='RATIO', help='train on a long-tailed part of the '
                              'images, sampled with --seed: class c of C keeps largest * RATIO**(-c / (C - 1)); report '
                              'the accuracy over many, medium and few classes; default: all images')),
+        ('--label_noise', dict(type=number(float, 0, 1), default=0., metavar='FRACTION', help='give this fraction of '
+                               'the training images another class at random, sampled with --seed; default: 0')),
         ('--loader', dict(choices=('auto', 'batched', 'workers', 'per_sample'), default='auto',
                           help='batched: all images in memory, views sampled on the device; workers: worker processes '
                                'read and crop, colors on the device; per_sample: torchvision transforms in worker '
@@ -371,7 +373,7 @@ REQUIRES = {
 
 # Options that decide on which images a network is trained or evaluated, and which network it is.
 NETWORK = ('model', 'stem', 'width')
-DATA = ('dataset', 'data_folder', 'imbalance', 'mvip_super_class', 'mvip_num_classes')
+DATA = ('dataset', 'data_folder', 'imbalance', 'label_noise', 'mvip_super_class', 'mvip_num_classes')
 EVALUATION = (*DATA, 'size', 'mean', 'std', 'max_samples', 'samples_per_class', 'label_fraction', 'seed', 'aug_mode',
               'aug_root', 'aug_output_name', 'aug_name_id', 'aug_name_ood', 'aug_ex_id', 'aug_ex_ood', *NETWORK)
 
