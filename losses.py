@@ -282,10 +282,11 @@ class GenSupConLoss(_ContrastiveLoss):
         anchors, contrasts, self_index = self._split(features, sizes)
         with _full_precision(anchors.device):
             log_denominator = _log_sum_exp(anchors, contrasts, self.temperature, self_index)
+            exact = anchors.double(), contrasts.double()
             loss = 0.
             for weight, target in targets:
                 u, v, _ = self._split([F.normalize(part.double(), dim=1) for part in target], sizes)
-                sum_positive, has_positives = self._sum_positive(anchors.double(), contrasts.double(), u, v)
+                sum_positive, has_positives = self._sum_positive(*exact, u, v)
                 sum_of_losses = torch.where(has_positives, log_denominator, 0).sum() - sum_positive / self.temperature
                 loss = loss + weight * sum_of_losses
             loss = _all_reduce_sum(loss) / max(1, len(contrasts))               # as many as all processes' anchors

@@ -66,6 +66,8 @@ def seconds_of_program():
         before, steps = time.perf_counter(), []
         with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
             steps += [time.perf_counter() for line in process.stdout if line.startswith('Train: ')]
+        if process.returncode or not steps:
+            sys.exit('main_supcon.py has failed')
         return steps[0] - before, time.perf_counter() - steps[-1]
 
 

@@ -109,25 +109,25 @@ def load_images(opt):
         opt.multi_label = train.multi_label
         if opt.multi_label:
             check_multi_label(opt)
-        parts = train, val, *load_augmentations(opt, train.classes)
+        augmentations = load_augmentations(opt, train.classes)
     except OSError as error:                            # a folder that may not be listed, a disk that fails
         raise UserError(f'--data_folder {opt.data_folder}: cannot be read ({error})') from error
+    if opt.imbalance or opt.label_noise:
+        opt.split_seed = opt.seed if opt.split_seed is None else opt.split_seed
+    if opt.label_noise:                                 # of all images, so that each part of them has the same labels
+        if len(train.classes) == 1:
+            raise UserError(f'--label_noise {opt.label_noise:g}: {opt.data_folder} has one class, expected several')
+        train = train.mislabeled(opt.label_noise, opt.split_seed)
     per_class = opt.samples_per_class
     if getattr(opt, 'label_fraction', None):            # not an option of pretraining
         per_class = train.counts_of_fraction(opt.label_fraction)
     train, val, extra_id, extra_ood = (
         part and replace(part.sample(opt.max_samples, opt.seed, number), cache_dir=cache_dir)
-        for part, number in zip(parts, (per_class, None, None, None)))      # of the training images alone
-    if opt.imbalance or opt.label_noise:
-        opt.split_seed = opt.seed if opt.split_seed is None else opt.split_seed
+        for part, number in ((train, per_class), (val, None), *((part, None) for part in augmentations)))
     if opt.imbalance:
         train = train.long_tailed(opt.imbalance, opt.split_seed)
         sizes = train.class_sizes()
         log(f'--imbalance {opt.imbalance:g}: {len(train)} training images, {max(sizes)} to {min(sizes)} of a class')
-    if opt.label_noise:
-        if len(train.classes) == 1:
-            raise UserError(f'--label_noise {opt.label_noise:g}: {opt.data_folder} has one class, expected several')
-        train = train.mislabeled(opt.label_noise, opt.split_seed)
     opt.size = opt.size or info.size
     if opt.mean is None or opt.std is None:
         mean, std = (info.mean, info.std) if info.mean else train.statistics()
@@ -142,19 +142,18 @@ def load_images(opt):
 
 # Options that need one class for each image, with the values at which they do nothing.
 ONE_CLASS = {'label_smoothing': 0., 'moco': False, 'KD': False, 'summation_location': 'out', 'denominator_mode': 'all',
-             'positives_cap': -1, 'aug_output_name': None, 'sampler': 'shuffle', 'imbalance': None,
-             'label_noise': 0.,
+             'positives_cap': -1, 'aug_output_name': None, 'sampler': 'shuffle', 'imbalance': None, 'label_noise': 0.,
              'logit_adjustment': 0., 'local_crops': 0}
 
 
 def check_multi_label(opt):
     """UserError for an option that images with several labels cannot have."""
+    if (method := getattr(opt, 'method', None)) not in (None, 'SupCon', 'SimCLR', 'GenSCL'):
+        raise UserError(f'--method {method}: images of {opt.data_folder} have several labels, expected SupCon, SimCLR '
+                        'or GenSCL')
     for name, default in ONE_CLASS.items():
         if (value := getattr(opt, name, default)) != default:
             raise UserError(f'--{name} {value}: images of {opt.data_folder} have several labels, expected one each')
-    if getattr(opt, 'method', None) == 'BCL':
-        raise UserError(f'--method BCL: images of {opt.data_folder} have several labels, expected SupCon, SimCLR or '
-                        'GenSCL')
 
 
 def _cache_dir(opt):

@@ -122,7 +122,7 @@ class ImageSet:
     def mislabeled(self, fraction, seed):
         """The same images, of which `fraction`, sampled with `seed`, have another class, each as likely as any other:
         symmetric label noise."""
-        rng, labels = np.random.default_rng(seed), self.labels.clone()
+        rng, labels = np.random.default_rng([seed, 1]), self.labels.clone()     # not the order of `sample`
         wrong = torch.from_numpy(rng.permutation(len(self))[:round(fraction * len(self))])
         shift = torch.from_numpy(rng.integers(1, len(self.classes), len(wrong)))
         labels[wrong] = (labels[wrong] + shift) % len(self.classes)
@@ -303,8 +303,9 @@ def read_pixels(file, needed=None):
             image.draft(None, needed(*full_size))
         if decode_jpeg and image.format == 'JPEG' and image.mode == 'RGB' and image.size == full_size:
             image.fp.seek(0)
+            data = image.fp.read(3 * math.prod(full_size) + 2**20)              # not whatever may follow the image
             with contextlib.suppress(ValueError):       # Pillow reads some more, or it finds what is wrong
-                return torch.from_numpy(decode_jpeg(image.fp.read(), 'RGB')).permute(2, 0, 1)
+                return torch.from_numpy(decode_jpeg(data, 'RGB')).permute(2, 0, 1)
         return torch.from_numpy(np.array(_converted(image, 'RGB'))).permute(2, 0, 1)
     return open_image(file, read)
 

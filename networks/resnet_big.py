@@ -54,21 +54,27 @@ class Bottleneck(nn.Module):
 
 
 def conv(in_planes, planes, size, stride=1):
-    kind = nn.Conv2d if size == 1 else Conv2d
-    return kind(in_planes, planes, size, stride, padding=size // 2, bias=False)
+    return nn.Conv2d(in_planes, planes, 1, stride, bias=False) if size == 1 else Conv2d(in_planes, planes, size, stride)
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution without bias: [bsz, in_channels, h, w] -> [bsz, out_channels, h / stride, w / stride].
+    """A convolution without bias: [bsz, in_planes, h, w] -> [bsz, planes, h / stride, w / stride].
 
-    When a CPU trains, one that gives at most 2x2 pixels is a single matrix product of all pixels and channels of an
-    image. It multiplies hardly more numbers there, and oneDNN's convolution reaches a tenth of its speed, above all for
-    the gradient of the weights (benchmarks/README.md). Values differ in rounding alone.
+    When a CPU trains, one of at most 2x2 pixels is a single matrix product of all pixels and channels of an image. It
+    multiplies hardly more numbers there, and oneDNN's convolution reaches a tenth of its speed, above all for the
+    gradient of the weights. From 4x4 to 2x2 pixels it multiplies 2.6 times as many, and pays in bfloat16 alone, with
+    64 views or more (benchmarks/README.md). The matrix, 2 to 7 times the weights, is kept for the backward pass.
+    Values differ in rounding alone.
     """
+
+    def __init__(self, in_planes, planes, size, stride=1):
+        super().__init__(in_planes, planes, size, stride, padding=size // 2, bias=False)
 
     def forward(self, x):
         (h, w), stride = x.shape[2:], self.stride[0]
-        if not self.training or not x.is_cpu or max(h, w) > 2 * stride:
+        small = max(h, w) <= 2 and len(x) >= 8
+        halved = max(h, w) <= 2 * stride and len(x) >= 64 and x.dtype == torch.bfloat16
+        if not self.training or not x.is_cpu or not (small or halved):
             return super().forward(x)
         pixels = torch.eye(h * w, dtype=x.dtype).view(-1, 1, h, w)                      # an image of each single pixel
         taps = F.unfold(pixels, self.kernel_size, padding=self.padding, stride=stride)  # [pixel, tap, pixel of result]

@@ -345,10 +345,14 @@ def test_what_is_compiled_is_what_most_batches_are(graphs):
         for size in sizes:
             network(torch.rand(size, 3))
         assert len(graphs) == expected
+    crops = training.Compiled(nn.Conv2d(3, 2, 3))               # more small crops than views
+    for size in (8, 4, 8, 4):
+        crops(torch.rand(2 if size == 8 else 6, 3, size, size))
+    assert len(graphs) == 3
     frozen = training.Compiled(nn.Linear(3, 2).eval())          # a teacher
     for size in (0, 3, 3):
         frozen(torch.rand(size, 3))
-    assert len(graphs) == 3
+    assert len(graphs) == 4
 
 
 # Checkpoints

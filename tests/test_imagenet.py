@@ -224,6 +224,20 @@ def test_jpegs_are_the_same_bytes_as_tensors(tmp_path, monkeypatch, mode, settin
         assert np.array_equal(images.pixels(0, needed), expected)
 
 
+def test_what_follows_a_jpeg_is_not_read(tmp_path, monkeypatch):
+    Image.new('RGB', (75, 50)).save(tmp_path / 'x.jpg')
+    with open(tmp_path / 'x.jpg', 'r+b') as file:
+        file.truncate(2**28)
+    seen = []
+
+    def decode(data, colors):
+        seen.append(len(data))
+        return np.zeros((50, 75, 3), np.uint8)
+    monkeypatch.setattr('datasets.image_set.decode_jpeg', decode)
+    ImageSet([str(tmp_path / 'x.jpg')], torch.zeros(1).long(), ['a']).pixels(0)
+    assert seen and seen[0] < 2**21
+
+
 @pytest.mark.parametrize('workers', [0, 2])
 def test_worker_epochs_depend_on_seed_and_epoch_alone(jpegs, workers):
     def batches(epoch):

@@ -189,7 +189,8 @@ def test_imbalance_in_the_programs(call, spy, tmp_path):
 
 
 def test_label_noise_gives_a_fraction_another_class():
-    data = ImageSet(np.zeros((1000, 8, 8, 3), np.uint8), torch.arange(1000) % 10, [str(c) for c in range(10)])
+    source = np.broadcast_to(np.arange(1000)[:, None, None, None] % 250, (1000, 8, 8, 3)).astype(np.uint8)
+    data = ImageSet(source, torch.arange(1000) % 10, [str(c) for c in range(10)])
     noisy = data.mislabeled(0.4, 0)
     wrong = noisy.labels != data.labels
     assert wrong.sum() == 400 and torch.equal(data.labels, torch.arange(1000) % 10)
@@ -198,6 +199,8 @@ def test_label_noise_gives_a_fraction_another_class():
     assert torch.equal(noisy.labels, data.mislabeled(0.4, 0).labels)
     assert not torch.equal(noisy.labels, data.mislabeled(0.4, 1).labels)
     assert torch.equal(data.mislabeled(0, 0).labels, data.labels)
+    part = noisy.sample(None, 0, 10)                                        # the same seed selects other images
+    assert 25 < (part.labels != torch.from_numpy(part.source[:, 0, 0, 0] % 10)).sum() < 55
 
 
 def test_label_noise_in_the_programs(call, rejected, image_folder):
@@ -211,6 +214,9 @@ def test_label_noise_in_the_programs(call, rejected, image_folder):
     right, noisy, again = (load_images(arguments.defaults(dataset='digits', size=8, **more)) for more in (
         {}, {'label_noise': 0.5, 'seed': 3}, {'label_noise': 0.5, 'seed': 7, 'split_seed': 3}))
     assert 0.45 < (right.train.labels != noisy.train.labels).double().mean() < 0.55
+    few = load_images(arguments.defaults(dataset='digits', size=8, label_noise=0.5, split_seed=3, samples_per_class=5))
+    known = {image.tobytes(): label for image, label in zip(noisy.train.source, noisy.train.labels.tolist())}
+    assert few.train.labels.tolist() == [known[image.tobytes()] for image in few.train.source]
     assert torch.equal(noisy.train.labels, again.train.labels) and torch.equal(right.val.labels, noisy.val.labels)
     image_folder('one', {'a': 10})
     rejected(main_supcon.main, *NETWORK, '--dataset', 'path', '--data_folder', 'one', '--label_noise', 0.2,

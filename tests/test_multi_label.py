@@ -96,7 +96,8 @@ def test_other_mistakes(listed, rejected, tmp_path):
     listed(rows('t', 6), rows('v', 6))
     for program, words in ((main_ce, ['--label_smoothing', 0.1]), (main_supcon, ['--moco', '--moco_k', 16]),
                            (main_supcon, ['--summation_location', 'in']), (main_supcon, ['--positives_cap', 2]),
-                           (main_supcon, ['--method', 'BCL']),
+                           (main_supcon, ['--method', 'BCL']), (main_supcon, ['--method', 'SINCERE']),
+                           (main_supcon, ['--label_noise', 0.1]),
                            (main_supcon, ['--sampler', 'class_balanced']), (main_ce, ['--imbalance', 10])):
         rejected(program.main, *DATA, *NETWORK, *words, words=[words[0], 'have several labels'])
 

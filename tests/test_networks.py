@@ -140,11 +140,11 @@ class Convolutions(TorchDispatchMode):
 @pytest.mark.parametrize('h, w', [(1, 1), (2, 2), (1, 2), (3, 4), (4, 4), (5, 2)])
 @pytest.mark.parametrize('stride', [1, 2])
 def test_convolutions_of_small_maps_are_the_convolution(h, w, stride):
-    layer = Conv2d(3, 5, 3, stride, padding=1, bias=False).double()
-    x = torch.randn(4, 3, h, w, dtype=torch.double, requires_grad=True)
+    layer = Conv2d(3, 5, 3, stride).double()
+    x = torch.randn(8, 3, h, w, dtype=torch.double, requires_grad=True)
     with Convolutions() as convolutions:
         out = layer(x)
-    assert convolutions.count == (max(h, w) > 2 * stride)
+    assert convolutions.count == (max(h, w) > 2)
     expected = F.conv2d(x, layer.weight, stride=stride, padding=1)
     torch.testing.assert_close(out, expected)
     grad = torch.randn_like(out)
@@ -152,16 +152,20 @@ def test_convolutions_of_small_maps_are_the_convolution(h, w, stride):
                                torch.autograd.grad(expected, (x, layer.weight), grad))
     assert layer(x[:0]).shape == (0, *out.shape[1:])            # the empty slice of a process
     with Convolutions() as convolutions:
+        torch.testing.assert_close(layer(x[:2]), out[:2])
+    assert convolutions.count == 1                              # of which a matrix product takes three times as long
+    with Convolutions() as convolutions:
         torch.testing.assert_close(layer.eval()(x), out)
     assert convolutions.count == 1                              # what is exported and evaluated is a plain convolution
 
 
 @pytest.mark.parametrize('side, stride', [(2, 1), (4, 2)])
 def test_convolutions_of_small_maps_in_bfloat16(side, stride):
-    layer = Conv2d(16, 32, 3, stride, padding=1, bias=False).to(memory_format=torch.channels_last)
+    layer = Conv2d(16, 32, 3, stride).to(memory_format=torch.channels_last)
     x = torch.randn(64, 16, side, side).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
-    with torch.autocast('cpu', torch.bfloat16):
+    with torch.autocast('cpu', torch.bfloat16), Convolutions() as convolutions:
         out, expected = layer(x), F.conv2d(x, layer.weight, stride=stride, padding=1)
+    assert convolutions.count == 1
     assert out.dtype == torch.bfloat16 and out.is_contiguous(memory_format=torch.channels_last)
     grad = torch.randn_like(out)
     pairs = [(out, expected), *zip(torch.autograd.grad(out, (x, layer.weight), grad),

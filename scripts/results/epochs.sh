@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Does SupCon catch up when it is trained to its end? Top-1 against the images seen, and against time, of each method on all
-# 50,000 CIFAR-10 images, with the small network.
+# Does SupCon catch up when it is trained to its end, and what is it good for? On all 50,000 CIFAR-10 images, with the small
+# network: top-1 of each method against the images seen, and against time; then corrupted images, retrieval, other images,
+# other classes, wrong labels, few labels.
 #   bash scripts/results/epochs.sh --budget cpu          a day on two cores; `timeout 1h bash ...`, repeated, in parts
 #   bash scripts/results/epochs.sh --budget gpu          the same on a GPU; `timeout 9m bash ...`
 # Options, and what is written where: rows.sh.
@@ -45,12 +46,61 @@ declare -A chosen=(
 )
 longer() { [ -z "${chosen[$1]:-}" ] || trained $1-$3 $2 "$cifar" $1 $3 "${chosen[$1]}"; }
 
-for epochs in 8 16 32 64; do
+for epochs in 8 16 32; do
     for method in $methods; do longer $method 0 $epochs; done
 done
 for method in $methods; do longer $method 1 32; done
-if [ -n "${chosen[genscl-mix]:-}" ]; then
-    wait            # for the teacher
+wait                # for the networks of 32 epochs
+
+compared=()         # those whose features are compared
+for method in supcon ce-sim supcon-ce simclr; do [ -z "${chosen[$method]:-}" ] || compared+=($method); done
+encoder() { echo output/$runs-$1/trial=0/last.ckpt; }
+of_classifier() { case $1 in ce*) encoder $1 ;; *) encoder $1-linear ;; esac; }
+other_images() {    # name, row and run of the encoder, options of data, of the linear evaluation
+    row $1 0 "@$2-0" "main_linear.py $3 --ckpt $(encoder $2) --cosine --no_warm --cache_features $4 $(of_run $1-linear 0)" \
+        "scripts/evaluate.py --ckpt $(encoder $1-linear)"
+}
+
+for method in ${compared[@]+"${compared[@]}"}; do
+    row $method-corrupted 0 "@$method-32-0" \
+        "scripts/evaluate.py --ckpt $(of_classifier $method-32) --corruptions --max_images 2000"
+done
+wait
+for method in ${compared[@]+"${compared[@]}"}; do
+    other_images $method-digits $method-32 "--dataset digits --size 16" '--epochs 100 --batch_size 128 --lr 1'
+done
+
+# As many steps as 16 epochs of all images, but 1 % of them, which take a quarter.
+for part in known new; do           # five classes each, in the order of the alphabet
+    [ -d data/cifar10_$part ] || ((!jobs)) || for split in train test; do
+        mkdir -p data/cifar10_$part/$split
+        classes=("$data/$split"/*/)
+        [ $part = known ] && classes=("${classes[@]:0:5}") || classes=("${classes[@]:5}")
+        for folder in "${classes[@]}"; do
+            ln -sfn "$(cd -- "$folder" && pwd)" data/cifar10_$part/$split/"$(basename "$folder")"
+        done
+    done
+done
+for method in ${compared[@]+"${compared[@]}"}; do
+    options=${chosen[$method]}
+    trained $method-known 0 "--dataset path --data_folder data/cifar10_known --cache_dir data/cache" $method 32 "$options"
+    [ $method != simclr ] || continue
+    for noise in 0.2 0.4; do trained $method-noise-$noise 0 "$cifar --label_noise $noise" $method 16 "$options"; done
+    trained $method-few-50 0 "$cifar --samples_per_class 50" $method 400 "$options"
+    trained $method-few-500 0 "$cifar --samples_per_class 500" $method 160 "$options"
+done
+wait
+for method in ${compared[@]+"${compared[@]}"}; do
+    other_images $method-new $method-known '--dataset path --data_folder data/cifar10_new' '--epochs 30 --batch_size 512 --lr 1'
+    [ $method = simclr ] || continue
+    for labels in 50 500; do        # of the encoder that has seen all images, without labels
+        other_images simclr-few-$labels simclr-32 "$cifar --samples_per_class $labels" '--epochs 100 --batch_size 128 --lr 1'
+        wait
+    done
+done
+
+for method in $methods; do longer $method 0 64; done
+if [ -n "${chosen[genscl-mix]:-}" ] && [ -n "${chosen[ce-sim]:-}" ]; then
     options_of[genscl-kd]="${options_of[genscl-mix]} --KD --teacher_path output/$runs-ce-sim-32/trial=0"
     chosen[genscl-kd]=${chosen[genscl-mix]}
     longer genscl-kd 0 32

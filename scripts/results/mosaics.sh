@@ -18,7 +18,7 @@ folder=data/mosaics-$(cksum <<< "$images $count" | cut -d ' ' -f 1)
 data="--dataset csv --data_folder $folder $data" linear="--cache_features $linear_small"
 
 mosaics() {         # NAME-SEED of a row: make them, unless they are there or its log is
-    ((jobs == 0)) || [ -e "$into/$table/$1.log" ] || [ -e "$folder" ] ||
+    [[ $1 != $only ]] || ((jobs == 0)) || [ -e "$into/$table/$1.log" ] || [ -e "$folder" ] ||
         python scripts/make_mosaics.py $images --train $count --val 2000 --side 64 --output "$folder"
 }
 

@@ -36,7 +36,8 @@ MOSAICS = {
     **{f'{method}-temp-{temp}': f'{name}, temperature {temp}' for method, name in (
         ('supcon', 'SupCon'), ('simclr', 'SimCLR')) for temp in ('0.05', '0.2')},
 }
-COLORS = {'ce': 'tab:gray', 'ce-sim': 'tab:green', 'simclr': 'tab:orange', 'supcon': 'tab:blue'}
+COLORS = {'ce': 'tab:gray', 'ce-sim': 'tab:green', 'simclr': 'tab:orange', 'supcon': 'tab:blue',
+          'supcon-ce': 'tab:purple'}
 CORRUPTIONS = {'noise': 'Gaussian noise', 'blur': 'Gaussian blur', 'contrast': 'less contrast', 'jpeg': 'JPEG'}
 
 
@@ -46,7 +47,10 @@ def values_of(text):
              'knn': re.findall(r'kNN accuracy (\S+)$', text, re.MULTILINE),
              'map': re.findall(r'^best mAP: (\S+)$', text, re.MULTILINE),
              'knn_map': re.findall(r'kNN mAP (\S+)$', text, re.MULTILINE),
-             'clean': re.findall(r'^top-1 (\S+)$', text, re.MULTILINE)}
+             'clean': re.findall(r'^top-1 (\S+)$', text, re.MULTILINE),
+             'ece': re.findall(r'^ECE (\S+)$', text, re.MULTILINE),
+             'recall': re.findall(r'^R@1 (\S+)$', text, re.MULTILINE),
+             'retrieval': re.findall(r'^mAP@R (\S+)$', text, re.MULTILINE)}
     values = {name: float(numbers[-1]) for name, numbers in found.items() if numbers}
     if cost := re.findall(r'^CPU minutes: (\S+)$', text, re.MULTILINE):
         values['minutes'] = sum(map(float, cost))
@@ -240,7 +244,7 @@ def epochs(rows, folder):
     curves = {}
     for name, row in rows.items():
         method, _, number = name.rpartition('-')
-        if method in METHODS:
+        if method in METHODS and number.isdigit():
             curves.setdefault(method, {})[int(number)] = row
     if not curves:
         return trials(rows)
@@ -269,7 +273,58 @@ def epochs(rows, folder):
     axes[0].set_ylabel('top-1 %')
     axes[0].legend(frameon=False, fontsize='small')
     save(fig, folder / 'epochs.png')
-    return lines + trials(rows)
+    return lines + properties(rows, folder) + trials(rows)
+
+
+# What networks are good for beside accuracy: title -> the end of a row's name, what is read from it.
+PROPERTIES = {
+    **{f'top-1 %, {title}': ('corrupted', kind) for kind, title in CORRUPTIONS.items()},
+    'expected calibration error %': ('corrupted', 'ece'),
+    'retrieval: R@1 %': ('corrupted', 'recall'), 'retrieval: mAP@R %': ('corrupted', 'retrieval'),
+    'handwritten digits: linear, top-1 %': ('digits', 'top1'), 'handwritten digits: kNN %': ('digits', 'knn'),
+    'five new classes: linear, top-1 %': ('new', 'top1'), 'five new classes: kNN %': ('new', 'knn'),
+    'five new classes: R@1 %': ('new', 'recall'),
+    'all labels right, 16 epochs: top-1 %': ('16', 'top1'), '20 % of labels wrong: top-1 %': ('noise-0.2', 'top1'),
+    '40 % of labels wrong: top-1 %': ('noise-0.4', 'top1'),
+    '1 % of labels: top-1 %': ('few-50', 'top1'), '10 % of labels: top-1 %': ('few-500', 'top1'),
+}
+
+
+def properties(rows, folder):
+    """A table and a figure of PROPERTIES, of the methods that have rows of them."""
+    compared = [method for method in METHODS if f'{method}-corrupted' in rows]
+    values = {}
+    for title, (kind, name) in PROPERTIES.items():
+        for method in compared:
+            for found in rows.get(f'{method}-{kind}', {}).values():         # one seed
+                if name in found:
+                    number = found[name]
+                    values.setdefault(title, {})[method] = mean(number) if isinstance(number, list) else number
+    if not values:
+        return []
+    lines = ['', f"| | {' | '.join(METHODS[method] for method in compared)} |", '|---' * (1 + len(compared)) + '|']
+    for title, row in values.items():
+        cells = [f'{row[method]:.2f}' if method in row else '' for method in compared]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    columns = min(6, len(values))
+    fig, axes = plt.subplots(-(-len(values) // columns), columns, figsize=(2.2 * columns, 5.4), layout='constrained',
+                             squeeze=False)
+    for ax in axes.flat:
+        ax.axis('off')
+    for ax, (title, row) in zip(axes.flat, values.items()):
+        ax.axis('on')
+        for method, number in row.items():
+            x = compared.index(method)
+            ax.plot(x, number, 'o', color=COLORS[method])
+            ax.annotate(f'{number:.1f}', (x, number), (0, 5), ha='center', textcoords='offset points',
+                        fontsize='x-small')
+        ax.set_title(title.replace(': ', ':\n').replace(', ', ',\n'), fontsize='small')
+        ax.set(xticks=[], xlim=(-0.6, len(compared) - 0.4))
+        ax.margins(y=0.25)
+    fig.legend([plt.Line2D([], [], marker='o', linestyle='', color=COLORS[method]) for method in compared],
+               [METHODS[method] for method in compared], loc='outside lower center', ncols=len(compared), frameon=False)
+    save(fig, folder / 'properties.png')
+    return lines
 
 
 def longtail(rows, folder):
