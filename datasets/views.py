@@ -323,12 +323,11 @@ def apply(view, images, params, operations=None):
         return result
     images_of_views = torch.arange(n, device=device) % len(images)
     resized = view.flip or (params.boxes != torch.tensor([0, 0, view.size, view.size])).any()
-    # Bytes that nothing but the normalization changes go into it as they are.
-    changed = resized or any(x is not None for x in (params.shifts, params.angles, params.policy, params.factors,
-                                                     params.gray, params.sigmas))
+    # Bytes that nothing but the normalization changes, or nothing after the policy, go into it as they are.
+    colored = any(x is not None for x in (params.factors, params.gray, params.sigmas))
+    changed = resized or colored or any(x is not None for x in (params.shifts, params.angles, params.policy))
     scale = 1 / torch.tensor(view.std)[:, None, None]
     shift_by = -torch.tensor(view.mean)[:, None, None] * scale
-    scale = scale if changed else scale / 255
     # The views of each group that lose their colors or are blurred, found on the CPU: no GPU is waited for.
     grayed, blurred = ([_nonzero(x, group) for group in params.groups] for x in (params.gray, params.sigmas))
     places = torch.cat([torch.arange(group.stop - group.start) for group in params.groups])
@@ -354,6 +353,7 @@ def apply(view, images, params, operations=None):
             x = rotate(x, angles[part])
         if params.policy is not None:
             x = policy_of(view.auto, view.rand, view.size).apply(x, params.policy[part])
+            x = x.float().div_(255) if colored else x
         for color in order or ():
             x = operations[COLORS[color]](x, factors[color, part])
         if gray is not None and len(gray):
@@ -362,7 +362,8 @@ def apply(view, images, params, operations=None):
         if blurry is not None and len(blurry):
             blurry = blurry.long()
             x[blurry] = blur(x[blurry], sigmas[part][blurry], view.blur_radius)
-        torch.addcmul(shift_by, x, scale, out=result[part])             # (x - mean) / std
+        scale_of_x = scale / 255 if x.dtype == torch.uint8 else scale
+        torch.addcmul(shift_by, x, scale_of_x, out=result[part])        # (x - mean) / std
         if holes is not None:
             erase(result[part], holes[part])
     return result

@@ -34,17 +34,12 @@ def torchvision_result(image, *operations):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def to_bytes(x):
-    assert x.min() >= 0 and x.max() <= 1
-    return x.mul(255).round().byte()
-
-
 @pytest.mark.parametrize('size', [16, 33])
 @pytest.mark.parametrize('policy', POLICIES)
 def test_operations_match_torchvision(policy, size):
     x, policy = images(size), Policy(*policy, size)
     for number, operation in enumerate(policy.operations):
-        result = to_bytes(policy.apply(x / 255, torch.full((len(x), 1), number)))
+        result = policy.apply(x / 255, torch.full((len(x), 1), number))
         expected = torch.stack([torchvision_result(image, operation) for image in x])
         assert torch.equal(result, expected), operation
 
@@ -56,7 +51,12 @@ def test_each_image_has_its_own_operations(policy):
     assert len(numbers.unique(dim=0)) > 30
     expected = [torchvision_result(image, *(policy.operations[number] for number in row))
                 for image, row in zip(x, numbers)]
-    assert torch.equal(to_bytes(policy.apply(x / 255, numbers)), torch.stack(expected))
+    assert torch.equal(policy.apply(x / 255, numbers), torch.stack(expected))
+
+
+def test_floats_are_rounded_to_bytes_to_the_nearest_even():
+    x = torch.tensor([0.4, 0.6, 1, 1.4, 2.6, 254.4, 254.6, 255]).repeat(8, 3, 8, 1)
+    assert torch.equal(Policy(None, (1, 9), 8).apply(x / 255, torch.zeros(8, 1).long()), x.round().byte())
 
 
 @pytest.mark.parametrize('auto, rand', POLICIES[:4])
