@@ -152,11 +152,15 @@ def plot_corruptions(corrupted, file):
 
 
 def hard_negatives(rows, folder):
-    title = f'{data_of(next(iter(rows.values())))}, {of_seeds(rows)}'
-    lines = [f'| {title} | top-1 % | confidence id | ood | AUROC | FPR95 |', '|---|---|---|---|---|---|']
-    return lines + [f"| {title} | {spread(rows[name], 'top1')} | {spread(rows[name], 'id', 3)} | "
-                    f"{spread(rows[name], 'ood', 3)} | {spread(rows[name], 'auroc')} | {spread(rows[name], 'fpr95')} |"
-                    for name, title in EXPERIMENTS.items() if name in rows]
+    lines = []
+    for prefix in ('', 'all-'):                                         # few images, all images
+        part = {title: rows[prefix + name] for name, title in EXPERIMENTS.items() if prefix + name in rows}
+        if part:
+            title = f'{data_of(next(iter(part.values())))}, {of_seeds(part)}'
+            lines += ['', f'| {title} | top-1 % | confidence id | ood | AUROC | FPR95 |', '|---|---|---|---|---|---|']
+            lines += [f"| {title} | {spread(row, 'top1')} | {spread(row, 'id', 3)} | {spread(row, 'ood', 3)} | "
+                      f"{spread(row, 'auroc')} | {spread(row, 'fpr95')} |" for title, row in part.items()]
+    return lines
 
 
 def curves_of(rows, variable, option):
