@@ -1,8 +1,10 @@
 """Evaluation without training, and networks for other programs (--evaluate, --export)."""
 import importlib.util
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ import main_supcon
 from datasets import make_loader
 from datasets.image_set import ImageSet
 from datasets.views import View
+from networks.resnet_big import SupConResNet
 from util import checkpoints
 from util.export import named_as_elsewhere, plain_parts
 
@@ -104,6 +107,20 @@ def test_export_at_the_end_of_a_run(linear_run):
     exported = torch.load('first.pth', weights_only=True)
     assert exported['classes'] == [str(i) for i in range(10)] and exported['state_dict']['fc.weight'].shape == (10, 32)
     assert 'layer2.0.downsample.0.weight' in exported['state_dict']
+
+
+def test_example_of_features(call, tmp_path):
+    """The documented way gives what forward_all gives."""
+    ok(call, main_supcon, *TINY, '--epochs', 1, '--output_name', 'pre')
+    text = (Path(__file__).parent.parent / 'docs' / 'export.md').read_text()
+    code = re.search(r'^## Features of .*?^```python\n(.*?)^```', text, re.MULTILINE | re.DOTALL)[1]
+    names = {'images': torch.rand(5, 3, 8, 8)}
+    exec(code.replace('<run>', 'pre'), names)
+    model = SupConResNet('resnet18', width=0.0625).eval()
+    model.load_state_dict(names['state'])
+    expected = model.encoder((names['images'] - names['mean']) / names['std'])
+    assert expected.std() > 0
+    torch.testing.assert_close(names['features'], expected)
 
 
 def test_export_refuses_before_it_trains(rejected, tmp_path, monkeypatch):

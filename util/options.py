@@ -136,7 +136,7 @@ OPTIONS = {
                              'images, sampled with --seed: class c of C keeps largest * RATIO**(-c / (C - 1)); report '
                              'the accuracy over many, medium and few classes; default: all images')),
         ('--label_noise', dict(type=number(float, 0, 1), default=0., metavar='FRACTION', help='give this fraction of '
-                               'the training images another class at random, sampled with --seed; default: 0')),
+                               'the training images another class at random, sampled with --seed')),
         ('--loader', dict(choices=('auto', 'batched', 'workers', 'per_sample'), default='auto',
                           help='batched: all images in memory, views sampled on the device; workers: worker processes '
                                'read and crop, colors on the device; per_sample: torchvision transforms in worker '
@@ -151,18 +151,19 @@ OPTIONS = {
          SUPCON),
         ('--local_crops', dict(type=COUNT_OR_ZERO, default=0, metavar='N', help='multi-crop: N small crops of each '
                                'image as further views'), SUPCON),
-        ('--local_size', dict(type=number(int, 8, 4096), metavar='PIXELS', help='their side; default: 3/7 of --size, '
-                              'as 96 of 224'), SUPCON),
+        ('--local_size', dict(type=number(int, 8, 4096), metavar='PIXELS', help='side of the small crops; default: '
+                              '3/7 of --size, as 96 of 224'), SUPCON),
         ('--augment_policy', dict(choices=('no', 'sim', 'auto', 'rand', 'stacked_rand'), help='training views beside '
                                   'cropping and flipping: no: nothing; sim: color jitter and grayscale; auto: '
                                   'AutoAugment; rand: RandAugment; stacked_rand: RandAugment and sim (default: sim in '
                                   'pretraining and for mvip, else no)')),
         ('--crop_min', dict(type=number(float, 1e-3, 1), metavar='FRACTION', help='smallest fraction of the area of a '
                             'random crop; default: 0.2, digits 0.4, imagenet 0.08, mvip 0.6 and 0.8')),
-        ('--jitter_strength', dict(type=number(float, 0, 2), default=0.5, metavar='S', help='of the colors of sim')),
+        ('--jitter_strength', dict(type=number(float, 0, 2), default=0.5, metavar='S',
+                                   help='of the color jitter in sim')),
         ('--blur_p', dict(type=number(float, 0, 1), default=0., metavar='P', help='probability of blur in sim')),
         ('--rand_n', dict(type=number(int, 1, 20), default=1, metavar='N', help='operations of RandAugment')),
-        ('--rand_m', dict(type=number(int, 0, 30), default=2, metavar='M', help='their magnitude')),
+        ('--rand_m', dict(type=number(int, 0, 30), default=2, metavar='M', help='magnitude of RandAugment, 0 to 30')),
         ('--cutout', dict(FLAG, help='set squares of training views to the mean color')),
         ('--n_holes', dict(type=number(int, 1, 100), default=1, metavar='N', help='squares of --cutout')),
         ('--cutout_length', dict(type=COUNT, default=16, metavar='PIXELS', help='their side')),
@@ -188,7 +189,7 @@ OPTIONS = {
         ('--aug_name_ood', dict(metavar='NAME', help='folder of near-out-of-distribution images; default: none')),
         ('--aug_ex_id', dict(type=number(int, -1), default=-1, metavar='N',
                              help='use at most N source images of each class; -1: all')),
-        ('--aug_ex_ood', dict(type=number(int, -1), default=-1, metavar='N', help='the same for the others')),
+        ('--aug_ex_ood', dict(type=number(int, -1), default=-1, metavar='N', help='the same for ood images')),
     ],
     'network': [
         ('--model', dict(default='resnet50', metavar='NAME',
@@ -215,8 +216,8 @@ OPTIONS = {
         ('--method', dict(choices=('SupCon', 'SimCLR', 'SINCERE', 'DCL', 'BCL', 'GenSCL'), default='SupCon',
                           help='contrastive loss; GenSCL changes the defaults of other options too, see '
                           'docs/genscl.md'), SUPCON),
-        ('--positives', dict(choices=('class', 'image'), default='class', help='of a view: the views of its class, or '
-                             'without labels those of its image (default with SimCLR)'), SUPCON),
+        ('--positives', dict(choices=('class', 'image'), default='class', help='of a view: the other views of its '
+                             'class, or only those of its image (default with SimCLR)'), SUPCON),
         ('--temp --temperature', dict(type=number(float, 1e-4, 1e4), default=0.07, metavar='T', help='temperature'),
          SUPCON),
         ('--base_temperature', dict(type=number(float, 1e-4, 1e4), default=0.07, metavar='T', help='the loss is '
