@@ -60,8 +60,8 @@ class ImageSet:
     def load(self, i, needed=None):
         """Image i as RGB; raises UserError with the name of a file that is no readable image.
 
-        needed(width, height) may give a smaller width and height that are enough: a JPEG file is then decoded at a
-        reduced scale, if it has one that is not below.
+        needed(width, height) may give a smaller width and height to which the image will be resized: a JPEG file is
+        then decoded at a reduced scale (1/2, 1/4, 1/8) that has three times as many pixels along each side.
         """
         if isinstance(self.source, np.ndarray):
             return Image.fromarray(self.source[i])
@@ -157,7 +157,7 @@ class ImageSet:
         if self.decoded_bytes(short_side)[0] > available_memory():
             raise UserError(f'{len(self)} images of {short_side} pixels do not fit into memory, expected --loader '
                             'workers')
-        file = self._cache_file(f'decoded-{short_side}')
+        file = self._cache_file(f'resized-{short_side}')
         if not file:
             return self._decode_files(short_side)
 
@@ -221,7 +221,7 @@ class ImageSet:
         files; or the bytes of a cache."""
         if isinstance(self.source, np.ndarray):
             return self.source.nbytes, self.source.nbytes
-        file = self._cache_file(f'decoded-{short_side}')
+        file = self._cache_file(f'resized-{short_side}')
         if file and (size := size_in_cache(file)):
             return size, size
         sizes = np.array([scaled(size, short_side) for size in self.sizes(limit=5000)])
@@ -285,11 +285,17 @@ def open_image(file, use):
         raise UserError(f'{file}: not a readable image ({str(error) or type(error).__name__})') from error
 
 
+def draft(image, needed):
+    """Have an opened JPEG file decoded at the smallest of its scales that leaves three times the pixels that are needed
+    along each side: the resize that follows decides what is seen, not the sharper scaling of the file format."""
+    image.draft(None, tuple(3 * side for side in needed(*image.size)))
+
+
 def read_image(file, mode='RGB', needed=None):
     """An image file as 8-bit RGB, or another mode of Pillow; needed as for ImageSet.load."""
     def read(image):
         if needed is not None:
-            image.draft(None, needed(*image.size))      # of the formats only JPEG has scales
+            draft(image, needed)
         return _converted(image, mode)
     return open_image(file, read)
 
@@ -300,7 +306,7 @@ def read_pixels(file, needed=None):
     def read(image):
         full_size = image.size
         if needed is not None:
-            image.draft(None, needed(*full_size))
+            draft(image, needed)
         if decode_jpeg and image.format == 'JPEG' and image.mode == 'RGB' and image.size == full_size:
             image.fp.seek(0)
             data = image.fp.read(3 * math.prod(full_size) + 2**20)              # not whatever may follow the image

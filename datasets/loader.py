@@ -435,7 +435,7 @@ class _Crops:
     """Cropped and flipped views [n_views, 3, size, size] uint8 of an image, after AutoAugment and RandAugment if the
     view has them; `views.rest` is still to be done.
 
-    A JPEG is decoded at the smallest of its own scales (1, 1/2, 1/4, 1/8) at which no crop has to be enlarged.
+    A JPEG is decoded at the smallest of its scales (1, 1/2, 1/4, 1/8) that gives each crop three times its final size.
     """
 
     def __init__(self, view, n_views):

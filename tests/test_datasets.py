@@ -367,7 +367,7 @@ def other_arrays(file, **changes):
     lambda file: np.savez_compressed(file, data=np.zeros((18, 3, 4000, 4000), np.uint8), sizes=np.full((18, 2), 4000))])
 def test_a_corrupted_cache_is_made_again(cache, tmp_path, capsys, damage):
     data, *_ = cache()
-    file = next((tmp_path / 'cache').glob('*-decoded-8.npz'))
+    file = next((tmp_path / 'cache').glob('*-resized-8.npz'))
     whole = file.read_bytes()
     damage(file)
     again, _, opened = cache()

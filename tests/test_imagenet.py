@@ -192,12 +192,29 @@ def test_workers_leave_autoaugment_to_a_gpu(jpegs):
     assert (results[0] != results[1]).flatten(1).any(1).sum() > 12
 
 
+@pytest.mark.parametrize('side', [64, 128, 200])
+@pytest.mark.parametrize('loader', ['batched', 'workers'])
+def test_jpegs_are_resized_as_torchvision_does(tmp_path, side, loader):
+    """In evaluation, also where the file could be decoded at half its size, or less, in which it is sharper."""
+    (tmp_path / 'a').mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        small = Image.fromarray(rng.integers(0, 256, (side // 3, side // 3, 3), np.uint8))
+        small.resize((side, side), Image.Resampling.BICUBIC).save(tmp_path / 'a' / f'{i}.jpg', quality=95)
+    images, view = folder(tmp_path), View(32, (0.,) * 3, (1 / 255,) * 3)
+    each = options('--loader', loader, '--batch_size', 4, '--num_workers', 0)
+    found = next(iter(make_loader(images, view, each, train=False)))[0]
+    expected = torch.stack([views.per_sample(view)(images.load(i)) for i in range(4)])
+    error = (found - expected).abs()
+    assert error.mean() < 2 and error.max() < 16, (error.mean(), error.max())
+
+
 def test_jpegs_are_decoded_at_the_scale_that_is_needed(jpegs):
     images = folder(jpegs / 'train')
     i = next(i for i, file in enumerate(images.source) if Image.open(file).size == (640, 480))
     assert images.load(i).size == (640, 480)
-    for needed, expected in (((641, 481), (640, 480)), ((320, 240), (320, 240)), ((321, 240), (640, 480)),
-                             ((81, 60), (160, 120)), ((80, 60), (80, 60))):
+    for needed, expected in (((320, 240), (640, 480)), ((107, 80), (640, 480)), ((106, 80), (320, 240)),
+                             ((53, 41), (320, 240)), ((53, 40), (160, 120)), ((26, 20), (80, 60))):
         assert images.load(i, lambda w, h, needed=needed: needed).size == expected
     view = View(16, (0.,) * 3, (1.,) * 3, crop=(0.9, 1.))
     assert isinstance(make_loader(images, view, options('--loader', 'workers'), 2), WorkerLoader)
