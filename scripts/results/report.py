@@ -271,7 +271,9 @@ def epochs(rows, folder):
         axes[0].plot([number / 10 for number in shown], top1, **style)
         axes[1].plot(minutes, top1, **style)
     for ax, label in zip(axes, ('million views seen', 'CPU minutes, with the linear evaluation')):
-        ax.set(xscale='log', xlabel=label)
+        ax.set_xscale('log', base=2)
+        ax.xaxis.set_major_formatter('{x:g}')
+        ax.set_xlabel(label)
     axes[0].set_xticks([tick / 10 for tick in ticks], [f'{tick / 10:g}' for tick in ticks])
     axes[0].minorticks_off()
     axes[0].set_ylabel('top-1 %')
