@@ -1,6 +1,7 @@
 """What the tests share: calling programs, real images, small folders of images."""
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -212,3 +213,11 @@ def options(*arguments):
     opt = main_supcon.parse_option([str(argument) for argument in arguments])
     opt.device = 'cpu'
     return opt
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C is ignored in what a script starts in the background, as the tests may be."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

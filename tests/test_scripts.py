@@ -267,6 +267,7 @@ def test_a_launch_script_ends_with_the_stage_that_fails(tmp_path):
     assert done.returncode == 2 and 'no-such-program cannot be started' in done.stderr and done.stderr.count('\n') == 1
 
 
+@pytest.mark.usefixtures('interruptible')
 def test_ctrl_c_waits_for_the_program_and_starts_no_other(tmp_path):
     stage = tmp_path / 'stage'
     stage.write_text(f"#!/bin/sh\ntrap 'sleep 0.5; echo saved >> {tmp_path}/log; exit' INT\n"

@@ -27,6 +27,8 @@ from datasets import loader
 from util import checkpoints, errors, files, runs, training
 from util.checkpoints import kept_checkpoints
 
+pytestmark = pytest.mark.usefixtures('interruptible')
+
 FOLDER = Path('output/a/trial=0')
 RUN = [*TINY, '--output_name', 'a']
 
@@ -98,14 +100,6 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(monkeypatch, tmp_pa
     assert same(states(), states('whole'))
     assert [file.name for file in kept_checkpoints(FOLDER)] == ['ckpt_epoch_60.ckpt', 'ckpt_epoch_58.ckpt']
     assert not list(FOLDER.glob('*.partial'))
-
-
-@pytest.fixture(autouse=True)
-def interruptible():
-    """Ctrl-C is ignored in what a script starts in the background, as the tests may be."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
