@@ -131,18 +131,16 @@ def fit(run, train_loader, loaders, model, criterion, classes, opt):
     optimizer = training.set_optimizer(opt, model)
     scaler = training.set_scaler(opt)
     first_epoch = run.restore(model, optimizer, scaler)
-    score = 'val_mAP' if opt.multi_label else 'val_acc'
     with run.start(classes):
         for epoch in range(first_epoch, opt.epochs + 1):
             values = train(train_loader, network, criterion, optimizer, scaler, epoch, run, opt)
             if epoch == opt.epochs or opt.eval_freq and epoch % opt.eval_freq == 0:
                 validation, per_class, confusion = validate(loaders, model, opt)
-                run.best_acc = max(run.best_acc, validation[score])
+                run.best_acc = max(run.best_acc, validation['val_mAP' if opt.multi_label else 'val_acc'])
                 values.update(validation)
             run.finish_epoch(epoch, values)
         if first_epoch > opt.epochs:                            # a finished run, resumed
             validation, per_class, confusion = validate(loaders, model, opt)
-            run.best_acc = max(run.best_acc, validation[score])     # by another version of this code, say
         report(loaders, validation, per_class, classes, opt)
         if confusion is not None:
             run.log_image('confusion', confusion_image(confusion.cpu(), classes))

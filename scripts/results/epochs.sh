@@ -40,7 +40,8 @@ for method in $methods; do
     trial $method ${last%% *} "--lr 0.3 --weight_decay 5e-4 ${last#* }"
 done
 
-# What they have found; a method that is not here has not been tried.
+# What they had found before evaluation resized JPEG files correctly (docs/results.md); a method that is not here has not
+# been tried.
 declare -A chosen=(
     [supcon]='--lr 0.3 --weight_decay 5e-4 --batch_size 256 --temp 0.1'
     [ce-sim]='--lr 0.3 --weight_decay 5e-4 --batch_size 128'
@@ -72,7 +73,7 @@ for method in ${compared[@]+"${compared[@]}"}; do
     other_images $method-digits $method-32 "--dataset digits --size 16" '--epochs 100 --batch_size 128 --lr 1'
 done
 
-# As many steps as 16 epochs of all images, but 1 % of them, which take a quarter.
+# Networks that are trained as long as for 16 epochs of all images; those of 1 % of the images a quarter of that.
 for part in known new; do           # five classes each, in the order of the alphabet
     [ -d data/cifar10_$part ] || ((!jobs)) || for split in train test; do
         mkdir -p data/cifar10_$part/$split

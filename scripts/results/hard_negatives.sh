@@ -3,7 +3,7 @@
 # that only the images differ. Out-of-distribution detection is measured on ood images that are made of other images
 # than those of pretraining.
 #   bash scripts/results/hard_negatives.sh --budget cpu  100 images of each class, 16 of them with 4 synthetic ones each;
-#                                                        and with 5,000, 400 of them: an hour and a half on two cores
+#                                                        and with 5,000, 400 of them
 #   bash scripts/results/hard_negatives.sh --budget gpu  1,000 of each class, 160 of them; `timeout 9m bash ...` for parts
 # Options, and what is written where: rows.sh. A seed selects the images, the synthetic ones made of them, weights and views.
 source "$(dirname "$0")/rows.sh"
