@@ -3,7 +3,7 @@
 # network: top-1 of each method against the images seen, and against time; then corrupted images, retrieval, other images,
 # other classes, wrong labels, few labels.
 #   bash scripts/results/epochs.sh --budget cpu          a day on two cores; `timeout 1h bash ...`, repeated, in parts
-#   bash scripts/results/epochs.sh --budget gpu          the same on a GPU; `timeout 9m bash ...`
+#   bash scripts/results/epochs.sh --budget gpu          the curves alone, resnet18 at 32 pixels; `timeout 9m bash ...`
 # Options, and what is written where: rows.sh.
 source "$(dirname "$0")/rows.sh"
 
@@ -12,14 +12,26 @@ declare -A options_of=(
     [sincere]='--method SINCERE' [genscl-mix]='--method GenSCL --mix mixup_cutmix' [ce]='')
 methods='supcon ce-sim supcon-ce simclr sincere genscl-mix ce'
 linear='--epochs 30 --batch_size 512 --lr 1 --cosine --no_warm --cache_features'
+network="$network_small --amp"
+[ $budget = cpu ] || network='--model resnet18 --amp --compile'
 
 trained() {         # name, seed, data, method, epochs of two views, further options; one view has twice the epochs
     local options=$(echo --cosine --warm --warm_epochs 1 ${options_of[$4]} $6)
     case $4 in
-        ce*) classifier "$1" $2 "$3 $network_small --amp --epochs $(($5 * 2)) $options" ;;
-        *) pretrained "$1" $2 "$3 $network_small --amp" "--epochs $5 $options" "$linear" ;;
+        ce*) classifier "$1" $2 "$3 $network --epochs $(($5 * 2)) $options" ;;
+        *) pretrained "$1" $2 "$3 $network" "--epochs $5 $options" "$linear" ;;
     esac
 }
+
+if [ $budget = gpu ]; then      # settings as the trials on a CPU chose them, but for a larger batch and its rate
+    train='--lr 0.6 --weight_decay 5e-4 --batch_size 512'
+    for epochs in 16 64; do
+        trained supcon-ce-$epochs 0 "$cifar" supcon-ce $epochs "$train --temp 0.1"
+        trained supcon-$epochs 0 "$cifar" supcon $epochs "$train --temp 0.1"
+        trained ce-sim-$epochs 0 "$cifar" ce-sim $epochs "$train"
+    done
+    finish
+fi
 
 # Learning rate, weight decay, batch size and temperature are chosen among six short trials of each method, on nine tenths of
 # the training images of each class; the accuracy of a trial is that on the last tenth.

@@ -52,8 +52,9 @@ def values_of(text):
              'recall': re.findall(r'^R@1 (\S+)$', text, re.MULTILINE),
              'retrieval': re.findall(r'^mAP@R (\S+)$', text, re.MULTILINE)}
     values = {name: float(numbers[-1]) for name, numbers in found.items() if numbers}
-    if cost := re.findall(r'^CPU minutes: (\S+)$', text, re.MULTILINE):
-        values['minutes'] = sum(map(float, cost))
+    on_gpu = ', no GPU\n' not in text
+    if cost := re.findall(r'^([\d.]+) minutes' if on_gpu else r'^CPU minutes: (\S+)$', text, re.MULTILINE):
+        values['minutes'], values['unit'] = sum(map(float, cost)), 'minutes' if on_gpu else 'CPU minutes'
     if 'diverged: ' in text:
         values = {'diverged': True}
     if ood := re.findall(r'^confidence id (\S+) ood (\S+) .* AUROC (\S+) FPR95 (\S+)$', text, re.MULTILINE):
@@ -255,12 +256,13 @@ def epochs(rows, folder):
     curves = {method: dict(sorted(curves[method].items())) for method in METHODS if method in curves}
     ticks = sorted({number for points in curves.values() for number in points})
     columns = [f'{tick / 10:g}' for tick in ticks]
-    lines = [f"| top-1 % by million views seen | {' | '.join(columns)} | CPU minutes of the last | its kNN % |",
+    unit = next((values['unit'] for row in rows.values() for values in row.values() if 'unit' in values), 'minutes')
+    lines = [f"| top-1 % by million views seen | {' | '.join(columns)} | {unit} of the last | its kNN % |",
              '|---' * (len(ticks) + 3) + '|']
     for method, points in curves.items():
         last = points[max(points)]
         cells = [METHODS[method], *(spread(points[tick], 'top1') if tick in points else '' for tick in ticks),
-                 spread(last, 'minutes', 0), spread(last, 'knn')]
+                 spread(last, 'minutes', 0 if unit == 'CPU minutes' else 1), spread(last, 'knn')]
         lines.append(f"| {' | '.join(cells)} |")
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout='constrained')
     for method, points in curves.items():
@@ -270,7 +272,7 @@ def epochs(rows, folder):
         style = {'marker': 'o', 'ms': 4, 'color': COLORS.get(method), 'label': METHODS[method]}
         axes[0].plot([number / 10 for number in shown], top1, **style)
         axes[1].plot(minutes, top1, **style)
-    for ax, label in zip(axes, ('million views seen', 'CPU minutes, with the linear evaluation')):
+    for ax, label in zip(axes, ('million views seen', f'{unit}, with the linear evaluation')):
         ax.set_xscale('log', base=2)
         ax.xaxis.set_major_formatter('{x:g}')
         ax.set_xlabel(label)
