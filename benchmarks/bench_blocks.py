@@ -1,12 +1,14 @@
 """What a compiled log-sum-exp would gain on a GPU: blocks of rows as in losses.py, eager and under torch.compile.
 
-    python benchmarks/bench_blocks.py
+    python benchmarks/bench_blocks.py [--views 2048 16384 65536]
 
 `rows`: the gradient of anchors and of contrasts, two products. `symmetric`: of both in one product, since the matrix is
 symmetric: sum_j (g_i exp(s_ij - L_i) + g_j exp(s_ij - L_j)) z_j / temperature. Beside them SupConLoss, its log-sum-exp
 alone, the dense reference under torch.compile, and the three plain products that a dense loss needs. Forward and
-backward, means of ten; error: of the gradient, against losses.py. An experiment: losses.py does not use it.
+backward, means of ten; error: of the gradient, against losses.py. The ratio is dense / symmetric, both compiled, of the
+last number of views that is at most 16,384. An experiment: losses.py does not use it.
 """
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -18,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from losses import BLOCK_CUDA, SupConLoss, _LogSumExp, reference_loss  # noqa: E402
 
 TEMPERATURE = 0.1
+DENSE = 16384           # as many views at most, with n x n matrices
 
 
 def logits(anchors, contrasts, self_index):
@@ -71,28 +74,34 @@ class Blocked(torch.autograd.Function):
         return [slice(i, i + step) for i in range(0, len(z), step)]
 
 
-def report(name, run, note=''):
+def report(name, run, device, note=''):
+    """Print and return milliseconds of a run, and print the memory that it adds on a GPU."""
+    on_gpu = device.type == 'cuda'
     for _ in range(3):
         run()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    start = time.perf_counter()
     for _ in range(10):
         run()
-    end.record()
-    torch.cuda.synchronize()
-    added = (torch.cuda.max_memory_allocated() - before) / 2**20
-    print(f'{name:26} {start.elapsed_time(end) / 10:8.2f} ms {added:6.0f} MB  {note}', flush=True)
+    if on_gpu:
+        torch.cuda.synchronize()
+    milliseconds = 100 * (time.perf_counter() - start)
+    added = (torch.cuda.max_memory_allocated() - before) / 2**20 if on_gpu else float('nan')
+    print(f'{name:26} {milliseconds:8.2f} ms {added:6.0f} MB  {note}', flush=True)
+    return milliseconds
 
 
-def measure(n):
-    print(f'{n} views, 128 dimensions, 10 classes, on {torch.cuda.get_device_name()}')
+def measure(n, device, backend):
+    """-> dense / symmetric, both compiled; None where the dense form would be too large."""
+    name = torch.cuda.get_device_name() if device.type == 'cuda' else 'the CPU'
+    print(f'{n} views, 128 dimensions, 10 classes, on {name}')
     torch.manual_seed(0)
-    z = F.normalize(torch.randn(n, 128, device='cuda'), dim=1).requires_grad_()
-    labels = torch.randint(10, (n // 2,), device='cuda')
-    index = torch.arange(n, device='cuda')
+    z = F.normalize(torch.randn(n, 128, device=device), dim=1).requires_grad_()
+    labels = torch.randint(10, (n // 2,), device=device)
+    index = torch.arange(n, device=device)
     criterion = SupConLoss(temperature=TEMPERATURE)
 
     def gradient(loss):
@@ -100,39 +109,47 @@ def measure(n):
         loss().backward()
         return z.grad
 
-    report('SupConLoss', lambda: gradient(lambda: criterion(z.view(2, n // 2, 128).transpose(0, 1), labels)))
+    report('SupConLoss', lambda: gradient(lambda: criterion(z.view(2, n // 2, 128).transpose(0, 1), labels)), device)
 
     def ours():
         return gradient(lambda: _LogSumExp.apply(z, z, TEMPERATURE, index, None, None).mean())
-    report('its log-sum-exp', ours)
+    report('its log-sum-exp', ours, device)
     expected = ours().clone()
     functions = log_sum_exp, row_gradient, symmetric_gradient
-    for kind, used in (('eager', functions), ('compiled', [torch.compile(f, dynamic=False) for f in functions])):
+    compiled = [torch.compile(function, dynamic=False, backend=backend) for function in functions]
+    for kind, used in (('eager', functions), ('compiled', compiled)):
         for symmetric in (False, True):
             def blocked(used=used, symmetric=symmetric):
                 return gradient(lambda: Blocked.apply(z, used, symmetric).mean())
             began = time.time()
             error = ((blocked() - expected).norm() / expected.norm()).item()
-            report(f"{'symmetric' if symmetric else 'rows'}, {kind}", blocked,
-                   f'error {error:.0e}, first {time.time() - began:.1f} s')
-    if n <= 16384:
-        of_views, not_self = torch.cat([labels, labels]), ~torch.eye(n, dtype=torch.bool, device='cuda')
+            of_blocks = report(f"{'symmetric' if symmetric else 'rows'}, {kind}", blocked, device,
+                               f'error {error:.0e}, first {time.time() - began:.1f} s')
+    if n <= DENSE:
+        of_views, not_self = torch.cat([labels, labels]), ~torch.eye(n, dtype=torch.bool, device=device)
         positives = (of_views[:, None] == of_views) & not_self
-        dense = torch.compile(lambda z: reference_loss(z, z, positives, not_self, TEMPERATURE).mean())
-        report('dense, compiled', lambda: gradient(lambda: dense(z)))
+        dense = torch.compile(lambda z: reference_loss(z, z, positives, not_self, TEMPERATURE).mean(),
+                              backend=backend)
+        of_dense = report('dense, compiled', lambda: gradient(lambda: dense(z)), device)
 
         def products():
             x = z.detach()
             similarity = x @ x.T
             return similarity @ x, similarity.T @ x
-        report('three products', products)
+        report('three products', products, device)
+        return of_dense / of_blocks                     # the last blocks are symmetric and compiled
 
 
 def main():
-    if not torch.cuda.is_available():
-        sys.exit('bench_blocks.py: no GPU is found')
-    for n in (2048, 16384, 65536):
-        measure(n)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--views', type=int, nargs='+', default=[2048, 16384, 65536])
+    parser.add_argument('--backend', default='inductor', help='of torch.compile')
+    args = parser.parse_args()
+    if min(args.views) > DENSE:
+        parser.error(f'--views {args.views}: expected one of at most {DENSE}, for the ratio')
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    ratios = [measure(n, device, args.backend) for n in args.views]
+    print(f'ratio {[ratio for ratio in ratios if ratio][-1]:.2f}')
 
 
 if __name__ == '__main__':
