@@ -407,6 +407,7 @@ def test_two_processes_do_not_write_one_run(monkeypatch, rejected, tmp_path):
         while not (FOLDER / 'last.ckpt').exists():
             time.sleep(0.05)
         os.kill(child, signal.SIGSTOP)                  # it still has the folder
+        os.waitpid(child, os.WUNTRACED)
         for how in ('--resume', '--overwrite'):
             rejected(main_ce.main, *RUN, '--epochs', 5, how, words=[FOLDER, 'another process is writing'])
         rejected(main_ce.main, *RUN, words=[FOLDER, 'holds another run'])
@@ -501,6 +502,7 @@ def test_a_run_is_held_without_its_log(monkeypatch, rejected, tmp_path, rotate):
         while not (FOLDER / 'last.ckpt').exists():
             time.sleep(0.05)
         os.kill(child, signal.SIGSTOP)
+        os.waitpid(child, os.WUNTRACED)                 # a write that had begun may end after the signal
         rotate(FOLDER / 'log.txt')
         rejected(main_ce.main, *RUN, '--epochs', 100000, '--resume', words=[FOLDER, 'another process is writing'])
     finally:
