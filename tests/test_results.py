@@ -306,6 +306,17 @@ def test_tables_in_the_repository_are_those_of_its_logs_and_commands(fake, table
     assert logs <= rows and (logs == rows or 'Not run' in text)
 
 
+@pytest.mark.parametrize('table', sorted(file.stem for file in (RESULTS / 'gpu').glob('*.md')))
+def test_tables_of_a_gpu_are_those_of_its_logs(tmp_path, table):
+    """Their minutes are of the clock: a GPU's time is not the process's."""
+    folder = shutil.copytree(RESULTS / 'gpu', tmp_path / 'gpu')
+    names, expected = sorted(log.stem for log in (folder / table).glob('*.log')), (folder / f'{table}.md').read_text()
+    (folder / f'{table}.md').unlink()
+    (tmp_path / 'failures').touch()
+    done = shell([sys.executable, RESULTS / 'report.py', table, folder, tmp_path / 'failures', *names], tmp_path)
+    assert done.returncode == 0 and (folder / f'{table}.md').read_text() == expected, done.stderr
+
+
 def test_figures_of_the_results_are_shown():
     page = (ROOT / 'docs' / 'results.md').read_text()
     for name in ('cifar-features', 'corruptions', 'labels', 'stability'):
