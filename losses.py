@@ -97,11 +97,13 @@ class SupConLoss(_ContrastiveLoss):
         positives_cap: at most this many positives of other images, a multiple of the number of views: the first in
             the order of the batch with all their views; positives beyond leave A(i) too. -1: all.
         hard_negatives: whether negative labels -(c + 1) mark hard negatives of class c; if not, they are an error.
+        unit_length: whether all features have unit length, as F.normalize makes them. A GPU, which is not asked for
+            their values, then computes only half of the symmetric matrix of similarities, as a CPU does by itself.
     """
 
     def __init__(self, temperature: float = 0.07, contrast_mode: str = 'all', base_temperature: float = 0.07,
                  summation_location: str = 'out', denominator_mode: str = 'all', positives_cap: int = -1,
-                 hard_negatives: bool = False):
+                 hard_negatives: bool = False, unit_length: bool = False):
         super().__init__(temperature, contrast_mode, base_temperature)
         _check('summation_location', summation_location, ('out', 'in'))
         _check('denominator_mode', denominator_mode, ('all', 'one_positive', 'only_negatives'))
@@ -111,6 +113,7 @@ class SupConLoss(_ContrastiveLoss):
         self.denominator_mode = denominator_mode
         self.positives_cap = positives_cap
         self.hard_negatives = hard_negatives
+        self.unit_length = unit_length
 
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None,
                 positives: str = 'class', keys: Tensor | None = None, key_labels: Tensor | None = None,
@@ -142,7 +145,7 @@ class SupConLoss(_ContrastiveLoss):
         Raises:
             ValueError: wrong shapes (both are named) or sizes, labels and mask together, unknown positives, or negative
                 labels without hard_negatives. On a GPU, which is not waited for, the last is a failed device-side
-                assertion.
+                assertion, and so are longer features with unit_length.
         """
         _check_shapes(features, labels)
         sizes = _all_sizes(len(features), sizes)
@@ -159,8 +162,8 @@ class SupConLoss(_ContrastiveLoss):
 
         with _full_precision(features.device):
             if eq_2 and mask is None:
-                log_denominator = _log_sum_exp(anchors.z, contrasts.z, self.temperature, self_index, anchors.labels,
-                                               source_class)
+                log_denominator = _log_sum_exp(anchors.z, contrasts.z, self.temperature, self_index, self.unit_length,
+                                               anchors.labels, source_class)
                 mean_positive, has_positives = _mean_positive(anchors, contrasts, positives, self_index)
                 losses = torch.where(has_positives, log_denominator - mean_positive / self.temperature, 0)
             else:
@@ -250,10 +253,15 @@ class GenSupConLoss(_ContrastiveLoss):
     this is SupConLoss (Kim et al., 2022, https://arxiv.org/abs/2206.00384).
 
     Args:
-        temperature, base_temperature: as for SupConLoss.
+        temperature, base_temperature, unit_length: as for SupConLoss.
         contrast_mode: 'all': the views of both groups are anchors and contrasts, none is its own contrast; 'one': the
             first group are the anchors and the second the contrasts.
     """
+
+    def __init__(self, temperature: float = 0.07, contrast_mode: str = 'all', base_temperature: float = 0.07,
+                 unit_length: bool = False):
+        super().__init__(temperature, contrast_mode, base_temperature)
+        self.unit_length = unit_length
 
     def forward(self, features: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor],
                 teacher: tuple[Tensor, Tensor] | None = None, alpha: float = 1.,
@@ -272,7 +280,8 @@ class GenSupConLoss(_ContrastiveLoss):
             A scalar. An anchor whose positives weigh 0 in sum (less than 1e-9) adds 0 and still counts in the mean.
 
         Raises:
-            ValueError: wrong shapes (all are named) or sizes.
+            ValueError: wrong shapes (all are named) or sizes. On a GPU longer features with unit_length are a failed
+                device-side assertion.
         """
         targets = [(1., labels)] if teacher is None else [(1., labels), (alpha, teacher)]
         for _, target in targets:
@@ -281,7 +290,7 @@ class GenSupConLoss(_ContrastiveLoss):
         sizes = _all_sizes(len(features[0]), sizes)
         anchors, contrasts, self_index = self._split(features, sizes)
         with _full_precision(anchors.device):
-            log_denominator = _log_sum_exp(anchors, contrasts, self.temperature, self_index)
+            log_denominator = _log_sum_exp(anchors, contrasts, self.temperature, self_index, self.unit_length)
             exact = anchors.double(), contrasts.double()
             loss = 0.
             for weight, target in targets:
@@ -529,18 +538,25 @@ BLOCK = 2**20
 BLOCK_CUDA = 2**24
 
 
-def _log_sum_exp(anchors, contrasts, temperature, self_index, labels=None, source_class=None):
-    """log sum_{j in A(i)} exp(s_ij) for each anchor: [n]. Where s is symmetric, half of it is enough.
-
-    Half of it only on a CPU: it needs features that are short enough (exp(-2 bound) must not underflow), and to look
-    at them would wait for a GPU.
-    """
-    symmetric = self_index is not None and len(anchors) == len(contrasts) > 0           # the same views, in one order
-    if symmetric and source_class is None and anchors.device.type == 'cpu':
-        bound = (anchors.detach().square().sum(1).amax() / temperature).item()          # of all |s_ij|
-        if 2 * bound < -math.log(torch.finfo(anchors.dtype).tiny) - 10:
-            return _SymmetricLogSumExp.apply(anchors, temperature, bound)
+def _log_sum_exp(anchors, contrasts, temperature, self_index, unit_length=False, labels=None, source_class=None):
+    """log sum_{j in A(i)} exp(s_ij) for each anchor: [n]. Where s is symmetric, half of it is enough."""
+    if self_index is not None and len(anchors) == len(contrasts) > 0 and source_class is None:      # the same views
+        bound = _bound(anchors.detach(), temperature, unit_length)
+        if 2 * bound < -math.log(torch.finfo(anchors.dtype).tiny) - 10:                 # exp(-2 bound) does not vanish
+            return _SymmetricLogSumExp.apply(anchors, temperature, 0. if anchors.is_cuda else bound)
     return _LogSumExp.apply(anchors, contrasts, temperature, self_index, labels, source_class)
+
+
+def _bound(z, temperature, unit_length):
+    """What no |s_ij| exceeds. A GPU is not asked for it: it is known of features of unit length alone."""
+    if not z.is_cuda:
+        return (z.square().sum(1).amax() / temperature).item()
+    if not unit_length:
+        return math.inf
+    longest = 1.01                                                      # float16 features, and rounding
+    torch._assert_async(~(torch.linalg.vector_norm(z, dim=1).amax() > longest),         # nan is reported as the loss
+                        f'features are longer than {longest}, expected unit length, or unit_length=False')
+    return longest**2 / temperature
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -613,29 +629,30 @@ def _nearest(anchors, contrasts, self_index, labels=None, source_class=None):
 
 # ----------------------------------------------- Symmetric log-sum-exp ------------------------------------------------
 
-# Side of the square blocks, in views; 512 to 1,024 are fastest (benchmarks/README.md).
+# Side of the square blocks, in views: 512 to 1,024 are fastest on a CPU (benchmarks/README.md).
 TILE = 1024
+TILE_CUDA = 4096
 
 
 class _SymmetricLogSumExp(torch.autograd.Function):
     """log sum_{j != i} exp(z_i . z_j / temperature) for each row of z [n, dim]: [n].
 
-    The matrix E_ij = exp(s_ij - bound) is symmetric, so half of its blocks are computed, each for its rows and for its
+    The matrix E_ij = exp(s_ij - shift) is symmetric, so half of its blocks are computed, each for its rows and for its
     columns. The gradient with g_i of the results is sum_j E_ij (g_i / sum_i + g_j / sum_j) z_j / temperature.
-    `bound` is at least all |s_ij|, so that no exponential overflows and none of the sums is 0.
+    All |s_ij| have to be so small that, with 0 and their bound as the shift, no exponential overflows or vanishes.
     """
 
     @staticmethod
-    def forward(ctx, z, temperature, bound):
+    def forward(ctx, z, temperature, shift):
         sums = z.new_zeros(len(z))
-        for rows, columns, block in _SymmetricLogSumExp._blocks(z, temperature, bound):
-            sums[rows] += block.sum(1)
+        for rows, columns, block in _SymmetricLogSumExp._blocks(z, temperature, shift):
+            sums[rows].add_(block.sum(1))
             if rows != columns:
-                sums[columns] += block.sum(0)
+                sums[columns].add_(block.sum(0))
         ctx.save_for_backward(z, sums)
         ctx.temperature = temperature
-        ctx.bound = bound
-        return sums.log() + bound
+        ctx.shift = shift
+        return sums.log() + shift
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -643,9 +660,9 @@ class _SymmetricLogSumExp(torch.autograd.Function):
         z, sums = ctx.saved_tensors
         scale = grad / sums.masked_fill(sums == 0, 1) / ctx.temperature         # a single row has no contrasts
         grad_z = torch.zeros_like(z)
-        factors = z.new_empty(min(TILE, len(z))**2)
+        factors = z.new_empty(min(_SymmetricLogSumExp._side(z), len(z))**2)
         with _full_precision(z.device):
-            for rows, columns, block in _SymmetricLogSumExp._blocks(z, ctx.temperature, ctx.bound):
+            for rows, columns, block in _SymmetricLogSumExp._blocks(z, ctx.temperature, ctx.shift):
                 factor = factors[:block.numel()].view_as(block)
                 block.mul_(torch.add(scale[rows, None], scale[columns], out=factor))
                 grad_z[rows].addmm_(block, z[columns])
@@ -654,18 +671,24 @@ class _SymmetricLogSumExp(torch.autograd.Function):
         return grad_z, None, None
 
     @staticmethod
-    def _blocks(z, temperature, bound):
+    def _side(z):
+        return TILE_CUDA if z.is_cuda else TILE
+
+    @staticmethod
+    def _blocks(z, temperature, shift):
         """The blocks of E on and above the diagonal, in one buffer: yields rows, columns, block."""
-        scaled = z / temperature
-        buffer = z.new_empty(min(TILE, len(z))**2)
-        slices = [slice(i, min(i + TILE, len(z))) for i in range(0, len(z), TILE)]
+        scaled, side = z / temperature, _SymmetricLogSumExp._side(z)
+        buffer = z.new_empty(min(side, len(z))**2)
+        slices = [slice(i, min(i + side, len(z))) for i in range(0, len(z), side)]
         for number, rows in enumerate(slices):
             for columns in slices[number:]:
                 shape = rows.stop - rows.start, columns.stop - columns.start
                 block = torch.mm(scaled[rows], z[columns].T, out=buffer[:math.prod(shape)].view(shape))
                 if rows == columns:
                     block.fill_diagonal_(-torch.inf)
-                yield rows, columns, block.sub_(bound).exp_()
+                if shift:
+                    block.sub_(shift)
+                yield rows, columns, block.exp_()
 
 
 # ------------------------------------------- Blocked losses of any setting --------------------------------------------

@@ -32,7 +32,7 @@ class SupCon:
         self.opt, self.n_views = opt, opt.n_views + opt.local_crops
         self.hard_negatives = opt.aug_mode == 'with_both'
         self.criterion = SupConLoss(opt.temp, opt.contrast_mode, opt.base_temperature, opt.summation_location,
-                                    opt.denominator_mode, opt.positives_cap, self.hard_negatives)
+                                    opt.denominator_mode, opt.positives_cap, self.hard_negatives, unit_length=True)
 
     def __call__(self, network, images, labels, rng):
         opt = self.opt
@@ -137,7 +137,7 @@ class GenSCL:
     """
 
     def __init__(self, opt, num_classes, teacher=None):
-        self.criterion = GenSupConLoss(opt.temp, opt.contrast_mode, opt.base_temperature)
+        self.criterion = GenSupConLoss(opt.temp, opt.contrast_mode, opt.base_temperature, unit_length=True)
         self.opt, self.num_classes, self.teacher = opt, num_classes, teacher
 
     def __call__(self, network, images, labels, rng):

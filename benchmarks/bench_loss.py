@@ -69,9 +69,10 @@ def inputs(variant, views, dim, classes):
 def linear(variant, features, **targets):
     """The loss of losses.py."""
     import losses
+    on_gpu = {'unit_length': True} if features.is_cuda else {}          # no difference on a CPU
     if variant == 'GenSCL':
-        return losses.GenSupConLoss()(features.unbind(1), targets['labels'].unbind(1))
-    loss = losses.BalancedSupConLoss() if variant == 'BCL' else losses.SupConLoss(**VARIANTS[variant])
+        return losses.GenSupConLoss(**on_gpu)(features.unbind(1), targets['labels'].unbind(1))
+    loss = losses.BalancedSupConLoss() if variant == 'BCL' else losses.SupConLoss(**VARIANTS[variant], **on_gpu)
     return loss(features, **targets)
 
 

@@ -187,12 +187,11 @@ class BatchedLoader(Loader):
         self.copying = torch.cuda.Stream() if self.elsewhere and self.device.type == 'cuda' else None
 
     def __iter__(self):
-        raw = (self._raw(step, indices) for step, indices in self.batches)
-        for batch in ahead(raw) if self.elsewhere else raw:
-            yield self._views(*batch)                   # no name here keeps a batch while the next is made
+        batches = (self._batch(step, indices) for step, indices in self.batches)
+        # A short step of a GPU takes the host longer to ask for than the GPU to do: views are asked for by a thread.
+        return batches if self.device.type == 'cpu' else ahead(batches)
 
-    def _raw(self, step, indices):
-        """Number, images [bsz, 3, w, h] uint8, labels and ViewParams of a batch, before anything is computed on it."""
+    def _batch(self, step, indices):
         repeated, mine = indices.repeat(self.n_views), local_slice(len(indices))
         params = views.sample_params(self.view, self.heights[repeated], self.widths[repeated],
                                      self.batches.generator(step, *self.stream), self.device)
@@ -200,18 +199,16 @@ class BatchedLoader(Loader):
         with torch.cuda.stream(self.copying):
             data = to_device(self.data.index_select(0, to_device(indices, self.data.device)), self.device)
         if self.copying:
-            self.copying.synchronize()                   # only the thread that prefetches waits
-        return step, data, self.labels[indices], params
-
-    def _views(self, step, data, labels, params):
-        if self.copying:
+            self.copying.synchronize()                   # only this thread waits
             data.record_stream(torch.cuda.current_stream())
-        return views.apply(self.view, data, params, self._operations(step)), to_device(labels, self.device)
+        return (views.apply(self.view, data, params, self._operations(step)),
+                to_device(self.labels[indices], self.device))
 
 
 def ahead(iterator):
     """The items of an iterator; each is made in a thread while the one before is used."""
-    with ThreadPoolExecutor(1) as thread:
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else -1            # of this thread; -1: none
+    with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(gpu,)) as thread:
         following = thread.submit(next, iterator, None)
         while (item := following.result()) is not None:
             following = thread.submit(next, iterator, None)

@@ -48,9 +48,10 @@ def loss_cases():
     def soft(labels):
         return F.one_hot(labels, 10).to(torch.float32) + 0.1
     return {
-        'SupCon': lambda z, y, keys: SupConLoss(0.1)(z, y),
-        'SimCLR': lambda z, y, keys: SupConLoss(0.1)(z),
-        'GenSCL': lambda z, y, keys: GenSupConLoss(0.1)(z.unbind(1), (soft(y), soft(y))),
+        'SupCon': lambda z, y, keys: SupConLoss(0.1, unit_length=True)(z, y),
+        'SupCon of any length': lambda z, y, keys: SupConLoss(0.1)(z, y),
+        'SimCLR': lambda z, y, keys: SupConLoss(0.1, unit_length=True)(z),
+        'GenSCL': lambda z, y, keys: GenSupConLoss(0.1, unit_length=True)(z.unbind(1), (soft(y), soft(y))),
         'keys': lambda z, y, keys: SupConLoss(0.1)(z[:, :1], y, keys=keys, key_labels=key_labels(y)),
         'hard negatives': lambda z, y, keys: SupConLoss(0.1, hard_negatives=True)(
             z, torch.where(torch.arange(len(y), device=y.device) % 5 == 0, -y - 1, y)),

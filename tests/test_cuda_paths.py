@@ -104,7 +104,8 @@ def test_the_loss_is_few_operations(monkeypatch, n, n_keys, forward, backward):
     labels, key_labels = (torch.empty(number, dtype=torch.long, device=META) for number in (n // 2, n_keys))
     keys = {'keys': torch.empty(n_keys, 128, device=META), 'key_labels': key_labels} if n_keys else {}
     losses = []
-    count, copies = operations(lambda: losses.append(SupConLoss()(z[:, :1] if n_keys else z, labels, **keys)))
+    criterion = SupConLoss(unit_length=True)
+    count, copies = operations(lambda: losses.append(criterion(z[:, :1] if n_keys else z, labels, **keys)))
     assert count <= forward and not copies
     assert operations(losses[0].backward)[0] <= backward
 
@@ -211,15 +212,22 @@ def test_loaders_share_one_copy_on_the_device(monkeypatch):
     assert [len(images) for images, _ in train] == [16] * 3
 
 
-def test_images_of_the_host_are_prefetched_in_a_thread(monkeypatch):
-    train, _ = loaders(monkeypatch, False)
-    threads, raw = [], train._raw
-    monkeypatch.setattr(train, '_raw', lambda *batch: threads.append(threading.current_thread()) or raw(*batch))
+@pytest.mark.parametrize('on_device', [False, True])
+def test_batches_of_a_gpu_are_made_in_a_thread(monkeypatch, on_device):
+    """One of this process's GPU, which PyTorch chooses for each thread anew."""
+    train, _ = loaders(monkeypatch, on_device)
+    threads, chosen, apply = [], [], views.apply
+    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 3)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda gpu: chosen.append((gpu, threading.current_thread())))
+    monkeypatch.setattr(views, 'apply', lambda *arguments: threads.append(threading.current_thread())
+                        or apply(*arguments))
     batches = iter(train)
     images, labels = next(batches)
-    assert images.is_meta and len(images) == 16 and len(labels) == 8 and train.data.device.type == 'cpu'
+    assert images.is_meta and len(images) == 16 and len(labels) == 8 and train.data.is_meta == on_device
     assert [len(images) for images, _ in batches] == [16] * 2
-    assert len(threads) == 3 and threading.main_thread() not in threads
+    assert len(threads) == 3 and len(set(threads)) == 1 and chosen == [(3, threads[0])]
+    assert threads[0] != threading.main_thread()
 
 
 def test_items_made_ahead_come_in_their_order_with_their_errors():

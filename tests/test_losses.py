@@ -616,6 +616,42 @@ def test_ablations_at_every_temperature_in_float32(ablation, temperature, target
     torch.testing.assert_close(features.grad, exact.grad.float(), rtol=5e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize('temperature', [0.02, 0.026, 0.03, 0.07, 10.])
+@pytest.mark.parametrize('loss', ['SupCon', 'GenSCL'])
+def test_features_of_unit_length_on_a_gpu(monkeypatch, spy, loss, temperature):
+    """Half of the matrix, of tensors that only pretend to be on a GPU, where no exponential can overflow or vanish."""
+    monkeypatch.setattr(torch.Tensor, 'is_cuda', property(lambda x: True))
+    monkeypatch.setattr(losses, 'TILE_CUDA', 5)
+    symmetric = spy(losses._SymmetricLogSumExp, 'apply')
+    exact = F.normalize(random_features(), dim=2).detach().requires_grad_()
+    exact.data[0, 1] = exact.data[0, 0]                                     # the largest and the smallest similarity
+    exact.data[1, 0] = -exact.data[0, 0]
+    features = exact.detach().float().requires_grad_()
+    labels = torch.tensor([0, 1, 0, 2, 1, 0, 3])
+    if loss == 'SupCon':
+        found = SupConLoss(temperature, unit_length=True)(features, labels)
+    else:
+        found = GenSupConLoss(temperature, unit_length=True)(features.unbind(1), [F.one_hot(labels)] * 2)
+    expected = reference(exact, labels=labels, temperature=temperature)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-4)
+    found.backward()
+    expected.backward()
+    torch.testing.assert_close(features.grad, exact.grad.float(), rtol=1e-3, atol=1e-4)
+    assert bool(symmetric) == (temperature > 0.0265)
+
+
+def test_longer_features_are_rejected_where_unit_length_is_expected(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, 'is_cuda', property(lambda x: True))
+    features = F.normalize(random_features(), dim=2).detach()
+    criterion = SupConLoss(unit_length=True)
+    assert criterion(1.005 * features) > 0                                  # rounded in half precision
+    features[3, 1] *= 1.02
+    with pytest.raises(RuntimeError, match='features are longer than 1.01, expected unit length'):
+        criterion(features)
+    features[3, 1] = math.nan                                               # said of the loss, by the programs
+    assert criterion(features).isnan()
+
+
 def test_gpus_are_not_waited_for(spy):
     """Tensors without values, as if on a GPU: who asks for one gets an error."""
     from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -626,15 +662,19 @@ def test_gpus_are_not_waited_for(spy):
         with pytest.raises(DataDependentOutputException):
             (labels >= 0).all().item()
         for criterion in (SupConLoss(), SupConLoss(hard_negatives=True), SupConLoss(positives_cap=2),
+                          SupConLoss(unit_length=True),
                           *[SupConLoss(0.1, 'all', 0.07, *ablation) for ablation in ABLATIONS[::4]]):
             for targets in ({'labels': labels}, {}, {'labels': labels, 'positives': 'image'},
                             {'keys': features[:, 0].detach()}, {'mask': labels == labels[:, None]},
                             {'labels': labels, 'keys': features[:, 0].detach(), 'key_labels': labels}):
                 assertions.clear()
                 assert criterion(features, **targets).device.type == 'cuda'
-                # Negative labels stop the GPU, where they are not hard negatives.
-                assert len(assertions) == ('labels' in targets and not criterion.hard_negatives)
-        GenSupConLoss()(features.unbind(1), [torch.empty(8, 3, device='cuda')] * 2)
+                # Negative labels stop the GPU, where they are not hard negatives, and features that are too long.
+                assert len(assertions) == ('labels' in targets and not criterion.hard_negatives) + (
+                    criterion.unit_length and not {'keys', 'mask'} & set(targets))
+        for unit_length in (False, True):
+            criterion = GenSupConLoss(unit_length=unit_length)
+            criterion(features.unbind(1), [torch.empty(8, 3, device='cuda')] * 2)
         BalancedSupConLoss()(features, labels, torch.empty(3, 16, device='cuda'))
         contrastive_accuracy(features, labels)
         contrastive_accuracy(features, labels, hard_negatives=True)

@@ -355,7 +355,7 @@ BENCHMARKS = ['bench_mvip.py --images 8 --size 16',
               'peers.py --images 1000 --size 16 --batch_size 100 --num_workers 0 --repeat 1 --loss_views 0',
               'bench_step.py --batch_size 4 --size 8 --steps 1 --repeat 1 --forms original amp',
               'bench_linear.py --images 64 --batch_size 32 --repeat 1', 'bench_start.py --images 60 --repeat 1',
-              'bench_epoch.py --images 16 --batch_size 8', 'bench_blocks.py --views 64 --backend eager',
+              'bench_epoch.py --images 16 --batch_size 8', 'bench_blocks.py --views 64 --sides 16 --backend eager',
               'bench_profile.py --model resnet18 --batch_size 4 --steps 2', 'plot_cost.py --largest 11 --images 128']
 
 
@@ -415,7 +415,7 @@ def test_check_gpu_on_a_cpu_in_miniature(check_gpu, monkeypatch, capsys):
 
 def test_check_gpu_finds_a_wrong_loss(check_gpu, monkeypatch):
     check = check_gpu['check_losses']
-    monkeypatch.setitem(check.__globals__, 'GenSupConLoss', lambda temperature: lambda features, labels: sum(
+    monkeypatch.setitem(check.__globals__, 'GenSupConLoss', lambda temperature, **settings: lambda features, labels: sum(
         part.square().sum() * (1 + 1e-3 * (part.dtype == torch.float32)) for part in features))
     with pytest.raises(check_gpu['Failed'], match='GenSCL: loss is wrong by 1.0e-03'):
         check(torch.device('cpu'), 16)
