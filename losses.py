@@ -98,7 +98,8 @@ class SupConLoss(_ContrastiveLoss):
             the order of the batch with all their views; positives beyond leave A(i) too. -1: all.
         hard_negatives: whether negative labels -(c + 1) mark hard negatives of class c; if not, they are an error.
         unit_length: whether all features have unit length, as F.normalize makes them. A GPU, which is not asked for
-            their values, then computes only half of the symmetric matrix of similarities, as a CPU does by itself.
+            their values, then computes half of the symmetric matrix of similarities for more than 4,096 views; a CPU
+            does so in any case.
     """
 
     def __init__(self, temperature: float = 0.07, contrast_mode: str = 'all', base_temperature: float = 0.07,
@@ -548,10 +549,10 @@ def _log_sum_exp(anchors, contrasts, temperature, self_index, unit_length=False,
 
 
 def _bound(z, temperature, unit_length):
-    """What no |s_ij| exceeds. A GPU is not asked for it: it is known of features of unit length alone."""
+    """What no |s_ij| exceeds; inf where it is not known. A GPU is not asked for it."""
     if not z.is_cuda:
-        return (z.square().sum(1).amax() / temperature).item()
-    if not unit_length:
+        return (z.square().sum(1).amax() / temperature).item() if z.device.type == 'cpu' else math.inf
+    if not unit_length or len(z) <= TILE_CUDA:                          # of one block there is no other half
         return math.inf
     longest = 1.01                                                      # float16 features, and rounding
     torch._assert_async(~(torch.linalg.vector_norm(z, dim=1).amax() > longest),         # nan is reported as the loss

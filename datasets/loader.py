@@ -182,13 +182,15 @@ class BatchedLoader(Loader):
         super().__init__(image_set.labels, opt, train, stream)
         self.view, self.n_views, self.device = view, n_views, torch.device(opt.device)
         self.data, self.heights, self.widths = image_set.decode(view.short_side, self.device)
-        self._set_operations(view, opt, n_views, train)
+        if self.device.type == 'cpu':
+            self._set_operations(view, opt, n_views, train)
         self.elsewhere = self.data.device.type != self.device.type      # too many for the GPU
         self.copying = torch.cuda.Stream() if self.elsewhere and self.device.type == 'cuda' else None
 
     def __iter__(self):
         batches = (self._batch(step, indices) for step, indices in self.batches)
-        # A short step of a GPU takes the host longer to ask for than the GPU to do: views are asked for by a thread.
+        # The host often needs longer to ask a GPU for a step than the GPU for the step: a thread asks for the views. They
+        # are not compiled there, since compiling sets back the random numbers of all threads when it ends.
         return batches if self.device.type == 'cpu' else ahead(batches)
 
     def _batch(self, step, indices):

@@ -642,6 +642,7 @@ def test_features_of_unit_length_on_a_gpu(monkeypatch, spy, loss, temperature):
 
 def test_longer_features_are_rejected_where_unit_length_is_expected(monkeypatch):
     monkeypatch.setattr(torch.Tensor, 'is_cuda', property(lambda x: True))
+    monkeypatch.setattr(losses, 'TILE_CUDA', 5)
     features = F.normalize(random_features(), dim=2).detach()
     criterion = SupConLoss(unit_length=True)
     assert criterion(1.005 * features) > 0                                  # rounded in half precision
@@ -652,10 +653,11 @@ def test_longer_features_are_rejected_where_unit_length_is_expected(monkeypatch)
     assert criterion(features).isnan()
 
 
-def test_gpus_are_not_waited_for(spy):
+def test_gpus_are_not_waited_for(monkeypatch, spy):
     """Tensors without values, as if on a GPU: who asks for one gets an error."""
     from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
     assertions = spy(torch, '_assert_async')
+    monkeypatch.setattr(losses, 'TILE_CUDA', 4)
     with FakeTensorMode():
         features = torch.empty(8, 2, 16, device='cuda', requires_grad=True)
         labels = torch.empty(8, dtype=torch.long, device='cuda')

@@ -286,6 +286,7 @@ def test_training_waits_for_the_device_only_to_print(monkeypatch, program, argum
 
 
 def test_a_long_run_draws_compiled_views(monkeypatch, spy):
+    """On a CPU: a GPU's are asked for by a thread, beside which compiling would set back the random numbers of a step."""
     monkeypatch.setattr(views, 'compiled_operations', lambda device: 'compiled')
     images = ImageSet(torch.zeros(2**10, 32, 32, 3, dtype=torch.uint8).numpy(), torch.zeros(2**10).long(), ['a'])
     for epochs, train, expected in ((2**12, True, 'compiled'), (2**12, False, views.OPERATIONS),
@@ -293,6 +294,8 @@ def test_a_long_run_draws_compiled_views(monkeypatch, spy):
         opt = arguments.defaults(device='cpu', loader='batched', epochs=epochs, num_workers=0)
         view = View(32, (0.5,) * 3, (0.2,) * 3, crop=(0.2, 1.))
         assert make_loader(images, view, opt, 2, train).operations is expected
+        opt.device = 'meta'
+        assert make_loader(images, view, opt, 2, train).operations is views.OPERATIONS
 
 
 def test_convolutions_have_the_channels_side_by_side(call, spy):

@@ -269,7 +269,7 @@ class Run:
             self.waited += data_time.val
             set_learning_rate(self.optimizer, learning_rate(opt, epoch, step, steps))
             self.rng, self.size = seed_step(opt, epoch, step), loader.sizes[step]
-            with training_on(self.size):                # not while the loader makes its next batch
+            with training_on(self.size):                # not in what the loader computes in between
                 yield batch
             del batch                                   # its memory is needed for the next one
             batch_time.update(time.time() - end)
