@@ -3,7 +3,7 @@
     python benchmarks/run_all.py [--only views loss ...] [--output benchmarks/results]
 
 Writes <output>/<date>_<device>.json, a table of it as .md and, with `cost`, a plot beside them. With --only the other
-rows of the same day stay. About 25 minutes on two CPU cores; the part `gpu` is measured where there is a GPU and stays
+rows of the same day stay. About 35 minutes on two CPU cores; the part `gpu` is measured where there is a GPU and stays
 empty elsewhere.
 """
 import argparse

@@ -239,7 +239,7 @@ def main():
     def trained(name, words, settings):
         job = start([*words, '--output_name', re.sub(r'\W+', '-', name)], **settings)
         return figures(finished(job, deadline - time.time()), batch_size)
-    checks = {'loss': lambda: [check_losses(device, bsz)], 'views': lambda: [check_views(device, bsz)],
+    checks = {'loss': lambda: [check_losses(device, 5 * bsz)], 'views': lambda: [check_views(device, bsz)],
               **{name: lambda name=name, check=check: trained(name, *check)
                  for name, check in program_checks(options, gpus).items()},
               'kill and resume': lambda: [check_resuming(['main_supcon', *options], deadline)]}
