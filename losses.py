@@ -94,12 +94,12 @@ class SupConLoss(_ContrastiveLoss):
             of that mean, Eq. 3.
         denominator_mode: what D_ip sums exp(s_ij) over: 'all' of A(i); 'one_positive': the negatives (A(i) without
             P(i)) and p; 'only_negatives': the negatives.
-        positives_cap: at most this many positives of other images, a multiple of the number of views: the first in
-            the order of the batch with all their views; positives beyond leave A(i) too. -1: all.
+        positives_cap: at most this many positives of other images, a multiple of the number of views: those that come
+            first in the batch, with all their views. The other ones leave A(i) too. -1: all.
         hard_negatives: whether negative labels -(c + 1) mark hard negatives of class c; if not, they are an error.
-        unit_length: whether all features have unit length, as F.normalize makes them. A GPU, which is not asked for
-            their values, then computes half of the symmetric matrix of similarities for more than 4,096 views; a CPU
-            does so in any case.
+        unit_length: whether all features have unit length, as F.normalize makes them. With more than 4,096 views a GPU
+            then computes half of the symmetric matrix of similarities. A CPU does so where it finds the features short
+            enough; a GPU would have to be waited for.
     """
 
     def __init__(self, temperature: float = 0.07, contrast_mode: str = 'all', base_temperature: float = 0.07,
@@ -130,14 +130,14 @@ class SupConLoss(_ContrastiveLoss):
             labels: [bsz] class of each image; with hard_negatives, -(c + 1) for one made from class c.
             mask: [bsz, bsz] weights >= 0 instead of labels: mask[i, j] is how much image j is a positive of
                 image i. May be asymmetric; gets no gradient. With several processes [bsz, images of all].
-            positives: what the positives of an anchor share with it: 'class', or only the 'image', as without labels;
-                labels then only indicate which hard negatives an anchor sees.
+            positives: 'class': the views of an anchor's class are its positives; 'image': only those of its image, as
+                without labels, and labels only decide which hard negatives an anchor sees.
             keys: [n_keys, dim] contrasts instead of the features, as of a momentum encoder: the first bsz belong to the
                 images of the batch, the others to earlier ones (He et al., 2020, https://arxiv.org/abs/1911.05722).
                 All processes have the same, of the whole batch.
-            key_labels: [n_keys] their labels, needed with labels. -(c + 1), which always is allowed here, hides a key
-                from all anchors but those of class c.
-            sizes: how many images each process has, where that is known; None: each asks the others, by a message.
+            key_labels: [n_keys] their labels, needed with labels. -(c + 1), always allowed here, shows a key to anchors
+                of class c alone.
+            sizes: how many images each process has, where that is known; None: gathered from all processes.
 
         Returns:
             A scalar. An anchor without positives (with 'only_negatives', also one without negatives) adds 0 and still

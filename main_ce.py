@@ -7,7 +7,7 @@
 Uses all GPUs in CUDA_VISIBLE_DEVICES, or the CPU; in several processes: torchrun --nproc_per_node 8 main_ce.py ...
 Writes output/<run>/trial=<trial>/last.ckpt.
 """
-if __name__ == '__main__':                      # the imports below take seconds, --help and Ctrl-C should not
+if __name__ == '__main__':                      # --help and Ctrl-C need not wait for the imports below
     from util.options import answer_early
     answer_early('main_ce', __doc__)
 
@@ -32,7 +32,7 @@ def parse_option(argv=None):
     opt = arguments.parse('main_ce', __doc__, argv)
     parts = [f'SupCE_{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}_bsz_{opt.batch_size}',
              f'trial_{opt.trial}', opt.cosine and 'cosine', opt.warm and 'warm']
-    name = opt.output_name or arguments.run_name('main_ce', opt, parts, held=['model'])
+    name = opt.output_name or arguments.run_name('main_ce', opt, parts, in_parts=['model'])
     if opt.evaluate:
         last = run_folder(name, opt.trial) / 'last.ckpt'
         recorded = load_checkpoint(last)['opt']
@@ -162,7 +162,7 @@ def evaluate(run, loaders, model, exporter, classes, opt):
 
 
 def report(loaders, validation, per_class, classes, opt):
-    """What the last validation has beside the accuracy."""
+    """Log what the last validation found, besides the accuracy."""
     if opt.per_class:
         for number, value in per_class.items():
             log(f"{'AP' if opt.multi_label else 'accuracy'} of {classes[number]}: {value:.2f}")

@@ -9,7 +9,7 @@
 Uses all GPUs in CUDA_VISIBLE_DEVICES, or the CPU; in several processes: torchrun --nproc_per_node 8 main_linear.py ...
 Writes output/<run>/trial=<trial>/last.ckpt.
 """
-if __name__ == '__main__':                      # the imports below take seconds, --help and Ctrl-C should not
+if __name__ == '__main__':                      # --help and Ctrl-C need not wait for the imports below
     from util.options import answer_early
     answer_early('main_linear', __doc__)
 
@@ -54,8 +54,8 @@ def parse_option(argv=None):
         opt.split_seed = recorded.get('split_seed')     # held-out images must be those that pretraining held out
     parts = [f'{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}_bsz_{opt.batch_size}',
              opt.cosine and 'cosine', opt.warm and 'warm']
-    held = ['model', 'width', 'stem', 'size']           # of the checkpoint, whose name comes last
-    opt.output_name = opt.output_name or arguments.run_name('main_linear', opt, parts, held)
+    in_parts = ['model', 'width', 'stem', 'size']       # in the name of the checkpoint's run, which comes last
+    opt.output_name = opt.output_name or arguments.run_name('main_linear', opt, parts, in_parts)
     return opt, checkpoint
 
 

@@ -8,7 +8,7 @@
 Uses all GPUs in CUDA_VISIBLE_DEVICES, or the CPU; in several processes: torchrun --nproc_per_node 8 main_supcon.py ...
 Writes output/<run>/trial=<trial>/last.ckpt for main_linear.py.
 """
-if __name__ == '__main__':                      # the imports below take seconds, --help and Ctrl-C should not
+if __name__ == '__main__':                      # --help and Ctrl-C need not wait for the imports below
     from util.options import answer_early
     answer_early('main_supcon', __doc__)
 
@@ -35,8 +35,8 @@ def parse_option(argv=None):
         parts = [f'{opt.method}_{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}',
                  f'bsz_{opt.batch_size}_temp_{opt.temp}_trial_{opt.trial}',
                  opt.cosine and 'cosine', opt.warm and 'warm']
-    held = ['mix' if opt.method == 'GenSCL' else 'model']
-    opt.output_name = opt.output_name or arguments.run_name('main_supcon', opt, parts, held)
+    in_parts = ['mix' if opt.method == 'GenSCL' else 'model']
+    opt.output_name = opt.output_name or arguments.run_name('main_supcon', opt, parts, in_parts)
     return opt
 
 
@@ -113,7 +113,7 @@ def main(argv=None):
     with run.start(classes):
         for epoch in range(first_epoch, opt.epochs + 1):
             averages = train(train_loader, network, method, optimizer, scaler, epoch, run)
-            # Missing where an epoch was resumed at its end, from a checkpoint of an earlier version.
+            # A checkpoint of an earlier version, resumed at the end of an epoch, has no feature_spread.
             if averages.get('feature_spread', 1.) < 1e-4 and not warned:
                 warned = True
                 log(f"Warning: in epoch {epoch} the loss was {averages['loss']:.3f}, its value when all features are "

@@ -11,7 +11,7 @@ contrastive accuracy of the batch:
 - rng: a NumPy generator in the same state in all processes.
 - features: [bsz, n_views, feat_dim], the small crops among the views. loss, accuracy (%): scalars.
 
-A new method is a class here and its row in METHODS.
+A new method is a class here and its row in METHODS, and its name a choice of --method in util/options.py.
 """
 import math
 
@@ -61,12 +61,13 @@ class DCL(SupCon):
 
 
 class MultiLabelSupCon(SupCon):
-    """SupCon of images with several labels: an image weighs exp(cos(y_i, y_j) / temperature), of the 0-1 vectors of its
-    labels and the anchor's (the X-sample contrastive loss of label vectors; Sobal et al., 2024,
+    """SupCon of images with several labels: the positive j of an anchor i weighs exp(cos(y_i, y_j) / temperature), y
+    being the 0-1 vectors of the labels (the X-sample contrastive loss of label vectors; Sobal et al., 2024,
     https://arxiv.org/abs/2407.18134).
 
     With the temperature of the similarities, the loss is lowest where the features' cosines are those of the labels.
-    Weights that are proportional to the overlap are nearly uniform where most images share a label, and hide this.
+    Weights that are proportional to the overlap are nearly uniform where most images share a label: then it hardly
+    matters how many they share.
     """
 
     def __call__(self, network, images, labels, rng):

@@ -189,8 +189,8 @@ class BatchedLoader(Loader):
 
     def __iter__(self):
         batches = (self._batch(step, indices) for step, indices in self.batches)
-        # The host often needs longer to ask a GPU for a step than the GPU for the step: a thread asks for the views. They
-        # are not compiled there, since compiling sets back the random numbers of all threads when it ends.
+        # To launch the kernels of a step often takes the host longer than the GPU takes for the step: a thread launches
+        # those of the views. They are not compiled: compiling resets the random numbers of all threads when it ends.
         return batches if self.device.type == 'cpu' else ahead(batches)
 
     def _batch(self, step, indices):

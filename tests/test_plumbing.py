@@ -286,7 +286,7 @@ def test_training_waits_for_the_device_only_to_print(monkeypatch, program, argum
 
 
 def test_a_long_run_draws_compiled_views(monkeypatch, spy):
-    """On a CPU: a GPU's are asked for by a thread, beside which compiling would set back the random numbers of a step."""
+    """On a CPU: a GPU's are computed by a thread, where compiling would reset the random numbers of the step."""
     monkeypatch.setattr(views, 'compiled_operations', lambda device: 'compiled')
     images = ImageSet(torch.zeros(2**10, 32, 32, 3, dtype=torch.uint8).numpy(), torch.zeros(2**10).long(), ['a'])
     for epochs, train, expected in ((2**12, True, 'compiled'), (2**12, False, views.OPERATIONS),

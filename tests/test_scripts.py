@@ -415,8 +415,9 @@ def test_check_gpu_on_a_cpu_in_miniature(check_gpu, monkeypatch, capsys):
 
 def test_check_gpu_finds_a_wrong_loss(check_gpu, monkeypatch):
     check = check_gpu['check_losses']
-    monkeypatch.setitem(check.__globals__, 'GenSupConLoss', lambda temperature, **settings: lambda features, labels: sum(
-        part.square().sum() * (1 + 1e-3 * (part.dtype == torch.float32)) for part in features))
+    def wrong(features, labels):
+        return sum(part.square().sum() * (1 + 1e-3 * (part.dtype == torch.float32)) for part in features)
+    monkeypatch.setitem(check.__globals__, 'GenSupConLoss', lambda temperature, unit_length: wrong)
     with pytest.raises(check_gpu['Failed'], match='GenSCL: loss is wrong by 1.0e-03'):
         check(torch.device('cpu'), 16)
 

@@ -105,13 +105,13 @@ def checkpoint_name(opt):
     return _in_file_names('_'.join(part for part in parts if part))
 
 
-def run_name(program, opt, parts, held):
+def run_name(program, opt, parts, in_parts):
     """A run's default name: the published `parts` that apply, and the options in NAMED that are not at their defaults,
-    but for those that the published parts hold already (`held`)."""
+    but for those that are in these parts already (`in_parts`)."""
     standard = {**options.program_defaults(program), **METHOD_DEFAULTS[program].get(getattr(opt, 'method', None), {}),
                 **DATASETS[opt.dataset].defaults.get(program, {})}
     differing = {name: getattr(opt, name) for name in NAMED
-                 if name not in held and getattr(opt, name, None) != standard.get(name)}
+                 if name not in in_parts and getattr(opt, name, None) != standard.get(name)}
     further = [name if value is True else f'{name}_{as_text(value)}' for name, value in differing.items()]
     if opt.ckpt:
         further.append(f"{'of' if program == 'main_linear' else 'from'}_{checkpoint_name(opt)}")
