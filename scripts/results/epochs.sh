@@ -58,6 +58,7 @@ declare -A chosen=(
     [supcon]='--lr 0.3 --weight_decay 5e-4 --batch_size 256 --temp 0.1'
     [ce-sim]='--lr 0.3 --weight_decay 5e-4 --batch_size 128'
     [supcon-ce]='--lr 0.3 --weight_decay 5e-4 --batch_size 256 --temp 0.1'
+    [simclr]='--lr 0.3 --weight_decay 5e-4 --batch_size 256 --temp 0.2'
 )
 longer() { [ -z "${chosen[$1]:-}" ] || trained $1-$3 $2 "$cifar" $1 $3 "${chosen[$1]}"; }
 
