@@ -52,7 +52,7 @@ for method in $methods; do
     trial $method ${last%% *} "--lr 0.3 --weight_decay 5e-4 ${last#* }"
 done
 
-# What they had found before evaluation resized JPEG files correctly (docs/results.md); a method that is not here has not
+# What they found, all but SimCLR's before evaluation resized JPEG files correctly (docs/results.md); others have not
 # been tried.
 declare -A chosen=(
     [supcon]='--lr 0.3 --weight_decay 5e-4 --batch_size 256 --temp 0.1'
