@@ -184,8 +184,8 @@ class BatchedLoader(Loader):
         self.data, self.heights, self.widths = image_set.decode(view.short_side, self.device)
         if self.device.type == 'cpu':
             self._set_operations(view, opt, n_views, train)
-        self.elsewhere = self.data.device.type != self.device.type      # too many for the GPU
-        self.copying = torch.cuda.Stream() if self.elsewhere and self.device.type == 'cuda' else None
+        on_host = self.data.device.type == 'cpu'                        # too many for the GPU, if there is one
+        self.copying = torch.cuda.Stream() if on_host and self.device.type == 'cuda' else None
 
     def __iter__(self):
         batches = (self._batch(step, indices) for step, indices in self.batches)
