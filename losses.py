@@ -30,7 +30,9 @@ z_i . (class sum - z_i) / (count - 1) / temperature, and for GenSCL with unit ve
 is z_i . M u_i / temperature, M = sum_j z_j u_j^T [dim, C].
 """
 import contextlib
+import functools
 import math
+import numbers
 from typing import NamedTuple
 
 import torch
@@ -47,8 +49,9 @@ class _ContrastiveLoss(nn.Module):
     def __init__(self, temperature: float = 0.07, contrast_mode: str = 'all', base_temperature: float = 0.07):
         super().__init__()
         _check('contrast_mode', contrast_mode, ('all', 'one'))
-        if temperature <= 0 or base_temperature <= 0:
-            raise ValueError(f'temperature {temperature} and base_temperature {base_temperature} must be positive')
+        for name, value in (('temperature', temperature), ('base_temperature', base_temperature)):
+            if not (isinstance(value, numbers.Real) and 0 < value < math.inf):
+                raise ValueError(f'{name} is {value!r}, expected a number above 0')
         self.temperature = temperature
         self.contrast_mode = contrast_mode
         self.base_temperature = base_temperature
@@ -86,7 +89,8 @@ class SupConLoss(_ContrastiveLoss):
         loss = criterion(features, labels, positives='image')       # SimCLR, hard negatives among the labels
 
     Args:
-        temperature: divides the similarities.
+        temperature: divides the similarities; a number. One that is learned gets its gradient where it divides the
+            features, by its square root, with 1 here.
         contrast_mode: 'all': every view is an anchor; 'one': only the first view of each image is.
             The contrasts are all views of all images in both modes.
         base_temperature: the loss is multiplied by temperature / base_temperature; 1 multiplies by the temperature.
@@ -467,17 +471,33 @@ def _at_least_float32(x):
 
 @contextlib.contextmanager
 def _full_precision(device):
-    """Similarities are divided by the temperature, and need float32: no autocast, and no TF32 where a user or an
-    environment variable (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, set in some containers) allows it."""
-    matmul = torch.backends.cuda.matmul
-    setting, exact = ('fp32_precision', 'ieee') if hasattr(matmul, 'fp32_precision') else ('allow_tf32', False)
-    before = getattr(matmul, setting)
-    setattr(matmul, setting, exact)
+    """Similarities are divided by the temperature, and need float32: no autocast, and neither TF32 nor bfloat16 in its
+    place, where torch.set_float32_matmul_precision or an environment variable (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, set in
+    some containers) allows them."""
+    backends, name, exact = [torch.backends.cuda, torch.backends.mkldnn], 'fp32_precision', 'ieee'
+    if not hasattr(torch.backends.cuda.matmul, name):                   # PyTorch before 2.9
+        backends, name, exact = [torch.backends.cuda], 'allow_tf32', False
+    before = {backend.matmul: getattr(backend.matmul, name) for backend in backends}
+    lower = {matmul: value for matmul, value in before.items() if value not in ('none', exact)}
+    for matmul in lower:
+        setattr(matmul, name, exact)
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        setattr(matmul, setting, before)
+        for matmul, value in lower.items():
+            setattr(matmul, name, value)
+
+
+def _once_differentiable(backward):
+    """A backward pass without second derivatives, which says so: PyTorch's own decorator takes the gradient for a
+    constant where its argument is one, as that of a loss is."""
+    @functools.wraps(backward)
+    def first_derivatives(ctx, *gradients):
+        if torch.is_grad_enabled():                                     # with create_graph=True alone
+            raise RuntimeError('the losses have no second derivatives, as of create_graph=True; reference_loss has')
+        return backward(ctx, *gradients)
+    return first_derivatives
 
 
 def _check_labels(labels, valid, message):
@@ -492,7 +512,7 @@ def _source_class(labels):
     """The class whose anchors alone see a contrast, -1 where all do: [m]; None where a CPU finds no hard negative."""
     if labels.device.type == 'cpu' and bool((labels >= 0).all()):
         return None
-    return torch.where(labels >= 0, -1, -labels - 1)
+    return torch.where(labels >= 0, -1, -labels.long() - 1)             # labels may be uint8
 
 
 # ---------------------------------------- Mean over the positives: class sums -----------------------------------------
@@ -543,7 +563,8 @@ def _log_sum_exp(anchors, contrasts, temperature, self_index, unit_length=False,
     """log sum_{j in A(i)} exp(s_ij) for each anchor: [n]. Where s is symmetric, half of it is enough."""
     if self_index is not None and len(anchors) == len(contrasts) > 0 and source_class is None:      # the same views
         bound = _bound(anchors.detach(), temperature, unit_length)
-        if 2 * bound < -math.log(torch.finfo(anchors.dtype).tiny) - 10:                 # exp(-2 bound) does not vanish
+        # exp(-2 bound) does not vanish, nor its inverse overflow, times the scale of a loss in mixed precision.
+        if 2 * bound < -math.log(torch.finfo(anchors.dtype).tiny) - 25:
             return _SymmetricLogSumExp.apply(anchors, temperature, 0. if anchors.is_cuda else bound)
     return _LogSumExp.apply(anchors, contrasts, temperature, self_index, labels, source_class)
 
@@ -581,7 +602,7 @@ class _LogSumExp(torch.autograd.Function):
         return result
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_once_differentiable
     def backward(ctx, grad):
         anchors, contrasts, self_index, labels, source_class, result = ctx.saved_tensors
         grad = grad / ctx.temperature
@@ -656,7 +677,7 @@ class _SymmetricLogSumExp(torch.autograd.Function):
         return sums.log() + shift
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_once_differentiable
     def backward(ctx, grad):
         z, sums = ctx.saved_tensors
         scale = grad / sums.masked_fill(sums == 0, 1) / ctx.temperature         # a single row has no contrasts
@@ -686,7 +707,7 @@ class _SymmetricLogSumExp(torch.autograd.Function):
                 shape = rows.stop - rows.start, columns.stop - columns.start
                 block = torch.mm(scaled[rows], z[columns].T, out=buffer[:math.prod(shape)].view(shape))
                 if rows == columns:
-                    block.fill_diagonal_(-torch.inf)
+                    block.diagonal().fill_(-torch.inf)      # fill_diagonal_ cannot be compiled
                 if shift:
                     block.sub_(shift)
                 yield rows, columns, block.exp_()
@@ -769,7 +790,7 @@ class _RowLosses(torch.autograd.Function):
         return result
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_once_differentiable
     def backward(ctx, grad):
         anchors, contrasts, mask, result, log_denominators = ctx.saved_tensors
         pairs, temperature, location, denominator = ctx.settings
@@ -873,7 +894,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat([part[:n] for part, n in zip(parts, sizes)])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_once_differentiable
     def backward(ctx, grad):
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)

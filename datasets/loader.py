@@ -165,7 +165,7 @@ class Loader:
         return self.operations if self.sizes[step] == self.sizes[0] else views.OPERATIONS
 
     def set_epoch(self, epoch, first_step=0):
-        """What is iterated over next: the batches of an epoch from a step on, counted from 0.
+        """What is iterated over next, not what already is: the batches of an epoch from a step on, counted from 0.
 
         Raises UserError for a step after its end.
         """
@@ -209,8 +209,8 @@ class BatchedLoader(Loader):
 
 def ahead(iterator):
     """The items of an iterator; each is made in a thread while the one before is used."""
-    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else -1            # of this thread; -1: none
-    with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(gpu,)) as thread:
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None       # of this thread and its GPU
+    with ThreadPoolExecutor(1, initializer=torch.cuda.set_stream, initargs=(stream,)) as thread:
         following = thread.submit(next, iterator, None)
         while (item := following.result()) is not None:
             following = thread.submit(next, iterator, None)

@@ -442,10 +442,11 @@ def erase(images, boxes):
 
 def rotate(x, angles):
     """Rotate square images x [n, 3, size, size] about their centers, bilinear, black outside; angles [n] degrees."""
-    cos, sin = torch.cos(torch.deg2rad(angles)), torch.sin(torch.deg2rad(angles))
-    zero = torch.zeros_like(cos)
-    matrices = torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(-1, 2, 3)             # output to input positions
-    grid = F.affine_grid(matrices, list(x.shape), align_corners=False)
+    cos, sin = (f(torch.deg2rad(angles))[:, None, None] for f in (torch.cos, torch.sin))
+    position = (torch.arange(x.shape[2], device=x.device) + 0.5) * (2 / x.shape[2]) - 1             # -1 .. 1
+    across, down = position, position[:, None]
+    # Positions in the input; no product of matrices, which a GPU may compute in TF32.
+    grid = torch.stack([cos * across - sin * down, sin * across + cos * down], 3)
     return F.grid_sample(x, grid, align_corners=False)
 
 

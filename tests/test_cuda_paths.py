@@ -214,19 +214,19 @@ def test_loaders_share_one_copy_on_the_device(monkeypatch):
 
 @pytest.mark.parametrize('on_device', [False, True])
 def test_batches_of_a_gpu_are_made_in_a_thread(monkeypatch, on_device):
-    """One of this process's GPU, which PyTorch chooses for each thread anew."""
+    """One on the stream of this one, and so on its GPU: PyTorch chooses both for each thread anew."""
     train, _ = loaders(monkeypatch, on_device)
     threads, chosen, apply = [], [], views.apply
     monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: True)
-    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 3)
-    monkeypatch.setattr(torch.cuda, 'set_device', lambda gpu: chosen.append((gpu, threading.current_thread())))
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda: 'stream of GPU 3')
+    monkeypatch.setattr(torch.cuda, 'set_stream', lambda stream: chosen.append((stream, threading.current_thread())))
     monkeypatch.setattr(views, 'apply', lambda *arguments: threads.append(threading.current_thread())
                         or apply(*arguments))
     batches = iter(train)
     images, labels = next(batches)
     assert images.is_meta and len(images) == 16 and len(labels) == 8 and train.data.is_meta == on_device
     assert [len(images) for images, _ in batches] == [16] * 2
-    assert len(threads) == 3 and len(set(threads)) == 1 and chosen == [(3, threads[0])]
+    assert len(threads) == 3 and len(set(threads)) == 1 and chosen == [('stream of GPU 3', threads[0])]
     assert threads[0] != threading.main_thread()
 
 
