@@ -25,7 +25,7 @@ from util.distributed import global_mean, rank
 from util.export import Exporter
 from util.log import log
 from util.runs import Run, run_folder
-from util.weights import start_from_weights
+from util.weights import read_start, start_from_weights
 
 
 def parse_option(argv=None):
@@ -58,12 +58,13 @@ def set_loader(opt, augment=True):
     return train_loader, loaders, data.train.classes
 
 
-def set_model(opt, new=True):
-    """Encoder and classifier, and the loss of each image; a `new` run starts from --ckpt or --timm_pretrained."""
+def set_model(opt, weights=None, new=True):
+    """Encoder and classifier, and the loss of each image; a `new` run starts from the `weights` of --ckpt, or
+    --timm_pretrained, if given."""
     model = SupCEResNet(opt.model, opt.num_classes, size=opt.size, stem=opt.stem, width=opt.width,
                         zero_init=opt.zero_init, pretrained=opt.timm_pretrained and new)
     if new:
-        start_from_weights(model, opt)
+        start_from_weights(model, opt, weights)
     return model, classification_loss(opt)
 
 
@@ -175,8 +176,9 @@ def main(argv=None):
     run = Run(opt)
     training.set_device(opt)
     training.set_warmup(opt)
+    weights = read_start(opt) if run.checkpoint is None else None
     train_loader, loaders, classes = set_loader(opt)
-    model, criterion = set_model(opt, new=run.checkpoint is None)
+    model, criterion = set_model(opt, weights, new=run.checkpoint is None)
     fit(run, train_loader, loaders, model, criterion, classes, opt)
 
 

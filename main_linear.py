@@ -23,7 +23,7 @@ from util.checkpoints import load_encoder
 from util.errors import UserError
 from util.log import log
 from util.runs import Run, run_folder
-from util.weights import read_weights
+from util.weights import hold_out_as, read_weights
 
 
 def parse_option(argv=None):
@@ -48,10 +48,10 @@ def parse_option(argv=None):
             setattr(opt, name, value)
         elif name in recorded and getattr(opt, name) != value:
             raise UserError(f'--{name} {getattr(opt, name)}: {opt.ckpt} holds an encoder with --{name} {value}')
-    if recorded.get('dataset') == opt.dataset:
+    if recorded.get('dataset', opt.dataset) == opt.dataset:             # old files of --export record none
         for name in ('size', 'mean', 'std'):
             setattr(opt, name, getattr(opt, name) or recorded.get(name))
-        opt.split_seed = recorded.get('split_seed')     # held-out images must be those that pretraining held out
+    hold_out_as(recorded, opt, opt.ckpt)
     parts = [f'{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}_bsz_{opt.batch_size}',
              opt.cosine and 'cosine', opt.warm and 'warm']
     in_parts = ['model', 'width', 'stem', 'size']       # in the name of the checkpoint's run, which comes last

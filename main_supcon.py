@@ -22,7 +22,7 @@ from util.log import log
 from util.metrics import feature_statistics, knn_accuracy, knn_map
 from util.runs import Run
 from util.teachers import load_teacher, read_teacher
-from util.weights import start_from_weights
+from util.weights import read_start, start_from_weights
 
 
 def parse_option(argv=None):
@@ -58,14 +58,14 @@ def set_loader(opt):
     return train_loader, memory_loader, val_loader, data.train.classes
 
 
-def set_model(opt, new=True):
+def set_model(opt, weights=None, new=True):
     """Encoder and projection head, with a classifier for --ce_weight and a momentum copy for --moco; a `new` run starts
-    from --ckpt or --timm_pretrained, if given."""
+    from the `weights` of --ckpt, or --timm_pretrained, if given."""
     model = SupConResNet(opt.model, opt.head, opt.feat_dim, num_classes=opt.num_classes if opt.ce_weight else 0,
                          head_bn=opt.head_bn, normalize_embedding=opt.normalize_embedding, size=opt.size, stem=opt.stem,
                          width=opt.width, zero_init=opt.zero_init, pretrained=opt.timm_pretrained and new)
     if new:
-        start_from_weights(model, opt)
+        start_from_weights(model, opt, weights)
     if opt.moco:
         model.moco = MomentumContrast(model, opt.moco_k, opt.moco_m)
     return model
@@ -100,8 +100,9 @@ def main(argv=None):
     training.set_device(opt)
     training.set_warmup(opt)
     teacher_checkpoint = read_teacher(opt)
+    weights = read_start(opt) if run.checkpoint is None else None
     train_loader, memory_loader, val_loader, classes = set_loader(opt)
-    model = set_model(opt, new=run.checkpoint is None)
+    model = set_model(opt, weights, new=run.checkpoint is None)
     teacher = load_teacher(teacher_checkpoint, opt, classes) if opt.KD else None
     method = make_method(opt, len(classes), teacher)
     network = training.Network(model, opt)

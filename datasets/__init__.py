@@ -118,6 +118,7 @@ def load_images(opt):
         if len(train.classes) == 1:
             raise UserError(f'--label_noise {opt.label_noise:g}: {opt.data_folder} has one class, expected several')
         train = train.mislabeled(opt.label_noise, opt.split_seed)
+        log(f'--label_noise {opt.label_noise:g}: this fraction of the training images has another class')
     per_class = opt.samples_per_class
     if getattr(opt, 'label_fraction', None):            # not an option of pretraining
         per_class = train.counts_of_fraction(opt.label_fraction)
@@ -198,7 +199,10 @@ def _training_view(opt, cut, policy, **more):
     if opt.cutout and opt.cutout_length >= 2 * opt.size:
         raise UserError(f'--cutout_length {opt.cutout_length} hides all of a view of {opt.size} pixels, expected less')
     cutout = (opt.n_holes, opt.cutout_length) if opt.cutout else None
-    if opt.crop_min and 'crop' in cut:
+    if opt.crop_min:
+        if 'crop' not in cut:
+            raise UserError(f'--crop_min has no effect: with --augment_policy {policy} views of {opt.dataset} are '
+                            'cut from the padded image')
         cut = {**cut, 'crop': (opt.crop_min, 1.)}
     color = POLICIES[policy](opt, dataset_info(opt))
     return View(opt.size, opt.mean, opt.std, **cut, **color, cutout=cutout, **more)

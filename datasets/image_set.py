@@ -133,36 +133,39 @@ class ImageSet:
         counts = np.bincount(self.strata(), minlength=len(self.classes))
         return np.maximum(1, (fraction * counts).round().astype(int))
 
-    def decode(self, short_side, device='cpu'):
+    def decode(self, short_side, device='cpu', cropped=False):
         """All images as tensors, decoded once: [n, 3, w, h] uint8, on a GPU where they fit into a quarter of its free
         memory, and their heights and widths [n].
 
-        Images larger than `short_side` are scaled down until the shorter side has that length; none is enlarged.
+        Images larger than `short_side` are scaled down until the shorter side has that length; none is enlarged. Where
+        crops of them will be resized once more (`cropped`), by a sharper filter: two bilinear ones would blur them.
         Images of unlike sizes lie in the top left corner of the largest height and width.
         """
         if isinstance(self.source, np.ndarray):
             short_side = min(short_side, *self.source.shape[1:3])       # one copy serves all who want no scaling
-        if short_side not in self._decoded:
+            cropped = cropped and short_side < min(self.source.shape[1:3])
+        key = short_side, cropped
+        if key not in self._decoded:
             if isinstance(self.source, np.ndarray) and short_side == min(self.source.shape[1:3]):
                 data = torch.from_numpy(self.source).permute(0, 3, 2, 1).contiguous()
                 sizes = torch.tensor(self.source.shape[1:3]).expand(len(self), 2)
             else:
-                data, sizes = self._decode(short_side)
+                data, sizes = self._decode(short_side, cropped)
             data = data.to(device) if fits(data, device) else data
-            self._decoded[short_side] = data, sizes[:, 0], sizes[:, 1]
-        return self._decoded[short_side]
+            self._decoded[key] = data, sizes[:, 0], sizes[:, 1]
+        return self._decoded[key]
 
-    def _decode(self, short_side):
+    def _decode(self, short_side, cropped):
         """What `decode` gives for files: [n, 3, w, h] uint8 and [n, 2] heights and widths."""
-        if self.decoded_bytes(short_side)[0] > available_memory():
+        if self.decoded_bytes(short_side, cropped)[0] > available_memory():
             raise UserError(f'{len(self)} images of {short_side} pixels do not fit into memory, expected --loader '
                             'workers')
-        file = self._cache_file(f'resized-{short_side}')
+        file = self._cache_file(_purpose(short_side, cropped))
         if not file:
-            return self._decode_files(short_side)
+            return self._decode_files(short_side, cropped)
 
         def make():
-            data, sizes = self._decode_files(short_side)
+            data, sizes = self._decode_files(short_side, cropped)
             return {'data': data.numpy(), 'sizes': sizes.numpy()}
 
         def check(arrays):
@@ -182,7 +185,9 @@ class ImageSet:
                 file for item in self.source for file in ([item] if isinstance(item, str) else item.files()))
         return self.cache_dir / f"{self._decoded['key']}-{purpose}.npz"
 
-    def _decode_files(self, short_side):
+    def _decode_files(self, short_side, cropped):
+        resampling = Image.Resampling.LANCZOS if cropped else Image.Resampling.BILINEAR
+
         def load(i):
             size = None
 
@@ -191,7 +196,7 @@ class ImageSet:
                 size = scaled(full_size, short_side)
                 return size
             image = self.load(i, needed)
-            return np.array(image.resize(size or scaled(image.size, short_side), Image.Resampling.BILINEAR))
+            return np.array(image.resize(size or scaled(image.size, short_side), resampling))
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:                # Pillow decodes without the interpreter lock
             arrays = list(pool.map(load, range(len(self))))
@@ -216,12 +221,12 @@ class ImageSet:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return list(pool.map(image_size, self.source[::math.ceil(len(self) / limit)]))
 
-    def decoded_bytes(self, short_side):
+    def decoded_bytes(self, short_side, cropped=False):
         """Bytes of memory that `decode` takes, and of those that it fills with pixels, estimated from a part of the
         files; or the bytes of a cache."""
         if isinstance(self.source, np.ndarray):
             return self.source.nbytes, self.source.nbytes
-        file = self._cache_file(f'resized-{short_side}')
+        file = self._cache_file(_purpose(short_side, cropped))
         if file and (size := size_in_cache(file)):
             return size, size
         sizes = np.array([scaled(size, short_side) for size in self.sizes(limit=5000)])
@@ -250,6 +255,11 @@ class ImageSet:
         mean = counts @ levels / pixels
         std = np.sqrt(np.maximum(counts @ levels**2 / pixels - mean**2, 0))
         return tuple(mean.round(4).tolist()), tuple(np.maximum(std, 1e-3).round(4).tolist())
+
+
+def _purpose(short_side, cropped):
+    """A part of the name of a cache of `decode`."""
+    return f"resized-{short_side}{'-cropped' if cropped else ''}"
 
 
 def fits(data, device):

@@ -52,7 +52,7 @@ def make_loader(image_set, view, opt, n_views=1, train=True, stream=()):
 
 def _loader_that_fits(image_set, view):
     """What --loader auto chooses, alike in all processes."""
-    needed, filled = image_set.decoded_bytes(view.short_side)
+    needed, filled = image_set.decoded_bytes(view.short_side, bool(view.crop))
     too_large = needed >= available_memory() / 2 / local_processes() or mostly_padding(needed, filled)
     return 'workers' if all_max(too_large) else 'batched'
 
@@ -181,7 +181,7 @@ class BatchedLoader(Loader):
     def __init__(self, image_set, view, opt, n_views, train, stream):
         super().__init__(image_set.labels, opt, train, stream)
         self.view, self.n_views, self.device = view, n_views, torch.device(opt.device)
-        self.data, self.heights, self.widths = image_set.decode(view.short_side, self.device)
+        self.data, self.heights, self.widths = image_set.decode(view.short_side, self.device, bool(view.crop))
         if self.device.type == 'cpu':
             self._set_operations(view, opt, n_views, train)
         on_host = self.data.device.type == 'cpu'                        # too many for the GPU, if there is one

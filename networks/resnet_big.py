@@ -74,8 +74,10 @@ class Conv2d(nn.Conv2d):
         if not self.training or not x.is_cpu:           # first, since torch.export may not look at the batch size
             return super().forward(x)
         (h, w), stride = x.shape[2:], self.stride[0]
-        small = max(h, w) <= 2 and len(x) >= 8
-        halved = max(h, w) <= 2 * stride and len(x) >= 64 and x.dtype == torch.bfloat16
+        strided_bfloat16 = stride > 1 and x.dtype == torch.bfloat16
+        # With AMX, PyTorch 2.14's gradient of the weights of a convolution to one pixel is garbage in bfloat16.
+        small = max(h, w) <= 2 and (len(x) >= 8 or strided_bfloat16)
+        halved = max(h, w) <= 2 * stride and len(x) >= 64 and strided_bfloat16
         if not (small or halved):
             return super().forward(x)
         pixels = torch.eye(h * w, dtype=x.dtype).view(-1, 1, h, w)                      # an image of each single pixel

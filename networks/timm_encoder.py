@@ -108,7 +108,7 @@ class TimmEncoder(nn.Module):
         self.backbone.train()
 
     def forward(self, x):
-        if len(x) == 0 and not any(isinstance(module, SyncBatchNorm) for module in self.modules()):
+        if x.shape[0] == 0 and not any(isinstance(module, SyncBatchNorm) for module in self.modules()):
             return x.new_zeros(0, self.dim_out)             # not every backbone takes the empty part of a process
         with mixed_precision(x, self.precision):
             return self.backbone(x.to(memory_format=self.memory_format))

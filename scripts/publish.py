@@ -15,14 +15,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from datasets import DATASETS  # noqa: E402
+from datasets import DATASETS, DatasetInfo  # noqa: E402
 from networks.resnet_big import LinearProbe, SupCEResNet, make_encoder  # noqa: E402
 from util import checkpoints, errors, options  # noqa: E402
 from util.errors import UserError, printable  # noqa: E402
 from util.export import Exporter  # noqa: E402
 from util.files import replace_file, writing  # noqa: E402
 from util.options import Parser, as_text  # noqa: E402
-from util.runs import RESUME_MAY_CHANGE  # noqa: E402
+from util.runs import RESUME_MAY_CHANGE, plain  # noqa: E402
 
 CARD = '''---
 library_name: pytorch
@@ -74,24 +74,35 @@ def load_classifier(checkpoint, opt, classes, file):
     return model, program
 
 
+# Options that no command needs: those that change no result, and the second name of a checkpoint.
+NOT_NEEDED = RESUME_MAY_CHANGE - {'epochs', 'data_folder'} | {'pretrained', 'pretrained_ckpt'}
+
+
 def command_of(program, recorded):
-    """The command line whose options these are: those at their defaults, and those that change no result, left out."""
-    info = DATASETS.get(recorded['dataset'])
-    defaults = {**options.program_defaults(program), **(info.defaults.get(program, {}) if info else {})}
-    words = []
-    for _, (flag, *_), settings in options.options_of(program):
-        name = flag.removeprefix('--')
-        value, default = recorded.get(name), defaults[name]
-        derived = name in ('mean', 'std', 'size') and value == getattr(info, name, None)
-        derived = derived or name == 'data_folder' and value == getattr(info, 'folder', None)
-        derived = derived or name == 'learning_rate' and recorded.get('base_lr')
-        if name in RESUME_MAY_CHANGE - {'epochs', 'data_folder'} or value in (default, None) or derived:
-            continue
-        if 'action' in settings:
-            words += [flag] if value else [f'--no_{name}'] * bool(default)
-        else:
-            words.append(f'{flag}={as_text(value)}')
-    return ' '.join(['python', f'{program}.py', *map(shlex.quote, words)])
+    """The command line that gives these options, whatever the method of an encoder brings: those at their defaults, and
+    those that change no result, left out."""
+    datasets, words = {recorded['dataset']: DatasetInfo(load=None), **DATASETS}, {}     # a user's may have no row here
+    info = datasets[recorded['dataset']]
+    ignored = NOT_NEEDED | {name for name in ('mean', 'std', 'size') if recorded.get(name) == getattr(info, name, None)}
+    ignored |= {'learning_rate'} if recorded.get('base_lr') else set()
+    ignored |= {name for name in recorded if options.without_effect(name, recorded, program, info)}
+    while True:                                         # an option given may bring other defaults
+        missing = {}
+        for method in (None, *options.METHOD_DEFAULTS[program]):
+            found = vars(options.parse(program, '', list(words.values()), datasets, method))
+            for _, (flag, *_), settings in options.options_of(program):
+                name = flag.removeprefix('--')
+                value = recorded.get(name)
+                if name in ignored or name in words or value is None or plain(found)[name] == value:
+                    continue
+                given = f'{flag}={as_text(value)}'
+                if 'action' in settings:
+                    given = flag if value else f'--no_{name}'
+                missing[name] = given
+        if not missing:
+            break
+        words.update(missing)
+    return ' '.join(['python', f'{program}.py', *map(shlex.quote, words.values())])
 
 
 def main():
@@ -104,7 +115,11 @@ def main():
     missing = [name for name in ('model', 'stem', 'width', 'size', 'mean', 'std', 'dataset') if not recorded.get(name)]
     if missing or not classes:
         raise UserError(f'{file} does not record its {(missing or ["classes"])[0]}, expected a run of these programs')
-    opt = argparse.Namespace(**{'multi_label': False, **recorded, 'export': str(folder / 'model.safetensors')})
+    if checkpoint.get('step') or checkpoint.get('epoch') != recorded.get('epochs'):
+        raise UserError(f"{file}: {checkpoint.get('epoch')} of {recorded.get('epochs')} epochs, expected a finished "
+                        'run, whose accuracy is the last in its log: continue it with --resume')
+    opt = argparse.Namespace(**{'multi_label': False, 'split_seed': None, **recorded,
+                                'export': str(folder / 'model.safetensors')})
     model, program = load_classifier(checkpoint, opt, classes, file)
     log = run / 'log.txt'
     lines = log.read_text(encoding='utf-8', errors='replace') if log.is_file() else ''

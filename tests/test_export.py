@@ -94,13 +94,17 @@ def test_exported_state_dict_matches_torchvision():
 
 def test_exported_state_dict_of_timm(call, tmp_path):
     import timm
-    ok(call, main_ce, '--dataset', 'digits', '--size', 16, '--max_samples', 40, '--epochs', 1, '--model',
-       'timm/resnet10t', '--stem', 'imagenet', '--output_name', 'a', '--export', 'x.pth')
+    run = ['--dataset', 'digits', '--size', 16, '--max_samples', 40, '--epochs', 1, '--model', 'timm/resnet10t',
+           '--stem', 'imagenet', '--output_name', 'a', '--export']
+    ok(call, main_ce, *run, 'x.pth')
     exported = torch.load('x.pth', weights_only=True)
     model = timm.create_model(exported['model'].removeprefix('timm/'), num_classes=10).eval()
     model.load_state_dict(exported['state_dict'])
     image = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(model(image), logits_of('a', image), rtol=1e-4, atol=1e-5)
+    ok(call, main_ce, *run, 'x.pt2', '--evaluate')
+    traced, images = torch.export.load('x.pt2').module(), torch.randn(3, 3, 16, 16)
+    torch.testing.assert_close(traced(images), model(images), rtol=1e-4, atol=1e-5)
 
 
 def test_export_at_the_end_of_a_run(linear_run):

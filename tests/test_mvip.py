@@ -299,6 +299,12 @@ def test_evaluation_of_ood_images(call, tmp_path, monkeypatch, program):
             assert events.Scalars(tag)[-1].value == pytest.approx(float(value), abs=0.006)
 
 
+def test_confidences_near_one_are_told_apart():
+    """In float32 a softmax of such logits is 1."""
+    values = metrics.ood_metrics(*torch.tensor([[[20., 0.], [30., 0.]]] * 2 + [[[19., 0.], [25., 0.]]]))
+    assert values['auroc'] == 75 and values['confidence_id'] <= 1
+
+
 def test_ood_metrics_match_a_plain_loop():
     val, ood = 3 * torch.randn(50, 4), 2 * torch.randn(40, 4)
     val[:5] = ood[:5]                                                   # ties

@@ -18,12 +18,12 @@ import main_ce
 import main_linear
 import main_supcon
 import methods
-from datasets import make_loader, views
+from datasets import classification_view, make_loader, views
 from datasets.image_set import ImageSet
 from datasets.loader import Batches
 from datasets.views import View
 from losses import SupConLoss
-from util import arguments, checkpoints, runs, training
+from util import arguments, checkpoints, errors, runs, training, weights
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [*TINY, '--max_samples', '40', '--epochs', '1', '--output_name', 'a']
@@ -199,6 +199,14 @@ def test_linear_evaluation_sees_the_images_as_pretraining_did(call, tmp_path):
     for name in ('size', 'mean', 'std', 'split_seed'):
         assert ours[name] == theirs[name]
     assert ours['split_seed'] == 5 and theirs['seed'] == 6
+    # An exported file too, and a run that starts from weights, also where it resumes.
+    start = [*data, *network, '--size', 16, '--output_name', 'c', '--ckpt', 'output/a/trial=0/last.ckpt']
+    assert call(main_ce.main, *start, '--export', 'c.safetensors')[0] == 0
+    assert call(main_ce.main, *start, '--epochs', 2, '--resume')[0] == 0
+    assert call(main_linear.main, *data, '--ckpt', 'c.safetensors', '--output_name', 'd')[0] == 0
+    for name in 'cd':
+        found = json.loads((tmp_path / f'output/{name}/trial=0/options.json').read_text())
+        assert (found['size'], found['split_seed'], found['seed']) == (16, 5, 0)
 
 
 @pytest.mark.parametrize('n, bsz, sizes', [
@@ -212,6 +220,20 @@ def test_a_tiny_last_batch_shares_the_images_of_the_one_before(n, bsz, sizes):
     assert sorted(i for _, indices in batches for i in indices.tolist()) == list(range(n))
     rest = [n % bsz] * (n % bsz > 0)
     assert Batches(torch.zeros(n, dtype=torch.long), opt, train=False).sizes == [bsz] * (n // bsz) + rest
+
+
+def test_crops_that_a_policy_does_not_make():
+    opt = arguments.parse('main_ce', '', ['--augment_policy', 'rand', '--crop_min', '0.5'])
+    with pytest.raises(errors.UserError, match='--crop_min has no effect'):
+        classification_view(opt)
+
+
+def test_a_start_and_a_teacher_that_held_out_other_images():
+    opt = arguments.defaults(split_seed=3)
+    weights.hold_out_as({'dataset': 'path', 'split_seed': 4}, opt, '--ckpt x')              # of another dataset
+    assert opt.split_seed == 3
+    with pytest.raises(errors.UserError, match='held out other images'):
+        weights.hold_out_as({'dataset': opt.dataset, 'split_seed': 4}, opt, '--ckpt x')
 
 
 @pytest.mark.parametrize('arguments, words', [

@@ -81,7 +81,7 @@ def test_every_kind_of_file_gives_the_network(file, tmp_path):
         torch.save(content, file)
     model = SupConResNet('resnet18', stem='imagenet').eval()
     opt = arguments.parse('main_supcon', '', ['--model', 'resnet18', '--stem', 'imagenet', '--ckpt', str(file)])
-    weights.start_from_weights(model, opt)
+    weights.start_from_weights(model, opt, weights.read_start(opt))
     theirs.fc = nn.Identity()
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(model.encoder(images), theirs(images))
@@ -313,3 +313,26 @@ def published(call, rejected, monkeypatch, tmp_path):
     rejected(main, *again, '--repo', 'owner/name', words=['--repo owner/name: cannot be uploaded'])
     ok(call, main_supcon, *TINY, '--epochs', 1, '--output_name', 'a')
     rejected(main, '--run', 'output/a/trial=0', '--output', 'x', words=['expected a checkpoint of main_ce.py'])
+    checkpoint = torch.load(run / 'last.ckpt')
+    torch.save({**checkpoint, 'opt': {**checkpoint['opt'], 'epochs': 9}}, run / 'last.ckpt')
+    rejected(main, *again, words=['1 of 9 epochs, expected a finished run'])
+
+
+@pytest.mark.parametrize('program, words, method', [
+    ('main_linear', '--ckpt x --learning_rate 0.1 --batch_size 256 --no_warm --seed 0 --dataset digits', 'GenSCL'),
+    ('main_linear', '--pretrained x --warm --warm_epochs 5 --cache_features', None),
+    ('main_ce', '--batch_size 512 --no_warm --dataset imagenet --data_folder x', None),
+    ('main_ce', '--base_lr 0.1 --augment_policy rand --rand_n 3', None)])
+def test_the_command_of_a_card_gives_the_options_of_its_run(program, words, method):
+    run = vars(arguments.parse(program, '', words.split(), method))
+    command = shlex.split(publish.command_of(program, {**run, 'ckpt': 'last.ckpt', 'pretrained_ckpt': 'last.ckpt'}))
+    assert command[:2] == ['python', f'{program}.py'] and not any(word.startswith('--pretrained') for word in command)
+    again = vars(arguments.parse(program, '', command[2:], method))
+    names = run.keys() - publish.NOT_NEEDED - {'ckpt'}
+    assert {name: again[name] for name in names} == {name: run[name] for name in names}
+
+
+def test_names_of_timm_that_look_like_wrappers():
+    encoder = make_encoder('timm/legacy_seresnet18', stem='imagenet')
+    model = timm.create_model('legacy_seresnet18', num_classes=3)
+    model.load_state_dict(named_as_elsewhere(encoder, nn.Linear(512, 3)))

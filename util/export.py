@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from networks.resnet_big import LinearClassifier, ResNet
-from util.checkpoints import strip_wrappers
 from util.errors import UserError
 from util.files import replace_file
 from util.log import log
@@ -24,8 +23,8 @@ class Exporter:
     """Writes a network of main_ce.py or main_linear.py to --export.
 
     The file takes images [bsz, 3, size, size] of 0..1, minus mean, divided by std, and gives logits. It holds
-    `classes`, `mean`, `std`, `size`, `model`, `stem` and `width` too, and `multi_label` where the
-    sigmoid of each logit is a probability:
+    `classes`, `mean`, `std`, `size`, `model`, `stem`, `width`, `dataset` and `split_seed` (which images were held out)
+    too, and `multi_label` where the sigmoid of each logit is a probability:
 
     - .pth: beside `state_dict`; a ResNet's parameters have torchvision's names (with stem cifar conv1 is 3x3 of stride
       1 and there is no max-pool), another backbone's timm's.
@@ -39,7 +38,9 @@ class Exporter:
     def __init__(self, model, opt, classes):
         self.model, self.opt, self.file = model, opt, Path(opt.export)
         self.info = {'classes': list(classes), 'mean': list(opt.mean), 'std': list(opt.std), 'size': opt.size,
-                     'model': opt.model, 'stem': opt.stem, 'width': opt.width}
+                     'model': opt.model, 'stem': opt.stem, 'width': opt.width, 'dataset': opt.dataset}
+        if opt.split_seed is not None:
+            self.info['split_seed'] = opt.split_seed
         if opt.multi_label:
             self.info['multi_label'] = True
         if self.file.suffix not in SUFFIXES:
@@ -105,7 +106,7 @@ def plain_parts(model):
 
 def named_as_elsewhere(encoder, fc):
     """The parameters under the names of torchvision's ResNets, or of timm's model."""
-    state = strip_wrappers(encoder.state_dict())
+    state = encoder.state_dict()
     if isinstance(encoder, ResNet):
         state = {re.sub(r'\bshortcut\b', 'downsample', name): value for name, value in state.items()}
         last = 'fc'

@@ -129,7 +129,7 @@ def ood_metrics(val_logits, id_logits, ood_logits):
     images at the threshold where 95 % of these are (Hendrycks and Gimpel, 2017, https://arxiv.org/abs/1610.02136).
     """
     from sklearn.metrics import roc_auc_score, roc_curve
-    val, id, ood = (logits.softmax(1).amax(1).double().cpu() for logits in (val_logits, id_logits, ood_logits))
+    val, id, ood = (logits.double().softmax(1).amax(1).cpu() for logits in (val_logits, id_logits, ood_logits))
     truth, scores = torch.cat([torch.ones(len(val)), torch.zeros(len(ood))]), torch.cat([val, ood])
     false_positive_rate, true_positive_rate, _ = roc_curve(truth, scores, drop_intermediate=False)
     return {'confidence_id': id.mean().item(), 'confidence_ood': ood.mean().item(),

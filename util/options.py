@@ -473,14 +473,22 @@ def parse(program, description, argv, datasets, method=None, recorded=()):
     if 'data_folder' in given and 'dataset' not in given and not recorded:
         _check_download(opt)
     _complete(opt, program, given, info)
-    for name, (required, values) in REQUIRES.items():
-        found = getattr(opt, required, None)
-        if required == 'augment_policy' and found is None:
-            found = 'sim' if program == 'main_supcon' else info.policy
-        if name in given and given[name] is not False and not (found in values if values else found):
-            expected = f'expected --{required} {" or ".join(values)}' if values else f'--{required} is missing'
-            raise UserError(f"--{name} has no effect: {expected}{f', found {found}' if values else ''}")
+    for name, value in given.items():
+        if value is not False and (reason := without_effect(name, vars(opt), program, info)):
+            raise UserError(f'--{name} has no effect: {reason}')
     return opt
+
+
+def without_effect(name, values, program, info):
+    """Why an option does nothing among the `values` of all, a dict; None where it does something. info: the dataset's
+    row."""
+    required, expected = REQUIRES.get(name, (None, None))
+    found = values.get(required)
+    if required == 'augment_policy' and found is None:
+        found = 'sim' if program == 'main_supcon' else info.policy
+    if required is None or (found in expected if expected else found):
+        return None
+    return f'expected --{required} {" or ".join(expected)}, found {found}' if expected else f'--{required} is missing'
 
 
 def filter_args(program, argv, programs=PROGRAMS):

@@ -11,6 +11,7 @@ from util.checkpoints import check_parameters, check_recorded, load_parameters, 
 from util.errors import UserError
 from util.log import log
 from util.training import compiled, precision, spread
+from util.weights import hold_out_as
 
 
 class Teacher(nn.Module):
@@ -44,8 +45,7 @@ class Teacher(nn.Module):
 def read_teacher(opt):
     """The checkpoint in --teacher_path, checked as far as it can be alone; None without --KD.
 
-    Where it is of one of these programs and of the same dataset, opt.split_seed becomes the teacher's: images that
-    the student holds out must not be those that the teacher learnt. Raises UserError.
+    The student holds out the same images (`hold_out_as`). Raises UserError.
     """
     if not opt.KD:
         return None
@@ -59,8 +59,7 @@ def read_teacher(opt):
     if 'model' not in checkpoint:                       # another program's, of which only the classes matter
         checkpoint = {'classes': checkpoint.get('classes')}
     recorded = check_recorded(checkpoint, file)
-    if recorded.get('dataset') == opt.dataset:
-        opt.split_seed = recorded.get('split_seed')
+    hold_out_as(recorded, opt, f'--teacher_path {folder}')
     return {'file': file, 'opt': recorded, 'model': state, 'classes': checkpoint.get('classes')}
 
 

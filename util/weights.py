@@ -12,11 +12,34 @@ from util.distributed import rank_zero_first
 from util.errors import UserError
 from util.log import log
 
-INFO = ('model', 'stem', 'width', 'size', 'mean', 'std', 'classes')     # what --export writes beside the parameters
+# What --export writes beside the parameters, and reading needs.
+INFO = ('model', 'stem', 'width', 'size', 'mean', 'std', 'dataset', 'split_seed', 'classes')
 
 
-def start_from_weights(model, opt):
-    """Load the encoder of --ckpt into a new model, and the projection head where it fits; report what was loaded.
+def read_start(opt):
+    """What is in --ckpt, by read_weights, and `hold_out_as` its run; None without --ckpt."""
+    if not opt.ckpt:
+        return None
+    weights = read_weights(opt.ckpt)
+    hold_out_as(weights['opt'], opt, f'--ckpt {opt.ckpt}')
+    return weights
+
+
+def hold_out_as(recorded, opt, source):
+    """Make opt.split_seed that of a checkpoint of the same dataset, with the options `recorded`: what is held out for
+    validation must not be what its network has learnt. UserError where another checkpoint's run held out others."""
+    split_seed = recorded.get('split_seed')
+    if recorded.get('dataset') != opt.dataset or split_seed is None:
+        return
+    if opt.split_seed not in (None, split_seed):
+        raise UserError(f'{source}: its run held out other images for validation (--seed {split_seed}) than that of '
+                        f'--teacher_path ({opt.split_seed}), expected the same')
+    opt.split_seed = split_seed
+
+
+def start_from_weights(model, opt, checkpoint):
+    """Load the encoder of --ckpt, what read_start gave, into a new model, and the projection head where it fits; report
+    what was loaded.
 
     Raises UserError where the encoder does not fit.
     """
@@ -24,7 +47,6 @@ def start_from_weights(model, opt):
         if opt.model.startswith('timm/'):
             log(f"--model {opt.model}: starts from {'pretrained' if opt.timm_pretrained else 'random'} weights")
         return
-    checkpoint = read_weights(opt.ckpt)
     for name in ('model', 'stem', 'width'):
         found = getattr(opt, name)
         recorded = checkpoint['opt'].get(name, found)
