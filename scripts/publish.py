@@ -75,7 +75,8 @@ def load_classifier(checkpoint, opt, classes, file):
 
 
 # Options that no command needs: those that change no result, and the second name of a checkpoint.
-NOT_NEEDED = RESUME_MAY_CHANGE - {'epochs', 'data_folder'} | {'pretrained', 'pretrained_ckpt'}
+NOT_NEEDED = RESUME_MAY_CHANGE | {'pretrained', 'pretrained_ckpt'}
+NOT_NEEDED -= {'epochs', 'warm_epochs', 'data_folder', 'aug_root'}
 
 
 def command_of(program, recorded):
@@ -85,6 +86,7 @@ def command_of(program, recorded):
     info = datasets[recorded['dataset']]
     ignored = NOT_NEEDED | {name for name in ('mean', 'std', 'size') if recorded.get(name) == getattr(info, name, None)}
     ignored |= {'learning_rate'} if recorded.get('base_lr') else set()
+    ignored |= set() if recorded.get('warm_epochs') else {'warm_epochs'}                # 0 of a run of one epoch
     ignored |= {name for name in recorded if options.without_effect(name, recorded, program, info)}
     while True:                                         # an option given may bring other defaults
         missing = {}

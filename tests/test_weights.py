@@ -322,6 +322,7 @@ def published(call, rejected, monkeypatch, tmp_path):
     ('main_linear', '--ckpt x --learning_rate 0.1 --batch_size 256 --no_warm --seed 0 --dataset digits', 'GenSCL'),
     ('main_linear', '--pretrained x --warm --warm_epochs 5 --cache_features', None),
     ('main_ce', '--batch_size 512 --no_warm --dataset imagenet --data_folder x', None),
+    ('main_ce', '--warm --warm_epochs 2 --aug_output_name x --aug_root y --aug_name_id z --aug_mode with_id', None),
     ('main_ce', '--base_lr 0.1 --augment_policy rand --rand_n 3', None)])
 def test_the_command_of_a_card_gives_the_options_of_its_run(program, words, method):
     run = vars(arguments.parse(program, '', words.split(), method))

@@ -135,6 +135,10 @@ class Run:
                 if not self.opt.force:
                     raise UserError(f'{message}; expected the same, or --force')
                 log(message)
+            before = self.checkpoint['opt'].get('epochs')
+            if self.opt.cosine and before not in (None, self.opt.epochs):
+                log(f'--epochs {self.opt.epochs}, was {before}: the learning rate goes on with the cosine of '
+                    f'{self.opt.epochs} epochs')
             epoch = self._load_state()
             if changed and self.step:                   # its steps may have other batches now
                 log(f'--force: epoch {epoch + 1} begins again')

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Table 2: the three experiments with synthetic images (../mvip_experiments.sh) on CIFAR-10, with as many steps in each, so
 # that only the images differ. Out-of-distribution detection is measured on ood images that are made of other images
-# than those of pretraining.
+# than those of pretraining; with all images, of which none is left, on other ones made of the same.
 #   bash scripts/results/hard_negatives.sh --budget cpu  100 images of each class, 16 of them with 4 synthetic ones each;
 #                                                        and with 5,000, 400 of them
 #   bash scripts/results/hard_negatives.sh --budget gpu  1,000 of each class, 160 of them; `timeout 9m bash ...` for parts

@@ -6,7 +6,7 @@
 # Options, and what is written where: rows.sh. A seed selects the images, the weights and the views.
 source "$(dirname "$0")/rows.sh"
 
-# 240 and not 250, whose last batch would be 4 images: what batch norm learns from these last spoils the evaluation.
+# 240 and not 250, whose last batch would be 4 images.
 if [ $budget = cpu ]; then      # images of each class : epochs : epochs of warm-up : epochs of the linear evaluation
     seeds=0 network="$cifar $network_small" train=$train_small linear='--batch_size 64 --lr 0.1 --cosine --no_warm'
     points='10:1200:80:240 25:600:40:120 50:300:20:60 100:150:10:30 240:63:4:13'

@@ -78,26 +78,27 @@ def cpu_seconds():
 
 
 def output_of(command, errors):
-    """Run a command: what it has printed, of a resumed run from its beginning, its CPU time, and whether its loss was
-    finite.
+    """Run a command: what it has printed, of a resumed run from its beginning, with its CPU time; whether its loss was
+    finite; and its seconds of wall clock, those of all its parts.
 
     errors: the file that keeps the errors of a command that fails.
     """
-    before = cpu_seconds()
+    before, start = cpu_seconds(), time.time()
     done = subprocess.run([sys.executable, *shlex.split(command)], capture_output=True, text=True)
-    seconds, folder = cpu_seconds() - before, folder_of(command)
+    spent, folder = [cpu_seconds() - before, time.time() - start], folder_of(command)
     if folder:                                          # a stopped run is resumed
-        with open(folder / 'cpu_seconds', 'a') as file:
-            print(f'{seconds:.1f}', file=file)
-        seconds = sum(map(float, (folder / 'cpu_seconds').read_text().split()))
+        with open(folder / 'seconds', 'a') as file:
+            print(*(f'{seconds:.1f}' for seconds in spent), file=file)
+        parts = [map(float, line.split()) for line in (folder / 'seconds').read_text().splitlines()]
+        spent = [sum(column) for column in zip(*parts)]
     if done.returncode in STOPPED:
         raise Failure('stopped; the same command resumes')
     output = (folder / 'log.txt').read_text() if folder and (folder / 'log.txt').exists() else done.stdout
     if not done.returncode:
-        return f'{output}CPU minutes: {seconds / 60:.2f}\n', True
+        return f'{output}CPU minutes: {spent[0] / 60:.2f}\n', True, spent[1]
     reason = (done.stderr.strip().splitlines() or ['no message'])[-1]
     if 'expected a finite' in reason:
-        return f'{output}diverged: {reason}\n', False
+        return f'{output}diverged: {reason}\n', False, spent[1]
     errors.parent.mkdir(parents=True, exist_ok=True)
     errors.write_text(f'$ python {command}\n{done.stderr}')
     raise Failure(f'{errors}: exit status {done.returncode}: {reason}')
@@ -116,19 +117,20 @@ def main():
     stopped = []
     for number in (signal.SIGINT, signal.SIGTERM):              # the program stops by itself, with a checkpoint
         signal.signal(number, lambda *_: stopped.append(True))
-    header, start, errors = machine(), time.time(), log.with_suffix('.err')
+    header, seconds, errors = machine(), 0., log.with_suffix('.err')
     print(f'{log.stem}: begins', flush=True)
     earlier = [str(folder_of(command)) for command in commands if claim(command)]
     parts = []
     for command in commands:
         if stopped:
             raise Failure('stopped; the same command resumes')
-        output, finite = output_of(command, errors)
+        output, finite, wall_clock = output_of(command, errors)
+        seconds += wall_clock
         parts.append(f'$ python {command}\n{output}')
         if not finite:
             parts += [f'$ python {command}\nnot run\n' for command in commands[len(parts):]]
             break
-    minutes = f'{(time.time() - start) / 60:.1f} minutes'
+    minutes = f'{seconds / 60:.1f} minutes'
     earlier_runs = f", started or finished before: {', '.join(earlier)}" if earlier else ''
     errors.unlink(missing_ok=True)
     log.parent.mkdir(parents=True, exist_ok=True)
