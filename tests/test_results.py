@@ -220,6 +220,17 @@ def test_a_row_that_was_killed_before_it_began_begins(tmp_path, monkeypatch, lef
         row['claim'](command)
 
 
+def test_the_minutes_of_a_row_are_those_of_all_its_parts(tmp_path):
+    folder, command = tmp_path / 'output' / 'a' / 'trial=0', 'main_ce.py --output_name a --trial 0'
+    folder.mkdir(parents=True)
+    (folder / 'command').write_text(command)
+    (folder / 'seconds').write_text('240.0 120.0\n')                     # of a core, and of wall clock, when it was stopped
+    (tmp_path / 'main_ce.py').touch()
+    assert shell([sys.executable, RESULTS / 'row.py', 'a.log', command], tmp_path).returncode == 0
+    text = (tmp_path / 'a.log').read_text()
+    assert re.search(r'^2\.0 minutes, started', text, re.MULTILINE) and 'CPU minutes: 4.0' in text
+
+
 def test_a_row_with_a_wrong_command_is_reported_in_one_line(tmp_path):
     for words, expected in ((['a.log'], 'expected a log'), (['a.log', "main_ce.py 'x"], 'quotation')):
         done = shell([sys.executable, RESULTS / 'row.py', *words], tmp_path, CUDA_VISIBLE_DEVICES='')
