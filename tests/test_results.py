@@ -224,7 +224,7 @@ def test_the_minutes_of_a_row_are_those_of_all_its_parts(tmp_path):
     folder, command = tmp_path / 'output' / 'a' / 'trial=0', 'main_ce.py --output_name a --trial 0'
     folder.mkdir(parents=True)
     (folder / 'command').write_text(command)
-    (folder / 'seconds').write_text('240.0 120.0\n')                     # of a core, and of wall clock, when it was stopped
+    (folder / 'seconds').write_text('240.0 120.0\n')           # of a core and of wall clock, until it was stopped
     (tmp_path / 'main_ce.py').touch()
     assert shell([sys.executable, RESULTS / 'row.py', 'a.log', command], tmp_path).returncode == 0
     text = (tmp_path / 'a.log').read_text()
