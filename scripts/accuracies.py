@@ -13,7 +13,7 @@ from util.errors import UserError  # noqa: E402
 from util.files import open_regular  # noqa: E402
 
 LARGEST_LOG = 2**30                                     # bytes
-COLUMNS = ('experiment', 'top-1', 'conf.id', 'conf.ood', 'difference', 'AUROC', 'FPR95')
+COLUMNS = ('experiment', 'best top-1', 'conf.id', 'conf.ood', 'difference', 'AUROC', 'FPR95')
 
 
 def main():

@@ -316,7 +316,7 @@ def test_the_three_experiments_in_miniature(copy):
                    PRETRAIN='--lr 0.1 --temp 0.1', LINEAR='--lr 1')
     assert result.returncode == 0, result.stderr
     head, *rows = result.stdout.splitlines()[-4:]
-    assert head.split() == ['experiment', 'top-1', 'conf.id', 'conf.ood', 'difference', 'AUROC', 'FPR95']
+    assert head.split() == ['experiment', 'best', 'top-1', 'conf.id', 'conf.ood', 'difference', 'AUROC', 'FPR95']
     for row, title in zip(rows, ('1 real images', '2 + id images, both stages', '3 + ood images in pretraining')):
         assert re.fullmatch(rf'{re.escape(title)} +\d+\.\d\d( +-?\d+\.\d+){{5}}', row), row
     modes = [json.loads((copy / 'output' / f'mvip-{name}' / 'trial=0' / 'options.json').read_text())['aug_mode']
