@@ -490,12 +490,12 @@ def _full_precision(device):
 
 
 def _once_differentiable(backward):
-    """A backward pass without second derivatives, which says so: PyTorch's own decorator takes the gradient for a
-    constant where its argument is one, as that of a loss is."""
+    """Marks a backward pass whose own derivative is not computed: to ask for it is an error. With PyTorch's decorator
+    of this name it is silently 0 where the gradient that comes in is a constant, as that of a loss is."""
     @functools.wraps(backward)
     def first_derivatives(ctx, *gradients):
         if torch.is_grad_enabled():                                     # with create_graph=True alone
-            raise RuntimeError('the losses have no second derivatives, as of create_graph=True; reference_loss has')
+            raise RuntimeError('this loss has no second derivatives (create_graph=True); reference_loss has')
         return backward(ctx, *gradients)
     return first_derivatives
 

@@ -176,9 +176,10 @@ def main(argv=None):
     run = Run(opt)
     training.set_device(opt)
     training.set_warmup(opt)
-    weights = read_start(opt) if run.checkpoint is None else None
+    new = run.checkpoint is None
+    weights = read_start(opt) if new else None
     train_loader, loaders, classes = set_loader(opt)
-    model, criterion = set_model(opt, weights, new=run.checkpoint is None)
+    model, criterion = set_model(opt, weights, new)
     fit(run, train_loader, loaders, model, criterion, classes, opt)
 
 

@@ -100,9 +100,10 @@ def main(argv=None):
     training.set_device(opt)
     training.set_warmup(opt)
     teacher_checkpoint = read_teacher(opt)
-    weights = read_start(opt) if run.checkpoint is None else None
+    new = run.checkpoint is None
+    weights = read_start(opt) if new else None
     train_loader, memory_loader, val_loader, classes = set_loader(opt)
-    model = set_model(opt, weights, new=run.checkpoint is None)
+    model = set_model(opt, weights, new)
     teacher = load_teacher(teacher_checkpoint, opt, classes) if opt.KD else None
     method = make_method(opt, len(classes), teacher)
     network = training.Network(model, opt)

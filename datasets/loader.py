@@ -165,7 +165,7 @@ class Loader:
         return self.operations if self.sizes[step] == self.sizes[0] else views.OPERATIONS
 
     def set_epoch(self, epoch, first_step=0):
-        """What is iterated over next, not what already is: the batches of an epoch from a step on, counted from 0.
+        """What is iterated over next: the batches of an epoch from a step on, counted from 0. Not during an iteration.
 
         Raises UserError for a step after its end.
         """

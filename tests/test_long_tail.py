@@ -207,8 +207,9 @@ def test_label_noise_in_the_programs(call, rejected, image_folder):
     """Linear evaluation trains on the labels of pretraining, also with another seed; validation labels are right."""
     status, _, err = call(main_supcon.main, *DIGITS, *NETWORK, '--label_noise', 0.5, '--seed', 3, '--output_name', 'a')
     assert status == 0, err
-    status, _, err = call(main_linear.main, *DIGITS[4:], '--ckpt', 'output/a/trial=0/last.ckpt', '--output_name', 'b')
+    status, out, err = call(main_linear.main, *DIGITS[4:], '--ckpt', 'output/a/trial=0/last.ckpt', '--output_name', 'b')
     assert status == 0, err
+    assert '--label_noise 0.5: this fraction' in out
     opt = checkpoints.load_checkpoint('output/b/trial=0/last.ckpt')['opt']
     assert (opt['label_noise'], opt['split_seed'], opt['seed']) == (0.5, 3, 0)
     right, noisy, again = (load_images(arguments.defaults(dataset='digits', size=8, **more)) for more in (

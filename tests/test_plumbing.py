@@ -200,9 +200,10 @@ def test_linear_evaluation_sees_the_images_as_pretraining_did(call, tmp_path):
         assert ours[name] == theirs[name]
     assert ours['split_seed'] == 5 and theirs['seed'] == 6
     # An exported file too, and a run that starts from weights, also where it resumes.
-    start = [*data, *network, '--size', 16, '--output_name', 'c', '--ckpt', 'output/a/trial=0/last.ckpt']
+    start = [*data, *network, '--cosine', '--size', 16, '--output_name', 'c', '--ckpt', 'output/a/trial=0/last.ckpt']
     assert call(main_ce.main, *start, '--export', 'c.safetensors')[0] == 0
-    assert call(main_ce.main, *start, '--epochs', 2, '--resume')[0] == 0
+    status, out, _ = call(main_ce.main, *start, '--epochs', 2, '--resume')
+    assert status == 0 and '--epochs 2, was 1: the learning rate goes on with the cosine of 2 epochs' in out
     assert call(main_linear.main, *data, '--ckpt', 'c.safetensors', '--output_name', 'd')[0] == 0
     for name in 'cd':
         found = json.loads((tmp_path / f'output/{name}/trial=0/options.json').read_text())

@@ -97,7 +97,7 @@ class Run:
         except OSError as error:
             raise UserError(f'{self.folder}: not a folder of a run ({error})') from error
         if self.checkpoint and self.checkpoint['opt'].get('dataset') == opt.dataset:
-            opt.split_seed = self.checkpoint['opt'].get('split_seed')           # it holds out the images that it did
+            opt.split_seed = self.checkpoint['opt'].get('split_seed', opt.split_seed)   # it holds out the same images
 
     def _stamp_of_last(self):
         """What changes when last.ckpt is written: its inode and time; None where there is none."""

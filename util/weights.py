@@ -32,8 +32,8 @@ def hold_out_as(recorded, opt, source):
     if recorded.get('dataset') != opt.dataset or split_seed is None:
         return
     if opt.split_seed not in (None, split_seed):
-        raise UserError(f'{source}: its run held out other images for validation (--seed {split_seed}) than that of '
-                        f'--teacher_path ({opt.split_seed}), expected the same')
+        raise UserError(f'{source}: its run held out other images for validation (those of seed {split_seed}), '
+                        f'expected those of seed {opt.split_seed}, as this run or its teacher')
     opt.split_seed = split_seed
 
 
