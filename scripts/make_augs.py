@@ -2,10 +2,11 @@
 
     python scripts/make_augs.py --dataset cifar10 --aug_output_name cifar10-augs
 
-Of each class the first training images are taken. In-distribution ("id") images are blended mildly with another
-image of the class and change their colors a little; near-out-of-distribution ("ood") images are the same images
-with their patches shuffled: the textures of the class without its shape. Files are named as DA-Fusion names them:
-<aug_root>/<aug_output_name>/<aug_name>/<class>-<index>-<number>.png. The folders appear when they are complete.
+The seed selects the images of each class that they are made of. In-distribution ("id") images are blended mildly
+with another image of the class and change their colors a little; near-out-of-distribution ("ood") images are the
+same images with their patches shuffled: the textures of the class without its shape.
+Files are named as DA-Fusion names them: <aug_root>/<aug_output_name>/<aug_name>/<class>-<index>-<number>.png. The
+folders appear when they are complete.
 """
 import argparse
 import glob
@@ -40,6 +41,8 @@ def parse_option():
     parser.add_argument('--aug_output_name', required=True, metavar='NAME')
     parser.add_argument('--aug_name_id', default='augs-id', metavar='NAME', help='default: %(default)s')
     parser.add_argument('--aug_name_ood', default='augs-ood', metavar='NAME', help='default: %(default)s')
+    parser.add_argument('--split', default='train', choices=('train', 'val'),
+                        help='the images they are made of (default: %(default)s)')
     parser.add_argument('--per_class', type=number(int, 1), default=16,
                         metavar='N', help='images (default: %(default)s)')
     parser.add_argument('--variants', type=number(int, 1), default=4,
@@ -106,12 +109,13 @@ def main():
     folders = [Path(args.aug_root) / args.aug_output_name / name for name in (args.aug_name_id, args.aug_name_ood)]
     with writing(folders[0].parent):
         check_folders(folders)
-    train, rng = load_images(opt).train, np.random.default_rng(args.seed)
-    if train.multi_label:
+    images, rng = getattr(load_images(opt), args.split), np.random.default_rng(args.seed)
+    if images.multi_label:
         raise UserError(f'--data_folder {args.data_folder}: its images have several labels, expected one class each')
-    names = file_names(train.classes, args)
-    members = [np.flatnonzero(train.labels.numpy() == number) for number in range(len(train.classes))]
-    smallest = min(min(train.load(i).size) for part in members for i in part[:args.per_class])
+    names = file_names(images.classes, args)
+    labels = images.labels.numpy()
+    members = [rng.permutation(np.flatnonzero(labels == number)) for number in range(len(images.classes))]
+    smallest = min(min(images.load(i).size) for part in members for i in part[:args.per_class])
     if smallest < args.patches:
         raise UserError(f'--patches {args.patches}: expected at most {smallest}, the side of the smallest image')
     final = [real_path(folder) for folder in folders]                   # a link stays one
@@ -124,10 +128,10 @@ def main():
                 new.mkdir(parents=True)
             for name, part in zip(names, members):
                 for index, i in enumerate(part[:args.per_class]):
-                    image = np.asarray(train.load(i))
+                    image = np.asarray(images.load(i))
                     for variant in range(args.variants):
                         file = f'{name}-{index}-{variant}.png'
-                        other = np.asarray(train.load(rng.choice(part)))
+                        other = np.asarray(images.load(rng.choice(part)))
                         Image.fromarray(blend(image, other, rng)).save(partial[0] / file)
                         Image.fromarray(shuffle_patches(image, args.patches, rng)).save(partial[1] / file)
             for new, folder in zip(partial, final):

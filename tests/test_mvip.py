@@ -355,6 +355,26 @@ def test_make_augs(monkeypatch, image_folder, tmp_path):
         make_augs(monkeypatch, tmp_path, '--dataset', 'path', '--data_folder', str(root))
 
 
+def test_synthetic_images_are_made_of_those_that_seed_selects(monkeypatch, tmp_path):
+    source_of = {}                                                      # number of a file by its pixels, in any order
+    for split in ('train', 'test'):
+        (tmp_path / 'images' / split / 'a').mkdir(parents=True)
+        for i in range(20):
+            pixels = np.random.default_rng([split == 'test', i]).integers(256, size=(8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / 'images' / split / 'a' / f'{i:02}.png')
+            source_of[np.sort(pixels.reshape(-1, 3), axis=0).tobytes()] = split, i
+
+    def sources(name, *options):
+        make_augs(monkeypatch, tmp_path, '--dataset', 'path', '--data_folder', 'images', '--per_class', '4',
+                  '--variants', '1', '--aug_output_name', name, *options)
+        return [source_of[np.sort(np.asarray(Image.open(file)).reshape(-1, 3), axis=0).tobytes()]
+                for file in sorted((tmp_path / 'da_fusion/output' / name / 'augs-ood').iterdir())]
+    first = sources('1', '--seed', '0')
+    assert len(set(first)) == 4 and {split for split, _ in first} == {'train'}
+    assert sources('2', '--seed', '0') == first != sources('3', '--seed', '1')
+    assert {split for split, _ in sources('4', '--split', 'val')} == {'test'}
+
+
 @pytest.mark.parametrize('arguments, words', [
     (['--per_class', '0'], '--per_class: found .0.'), (['--patches', '1'], '--patches: found .1.'),
     (['--patches', '9'], '--patches 9')])

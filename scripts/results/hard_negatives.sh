@@ -1,16 +1,15 @@
 #!/usr/bin/env bash
 # Table 2: the three experiments with synthetic images (../mvip_experiments.sh) on CIFAR-10, with as many steps in each, so
-# that only the images differ. Out-of-distribution detection is measured on ood images that are made of other images
-# than those of pretraining; with all images, of which none is left, on other ones made of the same.
+# that only the images differ. Out-of-distribution detection is measured on ood images that are made of test images.
 #   bash scripts/results/hard_negatives.sh --budget cpu  100 images of each class, 16 of them with 4 synthetic ones each;
 #                                                        and with 5,000, 400 of them
 #   bash scripts/results/hard_negatives.sh --budget gpu  1,000 of each class, 160 of them; `timeout 9m bash ...` for parts
 # Options, and what is written where: rows.sh. A seed selects the images, the synthetic ones made of them, weights and views.
 source "$(dirname "$0")/rows.sh"
 
-make_augs() {       # seed of the images, names of the folders, where
-    python scripts/make_augs.py $images --samples_per_class $count --per_class $sources --seed "$1" \
-        --aug_name_id "$2" --aug_name_ood "$3" --aug_root data/augs --aug_output_name "$4"
+make_augs() {       # seed, images that they are made of, names of the folders, where
+    python scripts/make_augs.py $images --samples_per_class $count --per_class $sources --seed "$1" --split "$2" \
+        --aug_name_id "$3" --aug_name_ood "$4" --aug_root data/augs --aug_output_name "$5"
 }
 
 synthetic() {       # seed: make the images, unless they are there or no row needs them
@@ -19,8 +18,8 @@ synthetic() {       # seed: make the images, unless they are there or no row nee
         local row=$prefix$experiment-$1
         if ((jobs)) && [[ $row == $only && ! -e $into/$table/$row.log && ! -d data/augs/$folder ]]; then
             rm -rf "data/augs/$folder-partial"
-            make_augs "$1" augs-id augs-ood "$folder-partial"
-            make_augs $(($1 + 1000)) new-id new-ood "$folder-partial"
+            make_augs "$1" train augs-id augs-ood "$folder-partial"
+            make_augs "$1" val new-id new-ood "$folder-partial"
             mv "data/augs/$folder-partial" "data/augs/$folder"
         fi
     done
