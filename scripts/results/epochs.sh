@@ -52,13 +52,15 @@ for method in $methods; do
     trial $method ${last%% *} "--lr 0.3 --weight_decay 5e-4 ${last#* }"
 done
 
-# What they found, all but SimCLR's before evaluation resized JPEG files correctly (docs/results.md); others have not
-# been tried.
+# What they found; that of SupCon, SupCon with cross-entropy and cross-entropy with its views before evaluation resized JPEG
+# files correctly (docs/results.md). GenSCL has been tried with three of the six.
 declare -A chosen=(
     [supcon]='--lr 0.3 --weight_decay 5e-4 --batch_size 256 --temp 0.1'
     [ce-sim]='--lr 0.3 --weight_decay 5e-4 --batch_size 128'
     [supcon-ce]='--lr 0.3 --weight_decay 5e-4 --batch_size 256 --temp 0.1'
     [simclr]='--lr 0.3 --weight_decay 5e-4 --batch_size 256 --temp 0.2'
+    [sincere]='--lr 0.1 --weight_decay 5e-4 --batch_size 256 --temp 0.1'
+    [ce]='--lr 0.3 --weight_decay 5e-4 --batch_size 128'
 )
 longer() { [ -z "${chosen[$1]:-}" ] || trained $1-$3 $2 "$cifar" $1 $3 "${chosen[$1]}"; }
 
