@@ -53,7 +53,7 @@ for method in $methods; do
 done
 
 # What they found; that of SupCon, SupCon with cross-entropy and cross-entropy with its views before evaluation resized JPEG
-# files correctly (docs/results.md). GenSCL has been tried with three of the six.
+# files correctly (docs/results.md).
 declare -A chosen=(
     [supcon]='--lr 0.3 --weight_decay 5e-4 --batch_size 256 --temp 0.1'
     [ce-sim]='--lr 0.3 --weight_decay 5e-4 --batch_size 128'
@@ -61,6 +61,7 @@ declare -A chosen=(
     [simclr]='--lr 0.3 --weight_decay 5e-4 --batch_size 256 --temp 0.2'
     [sincere]='--lr 0.1 --weight_decay 5e-4 --batch_size 256 --temp 0.1'
     [ce]='--lr 0.3 --weight_decay 5e-4 --batch_size 128'
+    [genscl-mix]='--lr 0.3 --weight_decay 5e-4 --batch_size 256 --temp 0.2'
 )
 longer() { [ -z "${chosen[$1]:-}" ] || trained $1-$3 $2 "$cifar" $1 $3 "${chosen[$1]}"; }
 
