@@ -46,6 +46,10 @@ if not 'main_supcon' in sys.argv[0]:
 if 'evaluate' in sys.argv[0]:
     lines = ['top-1 47.00', 'kNN accuracy 43.75', 'ECE 3.10', 'R@1 41.00', 'mAP@R 22.00']
     lines += [f'{kind} 5 4 3 2 1' for kind in ('noise', 'blur', 'contrast', 'jpeg') if '--corruptions' in words]
+for option in {'--ckpt', '--teacher_path'}.intersection(words):
+    path = Path(words[words.index(option) + 1])
+    if not (path.parent if option == '--ckpt' else path).is_dir():
+        sys.exit(f'{path} is not there')
 if '--output_name' in words:
     trial = words[words.index('--trial') + 1] if '--trial' in words else '0'
     folder = Path('output', words[words.index('--output_name') + 1], 'trial=' + trial)
@@ -95,8 +99,9 @@ def test_a_table_runs_once_and_fills_the_row_that_is_deleted(fake, table):
     done, again = fill(fake, table)
     assert done.returncode == 0 and again == [] and (folder / f'{table}.md').read_text() == text
     shutil.rmtree(fake / 'output')                                      # as in a fresh clone
-    names = ['cifar-genscl-kd-1', 'digits-features-0', 'cifar-simclr-corrupted-2']
-    deleted = [folder / table / f'{name}.log' for name in (names if table == 'methods' else [logs[0].stem])]
+    names = {'methods': ['cifar-genscl-kd-1', 'digits-features-0', 'cifar-simclr-corrupted-2'],
+             'epochs': ['genscl-kd-32-0', 'supcon-new-0']}              # those that need runs of other rows
+    deleted = [folder / table / f'{name}.log' for name in names.get(table, [logs[0].stem])]
     commands = [command for log in deleted for command in commands_in(log)]
     for log in deleted:
         log.unlink()

@@ -15,11 +15,11 @@ linear='--epochs 30 --batch_size 512 --lr 1 --cosine --no_warm --cache_features'
 network="$network_small --amp"
 [ $budget = cpu ] || network='--model resnet18 --amp --compile'
 
-trained() {         # name, seed, data, method, epochs of two views, further options; one view has twice the epochs
+trained() {         # name, seed, data, method, epochs of two views (of one view twice as many), options; rows first
     local options=$(echo --cosine --warm --warm_epochs 1 ${options_of[$4]} $6)
     case $4 in
         ce*) classifier "$1" $2 "$3 $network --epochs $(($5 * 2)) $options" ;;
-        *) pretrained "$1" $2 "$3 $network" "--epochs $5 $options" "$linear" ;;
+        *) pretrained "$1" $2 "$3 $network" "--epochs $5 $options" "$linear" "${@:7}" ;;
     esac
 }
 
@@ -52,8 +52,8 @@ for method in $methods; do
     trial $method ${last%% *} "--lr 0.3 --weight_decay 5e-4 ${last#* }"
 done
 
-# What they found; that of SupCon, SupCon with cross-entropy and cross-entropy with its views before evaluation resized JPEG
-# files correctly (docs/results.md).
+# What they found; SupCon, SupCon with cross-entropy and cross-entropy with its views were tried before evaluation resized
+# JPEG files correctly (docs/results.md).
 declare -A chosen=(
     [supcon]='--lr 0.3 --weight_decay 5e-4 --batch_size 256 --temp 0.1'
     [ce-sim]='--lr 0.3 --weight_decay 5e-4 --batch_size 128'
@@ -63,7 +63,7 @@ declare -A chosen=(
     [ce]='--lr 0.3 --weight_decay 5e-4 --batch_size 128'
     [genscl-mix]='--lr 0.3 --weight_decay 5e-4 --batch_size 256 --temp 0.2'
 )
-longer() { [ -z "${chosen[$1]:-}" ] || trained $1-$3 $2 "$cifar" $1 $3 "${chosen[$1]}"; }
+longer() { trained $1-$3 $2 "$cifar" $1 $3 "${chosen[$1]}"; }
 
 for epochs in 8 16 32; do
     for method in $methods; do longer $method 0 $epochs; done
@@ -71,8 +71,7 @@ done
 for method in $methods; do longer $method 1 32; done
 wait                # for the networks of 32 epochs
 
-compared=()         # those whose features are compared
-for method in supcon ce-sim supcon-ce simclr; do [ -z "${chosen[$method]:-}" ] || compared+=($method); done
+compared='supcon ce-sim supcon-ce simclr'        # those whose features are compared
 encoder() { echo output/$runs-$1/trial=0/last.ckpt; }
 of_classifier() { case $1 in ce*) encoder $1 ;; *) encoder $1-linear ;; esac; }
 other_images() {    # name, row and run of the encoder, options of data, of the linear evaluation
@@ -80,12 +79,12 @@ other_images() {    # name, row and run of the encoder, options of data, of the 
         "scripts/evaluate.py --ckpt $(encoder $1-linear)"
 }
 
-for method in ${compared[@]+"${compared[@]}"}; do
+for method in $compared; do
     row $method-corrupted 0 "@$method-32-0" \
         "scripts/evaluate.py --ckpt $(of_classifier $method-32) --corruptions --max_images 2000"
 done
 wait
-for method in ${compared[@]+"${compared[@]}"}; do
+for method in $compared; do
     other_images $method-digits $method-32 "--dataset digits --size 16" '--epochs 100 --batch_size 128 --lr 1'
 done
 
@@ -100,7 +99,7 @@ for part in known new; do           # five classes each, in the order of the alp
         done
     done
 done
-for method in ${compared[@]+"${compared[@]}"}; do
+for method in $compared; do
     options=${chosen[$method]}
     trained $method-known 0 "--dataset path --data_folder data/cifar10_known --cache_dir data/cache" $method 32 "$options"
     [ $method != simclr ] || continue
@@ -109,7 +108,7 @@ for method in ${compared[@]+"${compared[@]}"}; do
     trained $method-few-500 0 "$cifar --samples_per_class 500" $method 160 "$options"
 done
 wait
-for method in ${compared[@]+"${compared[@]}"}; do
+for method in $compared; do
     other_images $method-new $method-known '--dataset path --data_folder data/cifar10_new' '--epochs 30 --batch_size 512 --lr 1'
     [ $method = simclr ] || continue
     for labels in 50 500; do        # of the encoder that has seen all images, without labels
@@ -119,9 +118,6 @@ for method in ${compared[@]+"${compared[@]}"}; do
 done
 
 for method in $methods; do longer $method 0 64; done
-if [ -n "${chosen[genscl-mix]:-}" ] && [ -n "${chosen[ce-sim]:-}" ]; then
-    options_of[genscl-kd]="${options_of[genscl-mix]} --KD --teacher_path output/$runs-ce-sim-32/trial=0"
-    chosen[genscl-kd]=${chosen[genscl-mix]}
-    longer genscl-kd 0 32
-fi
+options_of[genscl-kd]="${options_of[genscl-mix]} --KD --teacher_path output/$runs-ce-sim-32/trial=0"
+trained genscl-kd-32 0 "$cifar" genscl-kd 32 "${chosen[genscl-mix]}" @ce-sim-32-0
 finish
