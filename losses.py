@@ -89,8 +89,8 @@ class SupConLoss(_ContrastiveLoss):
         loss = criterion(features, labels, positives='image')       # SimCLR, hard negatives among the labels
 
     Args:
-        temperature: divides the similarities; a number. One that is learned gets its gradient where it divides the
-            features, by its square root, with 1 here.
+        temperature: divides the similarities; a number. To learn the temperature t, pass features / sqrt(t), and 1
+            here.
         contrast_mode: 'all': every view is an anchor; 'one': only the first view of each image is.
             The contrasts are all views of all images in both modes.
         base_temperature: the loss is multiplied by temperature / base_temperature; 1 multiplies by the temperature.
@@ -103,7 +103,7 @@ class SupConLoss(_ContrastiveLoss):
         hard_negatives: whether negative labels -(c + 1) mark hard negatives of class c; if not, they are an error.
         unit_length: whether all features have unit length, as F.normalize makes them. With more than 4,096 views a GPU
             then computes half of the symmetric matrix of similarities. A CPU does so where it finds the features short
-            enough; a GPU would have to be waited for.
+            enough; finding out would make the host wait for a GPU.
     """
 
     def __init__(self, temperature: float = 0.07, contrast_mode: str = 'all', base_temperature: float = 0.07,

@@ -98,8 +98,8 @@ def train(train_loader, network, criterion, optimizer, scaler, epoch, run, opt):
 
 
 def validate(loaders, model, opt):
-    """-> loss, accuracy (%) and, with ood images, how well they are separated; the accuracy of each class; the
-    confusion matrix. Of images with several labels: loss, mAP and F1 (%); the average precision of each class; None."""
+    """-> loss, accuracy (%) and, with id or ood images, confidences on these; the accuracy of each class; the confusion
+    matrix. Of images with several labels: loss, mAP and F1 (%); the average precision of each class; None."""
     logits, labels = training.forward_all(model, loaders['val'], opt)
     if opt.multi_label:
         values, per_class = metrics.multi_label_scores(logits, labels)
@@ -116,9 +116,9 @@ def validate(loaders, model, opt):
         groups = metrics.accuracy_by_class_size(correct, labels, opt.class_sizes)
         values.update({f'val_acc_{name}': value for name, value in groups.items()})
         log(' * Acc@1 over classes: ' + ' '.join(f'{name} {value:.3f}' for name, value in groups.items()))
-    if 'ood' in loaders:
-        id_logits = training.forward_all(model, loaders['id'], opt)[0] if 'id' in loaders else logits
-        values.update(metrics.ood_metrics(logits, id_logits, training.forward_all(model, loaders['ood'], opt)[0]))
+    others = {name: training.forward_all(model, loaders[name], opt)[0] for name in ('id', 'ood') if name in loaders}
+    if others:
+        values.update(metrics.ood_metrics(logits, others.get('id', logits), others.get('ood')))
     return values, {c: 100 * correct[labels == c].mean().item() for c in labels.unique().tolist()}, confusion
 
 
@@ -142,7 +142,7 @@ def fit(run, train_loader, loaders, model, criterion, classes, opt):
             run.finish_epoch(epoch, values)
         if first_epoch > opt.epochs:                            # a finished run, resumed
             validation, per_class, confusion = validate(loaders, model, opt)
-        report(loaders, validation, per_class, classes, opt)
+        report(validation, per_class, classes, opt)
         if confusion is not None:
             run.log_image('confusion', confusion_image(confusion.cpu(), classes))
         if exporter:
@@ -157,17 +157,17 @@ def evaluate(run, loaders, model, exporter, classes, opt):
             log(f'--{name} has no effect with --evaluate, which writes nothing')
     run.load(model, classes)
     validation, per_class, _ = validate(loaders, model, opt)
-    report(loaders, validation, per_class, classes, opt)
+    report(validation, per_class, classes, opt)
     if exporter:
         exporter.write()
 
 
-def report(loaders, validation, per_class, classes, opt):
+def report(validation, per_class, classes, opt):
     """Log what the last validation found, besides the accuracy."""
     if opt.per_class:
         for number, value in per_class.items():
             log(f"{'AP' if opt.multi_label else 'accuracy'} of {classes[number]}: {value:.2f}")
-    if 'ood' in loaders:
+    if 'confidence_id' in validation:
         log(metrics.ood_report(validation))
 
 

@@ -37,7 +37,7 @@ class SupCon:
     def __call__(self, network, images, labels, rng):
         opt = self.opt
         features, logits = features_and_logits(network, images, self.n_views)
-        classes = None if opt.multi_label else labels       # with several labels this is SimCLR: see make_method
+        classes = None if opt.multi_label else labels       # SimCLR alone comes here with several labels
         sizes = slice_sizes(len(labels))
         loss = self.criterion(features, classes, positives=opt.positives, sizes=sizes)
         if logits is not None:
@@ -81,7 +81,7 @@ class MultiLabelSupCon(SupCon):
 
 
 class Momentum(SupCon):
-    """SupCon or SimCLR with momentum contrast (--moco; He et al., 2020, https://arxiv.org/abs/1911.05722).
+    """SupCon, SimCLR, SINCERE or DCL with momentum contrast (--moco; He et al., 2020, https://arxiv.org/abs/1911.05722).
 
     All views but the last of each image are anchors. Their contrasts are keys, which a momentum copy of the model
     computes from the last views: those of this batch, and a queue of earlier ones with their labels.

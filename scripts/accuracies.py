@@ -3,6 +3,7 @@
 A FOLDER is that of a run, such as output/quickstart-ce/trial=0. Where the runs measured out-of-distribution detection,
 a table has these numbers too.
 """
+import re
 import sys
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def results(folder):
     except (OSError, ValueError) as error:
         raise UserError(f'{file}: not a readable log ({error})') from error
     best = [line.split()[-1] for line in lines if line.startswith('best accuracy: ')]
-    ood = [line.split()[2::2] for line in lines if line.startswith('confidence id ')]
+    ood = [line.split()[2::2] for line in lines if re.match('confidence id .* ood ', line)]
     if not best:
         raise UserError(f'{file}: it has no line "best accuracy"')
     return [best[-1], *(ood[-1] if ood else [])]

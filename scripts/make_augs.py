@@ -131,7 +131,7 @@ def main():
                     image = np.asarray(images.load(i))
                     for variant in range(args.variants):
                         file = f'{name}-{index}-{variant}.png'
-                        other = np.asarray(images.load(rng.choice(part)))
+                        other = np.asarray(images.load(rng.choice(part[part != i] if len(part) > 1 else part)))
                         Image.fromarray(blend(image, other, rng)).save(partial[0] / file)
                         Image.fromarray(shuffle_patches(image, args.patches, rng)).save(partial[1] / file)
             for new, folder in zip(partial, final):

@@ -195,6 +195,8 @@ def test_files_of_a_folder(image_folder, tmp_path, capsys):
     Image.new('RGB', (4, 4)).save(root / 'a' / 'more' / 'y.png')
     (root / 'a' / 'notes.txt').write_text('x')
     (root / 'a' / '.hidden.png').write_text('x')
+    (root / 'a' / '.ipynb_checkpoints').mkdir()
+    Image.new('RGB', (4, 4)).save(root / 'a' / '.ipynb_checkpoints' / 'y-checkpoint.png')
     (root / 'a' / 'circle').symlink_to(root / 'a')
     assert len(sources.folder(root)) == 5
     assert '1 files that are no images' in capsys.readouterr().out

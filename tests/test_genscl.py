@@ -218,6 +218,7 @@ def test_teacher_is_asked_in_eval_mode_without_gradient_about_the_mixed_views(ca
     model.load_state_dict(checkpoint['model'])
     torch.testing.assert_close(seen[0][3], model.eval()(given[0]).detach(), rtol=1e-4, atol=1e-5)
     seen.clear()
+    monkeypatch.setattr(training, 'cpu_has_bfloat16', lambda: True)
     ok(call, main_supcon, *GENSCL, '--KD', '--teacher_path', TEACHER, '--output_name', 'b', '--amp')
     assert seen[1][3].dtype == torch.bfloat16
 
@@ -294,6 +295,7 @@ def test_the_published_teacher_has_a_small_stem():
     (['--KD', '--teacher_path', 'large', '--teacher_kind', 'vit_tiny_patch16_224'],
      ['large/ckpt_best.pth', 'pos_embed']),
     (['--KD', '--teacher_path', 'nan'], ['nan/last.ckpt', 'fc.bias is not finite']),
+    (['--KD', '--teacher_path', TEACHER, '--size', '16'], ['trained on images of 8 pixels', '--size 16']),
     (['--optim-kind', 'Lion'], ['--optim_kind', 'Lion', 'AdamW']),
     (['--cutout'], ['--cutout_length 16', '8 pixels']),
     (['--rand-m', '31'], ['--rand_m', '30']),
@@ -637,9 +639,11 @@ def test_float16_scales_the_loss(call, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize('device, supported, expected', [
-    ('cpu', False, torch.bfloat16), ('cuda', True, torch.bfloat16), ('cuda', False, torch.float16)])
+    ('cpu', True, torch.bfloat16), ('cpu', False, None), ('cuda', True, torch.bfloat16),
+    ('cuda', False, torch.float16)])
 def test_precision_of_the_device(monkeypatch, device, supported, expected):
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: supported)
+    monkeypatch.setattr(training, 'cpu_has_bfloat16', lambda: supported)
     opt = main_ce.parse_option(['--amp'])
     opt.device = device
     assert training.precision(opt) == expected

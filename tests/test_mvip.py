@@ -297,6 +297,9 @@ def test_evaluation_of_ood_images(call, tmp_path, monkeypatch, program):
         for value, tag in zip(report.groups(), ('confidence_id', 'confidence_ood', 'confidence_difference', 'auroc',
                                                 'fpr95')):
             assert events.Scalars(tag)[-1].value == pytest.approx(float(value), abs=0.006)
+    status, out, err = call(program.main, *arguments, *AUGS, '--aug_mode', 'id_only', '--epochs', 1,
+                            '--output_name', 'id_only')
+    assert status == 0 and re.fullmatch(r'confidence id \d\.\d+', out.splitlines()[-2]), err
 
 
 def test_confidences_near_one_are_told_apart():
@@ -373,6 +376,14 @@ def test_synthetic_images_are_made_of_those_that_seed_selects(monkeypatch, tmp_p
     assert len(set(first)) == 4 and {split for split, _ in first} == {'train'}
     assert sources('2', '--seed', '0') == first != sources('3', '--seed', '1')
     assert {split for split, _ in sources('4', '--split', 'val')} == {'test'}
+
+
+def test_synthetic_id_images_blend_two_images(monkeypatch, tmp_path):
+    from scripts import make_augs as script
+    equal = []
+    monkeypatch.setattr(script, 'blend', lambda image, other, rng: (equal.append((image == other).all()), image)[1])
+    make_augs(monkeypatch, tmp_path, '--dataset', 'digits', '--max_samples', '20', '--per_class', '2', '--patches', '2')
+    assert len(equal) >= 20 and not any(equal)
 
 
 @pytest.mark.parametrize('arguments, words', [

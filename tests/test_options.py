@@ -124,6 +124,7 @@ def test_help_is_grouped_and_reports_defaults(capsys, program):
     for option in described:                            # flags need none
         settled = 'default' in option or 'needed' in option or re.match(r'--\w+(, --\w+)*(  |\n)', option)
         assert settled or '--method NAME' in option, option
+        assert option.count('default: ') <= 1, option
 
 
 @pytest.mark.parametrize('arguments, words', [

@@ -82,7 +82,8 @@ def test_both_views_of_a_image_stand_side_by_side(call, spy, monkeypatch):
     assert not torch.allclose(features[0, 0], features[1, 0], atol=1e-5)
 
 
-def test_amp_is_bfloat16(call, monkeypatch):
+def test_amp_is_bfloat16_where_the_cpu_has_it(call, monkeypatch):
+    """PyTorch emulates it on others, ten times as slowly as float32."""
     from networks.resnet_big import BasicBlock
     seen = set()
     original = BasicBlock.forward
@@ -92,11 +93,13 @@ def test_amp_is_bfloat16(call, monkeypatch):
         seen.add(self.conv1(x).dtype)
         return result
     monkeypatch.setattr(BasicBlock, 'forward', forward)
-    run(call, main_supcon, '--amp')
-    assert seen == {torch.bfloat16}
-    seen.clear()
-    run(call, main_supcon, '--overwrite')
-    assert seen == {torch.float32}
+    for has_bfloat16, options, expected in ((True, ['--amp'], torch.bfloat16), (False, ['--amp'], torch.float32),
+                                            (True, [], torch.float32)):
+        monkeypatch.setattr(training, 'cpu_has_bfloat16', lambda answer=has_bfloat16: answer)
+        out = run(call, main_supcon, *options, '--overwrite')
+        assert seen == {expected}
+        assert ('--amp has no effect' in out) == (options == ['--amp'] and not has_bfloat16)
+        seen.clear()
 
 
 def test_amp_does_not_depend_on_the_thread():

@@ -280,6 +280,23 @@ def test_a_loss_that_is_not_finite_is_a_result(fake):
     assert 'Not run' not in text
 
 
+def test_groups_of_classes_that_there_are():
+    report = runpy.run_path(str(RESULTS / 'report.py'))
+    text = '$ python main_ce.py\n * Acc@1 over classes: many 80.000 medium 50.000\n'     # no class has few images
+    assert report['values_of'](text) == {'many': 80, 'medium': 50}
+
+
+def test_five_classes_are_those_of_the_data(fake):
+    for name in ('one', 'two'):
+        for part in ('train', 'test'):
+            for number in range(10):
+                (fake / name / part / f'{number}').mkdir(parents=True)
+        done, _ = fill(fake, 'epochs', '--data', name, '--into', f'into-{name}', '--only', 'supcon-known-0')
+        known = fake / 'data' / 'cifar10_known' / 'train'
+        assert {link.name: link.resolve() for link in known.iterdir()} == {
+            f'{number}': fake / name / 'train' / f'{number}' for number in range(5)}, done.stderr
+
+
 def test_spread_over_seeds():
     report = runpy.run_path(str(RESULTS / 'report.py'))
     row = {0: {'top1': 40.}, 1: {'top1': 43.}, 2: {'top1': 41.5}}

@@ -162,6 +162,28 @@ def test_linear_evaluation_resumes_inside_an_epoch(call, stop_at):
     assert same(states(), states('whole'))
 
 
+def test_linear_evaluation_resumes_with_its_own_encoder_alone(call, rejected):
+    """The checkpoint holds the encoder that its classifier was trained on, which would be evaluated."""
+    assert call(main_supcon.main, *TINY, '--epochs', 1, '--output_name', 'encoder')[0] == 0
+    arguments = ['--dataset', 'digits', '--max_samples', 96, '--batch_size', 32, '--ckpt',
+                 'output/encoder/trial=0/last.ckpt', '--cache_features', '--num_workers', 0, '--output_name', 'a']
+    assert call(main_linear.main, *arguments, '--epochs', 1)[0] == 0
+    assert call(main_linear.main, *arguments, '--epochs', 2, '--resume')[0] == 0
+    assert call(main_supcon.main, *TINY, '--epochs', 2, '--output_name', 'encoder', '--resume')[0] == 0
+    rejected(main_linear.main, *arguments, '--epochs', 3, '--resume',
+             words=[f'{FOLDER}/last.ckpt', 'another encoder than that of output/encoder', '--overwrite'])
+
+
+def test_warm_up_of_a_run_that_is_continued_for_longer(call):
+    run = [*RUN, '--warm', '--learning_rate', 0.5, '--print_freq', 1]
+    assert call(main_ce.main, *run, '--epochs', 4)[0] == 0          # two epochs of warm-up
+    status, out, err = call(main_ce.main, *run, '--epochs', 12, '--resume')
+    assert status == 0 and '--warm_epochs 6, was 2: the warm-up has ended' in out, err
+    events = EventAccumulator(f'{FOLDER}')
+    events.Reload()
+    assert [event.value for event in events.Scalars('learning_rate')][2:] == pytest.approx([0.5] * 10)
+
+
 def test_a_second_signal_ends_at_once(call, monkeypatch):
     update = training.update
 

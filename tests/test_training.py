@@ -59,6 +59,8 @@ def test_exponential_schedule_decays_within_epochs():
     opt = options(exp_decay=0.9, exp_decay_epochs=2, warm=True, warm_epochs=1)
     assert learning_rate(opt, 1, 0, 4) == 0.01 and learning_rate(opt, 1, 2, 4) == pytest.approx((0.01 + 0.5) / 2)
     assert learning_rate(opt, 3, 0, 4) == pytest.approx(0.45)
+    opt = options(exp_decay=0.9, exp_decay_epochs=0.5, warm=True, warm_epochs=1)       # it rises to where decay goes on
+    assert learning_rate(opt, 1, 2, 4) == pytest.approx((0.01 + learning_rate(opt, 2, 0, 4)) / 2)
 
 
 def test_meter_keeps_tensors_and_weighs_by_count():

@@ -113,7 +113,8 @@ def as_text(name):
 
 
 def files_below(folder):
-    """All files below a folder but hidden ones; links are followed, each folder is visited once, none above it.
+    """All files below a folder but hidden ones and those in hidden folders; links are followed, each folder is visited
+    once, none above it.
 
     Raises OSError where a folder cannot be listed.
     """
@@ -122,7 +123,8 @@ def files_below(folder):
 
     start, visited = os.path.realpath(folder), set()
     for parent, folders, names in os.walk(folder, onerror=stop, followlinks=True):
-        folders.sort(key=as_text)                       # of several links to a folder the same one every time
+        folders[:] = sorted((name for name in folders if not name.startswith('.')),
+                            key=as_text)                # of several links to a folder the same one every time
         real = os.path.realpath(parent)
         if real in visited or start.startswith(os.path.join(real, '')):
             folders.clear()

@@ -127,9 +127,13 @@ def ood_metrics(val_logits, id_logits, ood_logits):
     Mean confidence on id and on ood images and their difference; and for telling validation images, which no one
     was trained on, from ood images: AUROC (%), and the fraction (%) of ood images that are taken for validation
     images at the threshold where 95 % of these are (Hendrycks and Gimpel, 2017, https://arxiv.org/abs/1610.02136).
+    Without ood images, None, the confidence on id images alone.
     """
     from sklearn.metrics import roc_auc_score, roc_curve
-    val, id, ood = (logits.double().softmax(1).amax(1).cpu() for logits in (val_logits, id_logits, ood_logits))
+    val, id, ood = (None if logits is None else logits.double().softmax(1).amax(1).cpu()
+                    for logits in (val_logits, id_logits, ood_logits))
+    if ood is None:
+        return {'confidence_id': id.mean().item()}
     truth, scores = torch.cat([torch.ones(len(val)), torch.zeros(len(ood))]), torch.cat([val, ood])
     false_positive_rate, true_positive_rate, _ = roc_curve(truth, scores, drop_intermediate=False)
     return {'confidence_id': id.mean().item(), 'confidence_ood': ood.mean().item(),
@@ -140,8 +144,10 @@ def ood_metrics(val_logits, id_logits, ood_logits):
 
 def ood_report(values):
     """The line for a dict of ood_metrics."""
-    return (f"confidence id {values['confidence_id']:.3f} ood {values['confidence_ood']:.3f} difference "
-            f"{values['confidence_difference']:.3f} AUROC {values['auroc']:.2f} FPR95 {values['fpr95']:.2f}")
+    line = f"confidence id {values['confidence_id']:.3f}"
+    return line if 'auroc' not in values else (
+        f"{line} ood {values['confidence_ood']:.3f} difference {values['confidence_difference']:.3f} "
+        f"AUROC {values['auroc']:.2f} FPR95 {values['fpr95']:.2f}")
 
 
 @torch.no_grad()

@@ -119,7 +119,8 @@ OPTIONS = {
         ('--std', dict(type=STD, metavar='"(R, G, B)"',
                        help='channel standard deviations; default: as --mean')),
         ('--size --image_size', dict(type=number(int, 8, 4096), metavar='PIXELS',
-                                     help='side of the views; default: 32, digits 16, imagenet and mvip 224')),
+                                     help='side of the views; default: 32, digits 16, imagenet, mvip, and '
+                                     'folders with --stem imagenet 224')),
         ('--max_samples', dict(type=COUNT, metavar='N', help='use at most N training and N validation images, '
                                'spread over the classes; default: all')),
         ('--samples_per_class', dict(type=COUNT, metavar='N', help='train on at most N images of each class, sampled '
@@ -139,12 +140,12 @@ OPTIONS = {
                                'the training images another class at random, sampled with --seed')),
         ('--loader', dict(choices=('auto', 'batched', 'workers', 'per_sample'), default='auto',
                           help='batched: all images in memory, views sampled on the device; workers: worker processes '
-                               'read and crop, colors on the device; per_sample: torchvision transforms in worker '
+                               'read and crop, colors on a GPU; per_sample: torchvision transforms in worker '
                                'processes; auto: batched where the images fit, else workers')),
         ('--cache_dir', dict(metavar='FOLDER', help='keep decoded images of folders there, for the next start; '
                              'default: nowhere')),
-        ('--num_workers', dict(type=COUNT_OR_ZERO, metavar='N', help='worker processes that read and sample; default, '
-                               'and never more than: the cores there are')),
+        ('--num_workers', dict(type=COUNT_OR_ZERO, metavar='N', help='worker processes that read and sample; default '
+                               'and maximum: the cores there are')),
     ],
     'views': [
         ('--n_views', dict(type=number(int, 2, 64), default=2, metavar='N', help='views of each image in a batch'),
@@ -158,7 +159,8 @@ OPTIONS = {
                                   'AutoAugment; rand: RandAugment; stacked_rand: RandAugment and sim (default: sim in '
                                   'pretraining and for mvip, else no)')),
         ('--crop_min', dict(type=number(float, 1e-3, 1), metavar='FRACTION', help='smallest fraction of the area of a '
-                            'random crop; default: 0.2, digits 0.4, imagenet 0.08, mvip 0.6 and 0.8')),
+                            'random crop; default: 0.2, digits 0.4, imagenet, and folders with --stem imagenet, '
+                            '0.08, mvip 0.6 and 0.8')),
         ('--jitter_strength', dict(type=number(float, 0, 2), default=0.5, metavar='S',
                                    help='of the color jitter in sim')),
         ('--blur_p', dict(type=number(float, 0, 1), default=0., metavar='P', help='probability of blur in sim')),
@@ -214,10 +216,10 @@ OPTIONS = {
     ],
     'method': [
         ('--method', dict(choices=('SupCon', 'SimCLR', 'SINCERE', 'DCL', 'BCL', 'GenSCL'), default='SupCon',
-                          help='contrastive loss; GenSCL changes the defaults of other options too, see '
-                          'docs/genscl.md'), SUPCON),
+                          help='contrastive loss; BCL and GenSCL have their own defaults of other options, see '
+                          'docs/long_tail.md and docs/genscl.md'), SUPCON),
         ('--positives', dict(choices=('class', 'image'), default='class', help='of a view: the other views of its '
-                             'class, or only those of its image (default with SimCLR)'), SUPCON),
+                             'class or, as always with SimCLR, of its image'), SUPCON),
         ('--temp --temperature', dict(type=number(float, 1e-4, 1e4), default=0.07, metavar='T', help='temperature'),
          SUPCON),
         ('--base_temperature', dict(type=number(float, 1e-4, 1e4), default=0.07, metavar='T', help='the loss is '
@@ -251,9 +253,9 @@ OPTIONS = {
         ('--teacher_kind', dict(metavar='NAME', help='model of timm that it holds, default: '
                                 'efficientnetv2_rw_m; one of main_ce.py or main_linear.py records its own'), SUPCON),
         ('--ckpt', dict(metavar='FILE', help='checkpoint of the pretrained encoder, or weights of torchvision or timm; '
-                        'also .safetensors, and hf://owner/name[/file]; needed, or:'), LINEAR),
-        ('--pretrained', dict(type=folder_name, metavar='NAME', help='the run output/NAME, of the same --trial, needed '
-                              'where --ckpt is not given'), LINEAR),
+                        'also .safetensors, and hf://owner/name[/file]; needed, unless --pretrained is given'), LINEAR),
+        ('--pretrained', dict(type=folder_name, metavar='NAME', help='instead of --ckpt the run output/NAME, of the '
+                              'same --trial; default: none'), LINEAR),
         ('--pretrained_ckpt', dict(type=folder_name, default='last.ckpt', metavar='FILE',
                                    help='checkpoint of that run'), LINEAR),
         ('--cache_features', dict(FLAG, help='compute the features of all images once, without augmentation, and '
@@ -277,9 +279,9 @@ OPTIONS = {
                                    help='after these epochs the rate decays (without --cosine)')),
         ('--lr_decay_rate', dict(type=number(float, 0, 1), default=0.1, metavar='RATE',
                                  help='factor of each decay')),
-        ('--cosine --lr_cosine', dict(action=Switch, help='cosine schedule, from LR down to LR * RATE**3')),
-        ('--warm --lr_warmup', dict(action=Switch, help='let the rate rise in the first epochs; pretraining and '
-                                    'cross-entropy always do with batches above 256')),
+        ('--cosine --lr_cosine', dict(action=Switch, help='cosine schedule, from LR to LR * lr_decay_rate**3')),
+        ('--warm --lr_warmup', dict(action=Switch, help='let the rate rise in the first epochs; default in pretraining '
+                                    'and cross-entropy: with batches above 256')),
         ('--warm_epochs', dict(type=COUNT, default=10, metavar='N', help='epochs of --warm, at most half of the run')),
         ('--warmup_from', dict(type=number(float, 0, 1e6), default=0.01, metavar='LR', help='its first learning rate')),
         ('--exp_decay', dict(type=number(float, 0, 1, open_low=True), metavar='RATE', help='multiply the learning rate '
@@ -297,9 +299,10 @@ OPTIONS = {
         ('--momentum', dict(type=number(float, 0, 1), default=0.9, metavar='M', help='momentum of SGD and RMSProp')),
         ('--label_smoothing', dict(type=number(float, 0, 1), default=0., metavar='S', help='fraction of each label '
                                    'that is spread over all classes'), CE + LINEAR),
-        ('--logit_adjustment', dict(type=POSITIVE_OR_ZERO, default=0., metavar='TAU', help='in training the logits are '
-                                    'raised by TAU * log(frequency of their class)'), CE + LINEAR),
-        ('--amp', dict(action=Switch, help='mixed precision: bfloat16, or float16 on GPUs without it')),
+        ('--logit_adjustment', dict(type=POSITIVE_OR_ZERO, default=0., metavar='TAU', help='in training, TAU * '
+                                    'log(frequency of the class) is added to the logits'), CE + LINEAR),
+        ('--amp', dict(action=Switch, help='mixed precision: bfloat16, or float16 on GPUs without it; float32 '
+                                 'on CPUs without it')),
         ('--compile', dict(FLAG, help='torch.compile the encoder')),
     ],
     'run': [
@@ -433,11 +436,11 @@ def make_parser(program, description):
     for title, flags, settings in options_of(program):
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        settings, default = {**settings}, defaults[flags[0].lstrip('-')]
+        name, settings = flags[0].lstrip('-'), {**settings}
         settings.pop('default', None)
-        if 'action' not in settings and default is not None:
-            settings['help'] += f' (default: {as_text(default)})'
-        elif 'action' not in settings and title == 'network':
+        if 'action' not in settings and defaults[name] is not None:
+            settings['help'] += f' (default: {as_text(defaults[name])})'
+        elif name in DEFAULTS[program]:
             settings['help'] += " (default: the checkpoint's)"
         groups[title].add_argument(*flags, **settings)
     return parser
@@ -487,7 +490,9 @@ def without_effect(name, values, program, info):
     if required == 'augment_policy' and found is None:
         found = 'sim' if program == 'main_supcon' else info.policy
     if required is None or (found in expected if expected else found):
-        return None
+        size = values.get('size') or info.size              # a blur takes in a tenth of it, on both sides
+        small = name == 'blur_p' and values[name] and size < 20
+        return f'found views of {size} pixels, expected at least 20' if small else None
     return f'expected --{required} {" or ".join(expected)}, found {found}' if expected else f'--{required} is missing'
 
 
@@ -537,7 +542,8 @@ def _complete(opt, program, given, info):
         opt.warm = opt.batch_size > 256 and program != 'main_linear'
     for one, other in (('resume', 'overwrite'), ('exp_decay', 'cosine'), ('base_lr', 'learning_rate'),
                        ('ckpt', 'timm_pretrained'), ('cache_features', 'finetune'),
-                       ('label_fraction', 'samples_per_class')):
+                       ('label_fraction', 'samples_per_class'), ('lr_decay_epochs', 'cosine'),
+                       ('lr_decay_epochs', 'exp_decay')):
         if one in given and other in given and getattr(opt, one) and getattr(opt, other):
             raise UserError(f'--{one} and --{other} are both given, expected at most one')
     if 'cache_dir' in given and opt.dataset in ('digits', 'cifar10', 'cifar100'):

@@ -10,6 +10,8 @@ import signal
 import time
 from pathlib import Path
 
+import torch
+
 from networks.sync_bn import average_statistics
 from util import checkpoints
 from util.curves import Curves, grid_of_views
@@ -124,6 +126,16 @@ class Run:
         self.opt.loader_chosen = checkpoint['opt'].get('loader_chosen')         # it decides how views are sampled
         return checkpoint
 
+    def check_encoder(self, encoder):
+        """UserError where the checkpoint was trained on another encoder than this one, which is frozen: `restore` would
+        replace it."""
+        for name, value in encoder.state_dict().items():
+            saved = self.checkpoint['model'].get(f'encoder.{name}')
+            # What does not fit at all, `restore` reports.
+            if torch.is_tensor(saved) and saved.shape == value.shape and not torch.equal(saved, value):
+                raise UserError(f'--resume: {self.source} was trained on another encoder than that of '
+                                f'{self.opt.ckpt}, expected the same, --overwrite to restart, or another --trial')
+
     def restore(self, model, optimizer, scaler):
         """Load the checkpoint into model, optimizer and scaler, if the run resumes: -> the epoch to continue with."""
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
@@ -135,11 +147,16 @@ class Run:
                 if not self.opt.force:
                     raise UserError(f'{message}; expected the same, or --force')
                 log(message)
-            before = self.checkpoint['opt'].get('epochs')
+            before, warm_epochs = (self.checkpoint['opt'].get(name) for name in ('epochs', 'warm_epochs'))
             if self.opt.cosine and before not in (None, self.opt.epochs):
                 log(f'--epochs {self.opt.epochs}, was {before}: the learning rate goes on with the cosine of '
                     f'{self.opt.epochs} epochs')
             epoch = self._load_state()
+            if warm_epochs not in (None, self.opt.warm_epochs):
+                ended = epoch >= warm_epochs
+                log(f'--warm_epochs {self.opt.warm_epochs}, was {warm_epochs}: the warm-up '
+                    + ('has ended' if ended else f'goes on as one of {self.opt.warm_epochs} epochs'))
+                self.opt.warm_epochs = warm_epochs if ended else self.opt.warm_epochs
             if changed and self.step:                   # its steps may have other batches now
                 log(f'--force: epoch {epoch + 1} begins again')
                 self.step, self.saved_meters = 0, {}

@@ -68,6 +68,10 @@ def load_teacher(checkpoint, opt, classes):
 
     Raises UserError as load_classifier.
     """
+    size = checkpoint['opt'].get('size')
+    if size not in (None, opt.size):
+        raise UserError(f"{checkpoint['file']}: the teacher was trained on images of {size} pixels, found --size "
+                        f'{opt.size}, expected the same')
     teacher = load_classifier(checkpoint, opt, classes)
     log(f"{checkpoint['file']}: {teacher.kind} as teacher")
     # It learns nothing, so reduced precision costs only the rounding of its logits; a GPU is much faster with it.

@@ -44,6 +44,8 @@ def set_device(opt):
         log(f'{world_size()} processes, each with its slice of every batch')
     if opt.device == 'cpu':
         log('No GPU found: running on the CPU')
+        if opt.amp and not precision(opt):
+            log('--amp has no effect: this CPU has no bfloat16 instructions, and is several times slower without them')
         keep_freed_memory()
     if getattr(opt, 'syncBN', False) and world_size() == 1:
         log('--syncBN has no effect in a single process: every device normalizes its own part of the batch; it works '
@@ -214,15 +216,25 @@ def spread(network, opt):
 
 def precision(opt, mixed=None):
     """The dtype of mixed precision (of --amp, unless `mixed` is given), None without: bfloat16, which needs no loss
-    scaling, or float16 on GPUs that lack it."""
+    scaling, or float16 on GPUs that lack it. None on CPUs that lack it too."""
     if not (opt.amp if mixed is None else mixed):
         return None
-    return torch.bfloat16 if opt.device == 'cpu' or torch.cuda.is_bf16_supported(False) else torch.float16
+    if opt.device == 'cpu':
+        return torch.bfloat16 if cpu_has_bfloat16() else None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+
+
+def cpu_has_bfloat16():
+    """Whether oneDNN, PyTorch's convolutions on a CPU, computes in bfloat16 here; where it does not (before AVX-512),
+    PyTorch's own loops take ten times as long as float32."""
+    supported = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', None)
+    return supported is None or supported()
 
 
 def autocast(opt):
     """The context in which networks compute: mixed precision with --amp."""
-    return torch.autocast(opt.device, precision(opt), enabled=opt.amp)
+    dtype = precision(opt)
+    return torch.autocast(opt.device, dtype, enabled=dtype is not None)
 
 
 def fused(opt):
@@ -356,7 +368,7 @@ def learning_rate(opt, epoch, step=0, steps=1):
     if epoch <= opt.warm_epochs:
         start = opt.warmup_from if opt.learning_rate > opt.warmup_from else opt.learning_rate / 10
         done = ((epoch - 1) * steps + step) / (opt.warm_epochs * steps)
-        return start + done * (_schedule(opt, opt.warm_epochs, 0.) - start)
+        return start + done * (_schedule(opt, opt.warm_epochs, 1.) - start)
     return _schedule(opt, epoch, step / steps)
 
 

@@ -90,12 +90,13 @@ done
 
 # Networks that are trained as long as for 16 epochs of all images; those of 1 % of the images a quarter of that.
 for part in known new; do           # five classes each, in the order of the alphabet
-    [ -d data/cifar10_$part ] || ((!jobs)) || for split in train test; do
+    ((!jobs)) || for split in train test; do
         mkdir -p data/cifar10_$part/$split
         classes=("$data/$split"/*/)
         [ $part = known ] && classes=("${classes[@]:0:5}") || classes=("${classes[@]:5}")
         for folder in "${classes[@]}"; do
-            ln -sfn "$(cd -- "$folder" && pwd)" data/cifar10_$part/$split/"$(basename "$folder")"
+            link=data/cifar10_$part/$split/$(basename "$folder")
+            [ "$link" -ef "$folder" ] || ln -sfn "$(cd -- "$folder" && pwd)" "$link"  # of this --data
         done
     done
 done

@@ -59,8 +59,8 @@ def values_of(text):
         values = {'diverged': True}
     if ood := re.findall(r'^confidence id (\S+) ood (\S+) .* AUROC (\S+) FPR95 (\S+)$', text, re.MULTILINE):
         values.update(zip(('id', 'ood', 'auroc', 'fpr95'), map(float, ood[-1])))
-    if groups := re.findall(r'^ \* Acc@1 over classes: many (\S+) medium (\S+) few (\S+)$', text, re.MULTILINE):
-        values.update(zip(('many', 'medium', 'few'), map(float, groups[-1])))
+    if groups := re.findall(r'^ \* Acc@1 over classes: (.*)$', text, re.MULTILINE):         # those that there are
+        values.update((name, float(value)) for name, value in re.findall(r'(many|medium|few) (\S+)', groups[-1]))
     for kind in CORRUPTIONS:
         if line := re.findall(rf'^{kind} ([\d. ]+)$', text, re.MULTILINE):
             values[kind] = [float(number) for number in line[-1].split()]
@@ -286,6 +286,7 @@ def epochs(rows, folder):
 
 # What networks are good for beside accuracy: title -> the end of a row's name, what is read from it.
 PROPERTIES = {
+    'top-1 %, 2,000 images': ('corrupted', 'clean'),
     **{f'top-1 %, {title}': ('corrupted', kind) for kind, title in CORRUPTIONS.items()},
     'expected calibration error %': ('corrupted', 'ece'),
     'retrieval: R@1 %': ('corrupted', 'recall'), 'retrieval: mAP@R %': ('corrupted', 'retrieval'),
