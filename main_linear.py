@@ -87,8 +87,6 @@ def main(argv=None):
     training.set_warmup(opt)
     train_loader, loaders, classes = set_loader(opt, augment=not opt.cache_features)
     model, criterion = set_model(opt, checkpoint)
-    if run.checkpoint and not opt.finetune and not opt.evaluate:
-        run.check_encoder(model.encoder)
     if opt.cache_features:
         train_loader, loaders = cached_features(train_loader, loaders, model, opt)
     fit(run, train_loader, loaders, model, criterion, classes, opt)

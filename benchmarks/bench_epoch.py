@@ -118,11 +118,9 @@ def measure(form, args):
     import main_supcon
     from networks.resnet_big import SupConResNet
 
-    # Other CPUs emulate bfloat16, many times slower.
-    fast_bfloat16 = torch.cuda.is_available() or 'AVX512' in torch.backends.cpu.get_cpu_capability()
     opt = main_supcon.parse_option(['--model', args.model, '--batch_size', str(args.batch_size), '--temp', '0.1',
-                                    '--loader', 'batched', '--epochs', str(args.epochs + 1)]
-                                   + ['--amp'] * fast_bfloat16 + ['--compile'] * args.compile)
+                                    '--loader', 'batched', '--epochs', str(args.epochs + 1), '--amp']
+                                   + ['--compile'] * args.compile)
     opt.size, opt.mean, opt.std = 32, (0.5,) * 3, (0.25,) * 3
     image_set = photographs(min(args.images, 2000), 32)
     image_set = image_set.select([i % len(image_set) for i in range(args.images)])

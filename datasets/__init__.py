@@ -205,7 +205,10 @@ def _training_view(opt, cut, policy, **more):
                             'cut from the padded image')
         cut = {**cut, 'crop': (opt.crop_min, 1.)}
     color = POLICIES[policy](opt, dataset_info(opt))
-    return View(opt.size, opt.mean, opt.std, **cut, **color, cutout=cutout, **more)
+    view = View(opt.size, opt.mean, opt.std, **cut, **color, cutout=cutout, **more)
+    if view.blur and not view.blur_radius:
+        log(f'--blur_p has no effect on views of {opt.size} pixels, only from 20 on')
+    return view
 
 
 def evaluation_view(opt):

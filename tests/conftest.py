@@ -177,8 +177,9 @@ def two_threads():
 
 
 @pytest.fixture(autouse=True)
-def _fresh():
-    """Each test has its own random numbers and no run's log."""
+def _fresh(monkeypatch):
+    """Each test has its own random numbers and no run's log; --amp is bfloat16 on any CPU."""
+    monkeypatch.setattr(training, 'cpu_has_bfloat16', lambda: True)
     torch.manual_seed(0)
     hook = sys.unraisablehook
     yield

@@ -334,10 +334,12 @@ def test_default_names_tell_runs_apart(call, pretrained):
 
 @pytest.mark.parametrize('program', [main_supcon, main_ce])
 def test_settings_without_effect_are_printed(call, program):
-    status, out, err = call(program.main, *TINY, '--batch_size', 128, '--epochs', 1, '--warm')
+    status, out, err = call(program.main, *TINY, '--batch_size', 128, '--epochs', 1, '--warm', '--blur_p', 0.5,
+                            '--augment_policy', 'sim')
     assert status == 0, err
     assert out.count('--batch_size 128: found 96 training images') == 1
     assert 'No warm-up: a run of one epoch is too short' in out and 'over 0 epochs' not in out
+    assert out.count('--blur_p has no effect on views of 8 pixels') == 1
 
 
 def test_timm_models_start_from_random_weights(call, rejected):

@@ -378,10 +378,10 @@ def test_benchmarks_write_a_table(tmp_path):
     assert 'PyTorch' in text and '| not measured: no GPU |' in text
 
 
-def test_mixing_is_drawn(call, rejected, monkeypatch, tmp_path):
-    plot = ['plot_mixing.py', '--dataset', 'digits', '--count', '3', '--output']
-    monkeypatch.setattr(sys, 'argv', [*plot, 'x.png'])
-    assert call(lambda _: plot_mixing.main())[0] == 0 and (tmp_path / 'x.png').stat().st_size > 10_000
+def test_mixing_is_drawn(rejected, monkeypatch, tmp_path):
+    plot = [str(ROOT / 'scripts' / 'plot_mixing.py'), '--dataset', 'digits', '--count', '3', '--output']
+    result = shell([sys.executable, *plot, 'x.png'], tmp_path)
+    assert result.returncode == 0 and (tmp_path / 'x.png').stat().st_size > 10_000, result.stderr
     monkeypatch.setattr(sys, 'argv', [*plot, 'x.png/y.png'])
     rejected(lambda _: plot_mixing.main(), words=['x.png/y.png'])
 

@@ -490,9 +490,7 @@ def without_effect(name, values, program, info):
     if required == 'augment_policy' and found is None:
         found = 'sim' if program == 'main_supcon' else info.policy
     if required is None or (found in expected if expected else found):
-        size = values.get('size') or info.size              # a blur takes in a tenth of it, on both sides
-        small = name == 'blur_p' and values[name] and size < 20
-        return f'found views of {size} pixels, expected at least 20' if small else None
+        return None
     return f'expected --{required} {" or ".join(expected)}, found {found}' if expected else f'--{required} is missing'
 
 
@@ -542,8 +540,7 @@ def _complete(opt, program, given, info):
         opt.warm = opt.batch_size > 256 and program != 'main_linear'
     for one, other in (('resume', 'overwrite'), ('exp_decay', 'cosine'), ('base_lr', 'learning_rate'),
                        ('ckpt', 'timm_pretrained'), ('cache_features', 'finetune'),
-                       ('label_fraction', 'samples_per_class'), ('lr_decay_epochs', 'cosine'),
-                       ('lr_decay_epochs', 'exp_decay')):
+                       ('label_fraction', 'samples_per_class')):
         if one in given and other in given and getattr(opt, one) and getattr(opt, other):
             raise UserError(f'--{one} and --{other} are both given, expected at most one')
     if 'cache_dir' in given and opt.dataset in ('digits', 'cifar10', 'cifar100'):

@@ -126,16 +126,6 @@ class Run:
         self.opt.loader_chosen = checkpoint['opt'].get('loader_chosen')         # it decides how views are sampled
         return checkpoint
 
-    def check_encoder(self, encoder):
-        """UserError where the checkpoint was trained on another encoder than this one, which is frozen: `restore` would
-        replace it."""
-        for name, value in encoder.state_dict().items():
-            saved = self.checkpoint['model'].get(f'encoder.{name}')
-            # What does not fit at all, `restore` reports.
-            if torch.is_tensor(saved) and saved.shape == value.shape and not torch.equal(saved, value):
-                raise UserError(f'--resume: {self.source} was trained on another encoder than that of '
-                                f'{self.opt.ckpt}, expected the same, --overwrite to restart, or another --trial')
-
     def restore(self, model, optimizer, scaler):
         """Load the checkpoint into model, optimizer and scaler, if the run resumes: -> the epoch to continue with."""
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
@@ -147,16 +137,12 @@ class Run:
                 if not self.opt.force:
                     raise UserError(f'{message}; expected the same, or --force')
                 log(message)
-            before, warm_epochs = (self.checkpoint['opt'].get(name) for name in ('epochs', 'warm_epochs'))
+            before = self.checkpoint['opt'].get('epochs')
             if self.opt.cosine and before not in (None, self.opt.epochs):
                 log(f'--epochs {self.opt.epochs}, was {before}: the learning rate goes on with the cosine of '
                     f'{self.opt.epochs} epochs')
             epoch = self._load_state()
-            if warm_epochs not in (None, self.opt.warm_epochs):
-                ended = epoch >= warm_epochs
-                log(f'--warm_epochs {self.opt.warm_epochs}, was {warm_epochs}: the warm-up '
-                    + ('has ended' if ended else f'goes on as one of {self.opt.warm_epochs} epochs'))
-                self.opt.warm_epochs = warm_epochs if ended else self.opt.warm_epochs
+            self._keep_warmup(epoch)
             if changed and self.step:                   # its steps may have other batches now
                 log(f'--force: epoch {epoch + 1} begins again')
                 self.step, self.saved_meters = 0, {}
@@ -167,6 +153,28 @@ class Run:
         if started > self.opt.epochs:
             raise UserError(f'--resume: {self.source} has {started} epochs, expected --epochs of at least that')
         return epoch + 1
+
+    def _check_encoder(self, encoder):
+        """UserError where the checkpoint was trained on another encoder than this frozen one, which it replaces."""
+        if self.checkpoint['opt'].get('finetune'):      # with --force
+            return
+        for name, value in checkpoints.strip_wrappers(encoder.state_dict()).items():
+            saved = self.checkpoint['model'].get(f'encoder.{name}')
+            # What does not fit at all, `_load_state` reports.
+            fits = torch.is_tensor(saved) and saved.shape == value.shape
+            if fits and not torch.equal(saved, value.to(saved.device, saved.dtype)):
+                raise UserError(f'--resume: {self.source} was trained on another encoder than that of '
+                                f'{self.opt.ckpt}, expected the same, --overwrite to restart, or another --trial')
+
+    def _keep_warmup(self, epoch):
+        """A run of more epochs, whose warm-up would be longer, does not warm up again."""
+        recorded, now = self.checkpoint['opt'], self.opt.warm_epochs
+        before = recorded.get('warm_epochs')
+        if recorded.get('warm') and self.opt.warm and isinstance(before, int) and before != now:
+            ended = epoch >= before
+            log(f'--warm_epochs {now}, was {before}: the warm-up '
+                + ('has ended' if ended else f'goes on as one of {now} epochs'))
+            self.opt.warm_epochs = before if ended else now
 
     def _load_state(self):
         try:
@@ -189,6 +197,8 @@ class Run:
                                  f'expected first {needed}')
             if not isinstance(saved['optimizer'], dict):
                 raise TypeError('the optimizer has no state')
+            if not getattr(self.model, 'finetune', True):
+                self._check_encoder(self.model.encoder)
             checkpoints.load_parameters(self.model, self.checkpoint['model'], f'--resume: {self.source}')
             scaler = saved.get('scaler') or {}
             checkpoints.load_scaler(self.scaler, scaler)

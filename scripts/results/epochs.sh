@@ -94,9 +94,12 @@ for part in known new; do           # five classes each, in the order of the alp
         mkdir -p data/cifar10_$part/$split
         classes=("$data/$split"/*/)
         [ $part = known ] && classes=("${classes[@]:0:5}") || classes=("${classes[@]:5}")
+        for link in data/cifar10_$part/$split/*; do     # of another --data
+            [ ! -L "$link" ] || [ "$link" -ef "$data/$split/$(basename "$link")" ] || rm "$link"
+        done
         for folder in "${classes[@]}"; do
             link=data/cifar10_$part/$split/$(basename "$folder")
-            [ "$link" -ef "$folder" ] || ln -sfn "$(cd -- "$folder" && pwd)" "$link"  # of this --data
+            [ -e "$link" ] || ln -s "$(cd -- "$folder" && pwd)" "$link"
         done
     done
 done
