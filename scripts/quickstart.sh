@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to three accuracies: makes the environment, then trains SupCon, SimCLR and cross-entropy on the handwritten
-# digits of scikit-learn, which need no download. Three to four minutes on two CPU cores after the installation.
+# digits of scikit-learn, which need no download. Three to seven minutes on two CPU cores after the installation.
 # Options are added to every command that has them: bash scripts/quickstart.sh --epochs 2
 # Curves and images of these runs: .venv/bin/tensorboard --logdir output
 set -euo pipefail
