@@ -403,8 +403,8 @@ def test_a_tiny_file_that_names_a_gigantic_network_takes_no_memory(whole):
     """11 GB for resnet18 of width 16, 4 GB for the one of timm."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
     now = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
-    for options in ({'width': 16.}, {'model': 'timm/vit_giant_patch14_clip_224', 'width': 1., 'size': 224}):
-        state = {**whole, 'opt': {**whole['opt'], **options}}
+    for options in ({'width': 16.}, {'model': 'timm/vit_giant_patch14_clip_224', 'width': 1.}):
+        state = {**whole, 'opt': {**whole['opt'], 'size': 224, **options}}
         resource.setrlimit(resource.RLIMIT_AS, (now + 2 * 2**30, limits[1]))
         try:
             for read in (encoder, lambda: teacher('--size', '224')):
