@@ -172,6 +172,9 @@ def test_linear_evaluation_resumes_with_its_own_encoder_alone(call, rejected):
     assert call(main_supcon.main, *TINY, '--epochs', 2, '--output_name', 'encoder', '--resume')[0] == 0
     rejected(main_linear.main, *arguments, '--epochs', 3, '--resume',
              words=[f'{FOLDER}/last.ckpt', 'another encoder than that of output/encoder', '--overwrite'])
+    tuned = [*(word for word in arguments if word != '--cache_features'), '--output_name', 'tuned', '--epochs', 2]
+    assert call(main_linear.main, *tuned, '--finetune')[0] == 0
+    rejected(main_linear.main, *tuned, '--resume', words=['--finetune False, was True'])
 
 
 def test_warm_up_of_a_run_that_is_continued_for_longer(call):

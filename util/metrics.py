@@ -129,11 +129,11 @@ def ood_metrics(val_logits, id_logits, ood_logits):
     images at the threshold where 95 % of these are (Hendrycks and Gimpel, 2017, https://arxiv.org/abs/1610.02136).
     Without ood images, None, the confidence on id images alone.
     """
-    from sklearn.metrics import roc_auc_score, roc_curve
     val, id, ood = (None if logits is None else logits.double().softmax(1).amax(1).cpu()
                     for logits in (val_logits, id_logits, ood_logits))
     if ood is None:
         return {'confidence_id': id.mean().item()}
+    from sklearn.metrics import roc_auc_score, roc_curve  # here, since it takes a second
     truth, scores = torch.cat([torch.ones(len(val)), torch.zeros(len(ood))]), torch.cat([val, ood])
     false_positive_rate, true_positive_rate, _ = roc_curve(truth, scores, drop_intermediate=False)
     return {'confidence_id': id.mean().item(), 'confidence_ood': ood.mean().item(),
