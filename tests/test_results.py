@@ -237,6 +237,13 @@ def test_the_minutes_of_a_row_are_those_of_all_its_parts(tmp_path):
     assert re.search(r'^2\.0 minutes, started', text, re.MULTILINE) and 'CPU minutes: 4.0' in text
 
 
+def test_minutes_without_bfloat16_are_not_compared():
+    report = runpy.run_path(str(RESULTS / 'report.py'))
+    text = '2026-12-01, 2 cores of a CPU, no GPU\n$ python main_ce.py\n{}best accuracy: 9\nCPU minutes: 4.00\n'
+    assert report['values_of'](text.format('')) == {'top1': 9, 'minutes': 4, 'unit': 'CPU minutes'}
+    assert report['values_of'](text.format('--amp has no effect: this CPU\n')) == {'top1': 9}
+
+
 def test_a_row_with_a_wrong_command_is_reported_in_one_line(tmp_path):
     for words, expected in ((['a.log'], 'expected a log'), (['a.log', "main_ce.py 'x"], 'quotation')):
         done = shell([sys.executable, RESULTS / 'row.py', *words], tmp_path, CUDA_VISIBLE_DEVICES='')

@@ -37,7 +37,7 @@ MOSAICS = {
         ('supcon', 'SupCon'), ('simclr', 'SimCLR')) for temp in ('0.05', '0.2')},
 }
 COLORS = {'ce': 'tab:gray', 'ce-sim': 'tab:green', 'simclr': 'tab:orange', 'supcon': 'tab:blue',
-          'supcon-ce': 'tab:purple'}
+          'supcon-ce': 'tab:purple', 'sincere': 'tab:red', 'genscl-mix': 'tab:brown', 'genscl-kd': 'tab:pink'}
 CORRUPTIONS = {'noise': 'Gaussian noise', 'blur': 'Gaussian blur', 'contrast': 'less contrast', 'jpeg': 'JPEG'}
 
 
@@ -53,7 +53,8 @@ def values_of(text):
              'retrieval': re.findall(r'^mAP@R (\S+)$', text, re.MULTILINE)}
     values = {name: float(numbers[-1]) for name, numbers in found.items() if numbers}
     on_gpu = ', no GPU\n' not in text
-    if cost := re.findall(r'^([\d.]+) minutes' if on_gpu else r'^CPU minutes: (\S+)$', text, re.MULTILINE):
+    cost = re.findall(r'^([\d.]+) minutes' if on_gpu else r'^CPU minutes: (\S+)$', text, re.MULTILINE)
+    if cost and '--amp has no effect' not in text:          # float32 takes several times as long as the other rows
         values['minutes'], values['unit'] = sum(map(float, cost)), 'minutes' if on_gpu else 'CPU minutes'
     if 'diverged: ' in text:
         values = {'diverged': True}
@@ -92,6 +93,10 @@ def data_of(row):
     names = {'path': 'JPEG copies of CIFAR-10', 'cifar10': 'CIFAR-10', 'digits': 'handwritten digits'}
     limit = options.get('samples_per_class')
     return names[options['dataset']] + (f', {limit} of each class' if limit else '')
+
+
+def average(row, name):
+    return mean(values[name] for values in row.values() if name in values)
 
 
 def spread(row, name, digits=2):
@@ -267,11 +272,10 @@ def epochs(rows, folder):
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout='constrained')
     for method, points in curves.items():
         shown = {number: row for number, row in points.items() if all('top1' in values for values in row.values())}
-        top1 = [mean(values['top1'] for values in row.values()) for row in shown.values()]
-        minutes = [mean(values['minutes'] for values in row.values()) for row in shown.values()]
-        style = {'marker': 'o', 'ms': 4, 'color': COLORS.get(method), 'label': METHODS[method]}
-        axes[0].plot([number / 10 for number in shown], top1, **style)
-        axes[1].plot(minutes, top1, **style)
+        timed = [row for row in shown.values() if any('minutes' in values for values in row.values())]
+        style = {'marker': 'o', 'ms': 4, 'color': COLORS[method], 'label': METHODS[method]}
+        axes[0].plot([number / 10 for number in shown], [average(row, 'top1') for row in shown.values()], **style)
+        axes[1].plot([average(row, 'minutes') for row in timed], [average(row, 'top1') for row in timed], **style)
     for ax, label in zip(axes, ('million views seen', f'{unit}, with the linear evaluation')):
         ax.set_xscale('log', base=2)
         ax.xaxis.set_major_formatter('{x:g}')
