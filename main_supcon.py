@@ -49,9 +49,10 @@ def set_loader(opt):
     if opt.denominator_mode == 'only_negatives' and opt.positives == 'class' and opt.num_classes == 1:
         raise errors.UserError('--denominator_mode only_negatives: images of one class have no negatives')
     train = data.train.join(data.ood) if opt.aug_mode == 'with_both' else data.train        # ood: hard negatives
-    train_loader = make_loader(train, pretraining_view(opt), opt, opt.n_views)
+    view = pretraining_view(opt)
+    train_loader = make_loader(train, view, opt, opt.n_views)
     if opt.local_crops:
-        local_loader = make_loader(train, local_view(opt), opt, opt.local_crops, stream=(LOCAL_CROPS,))
+        local_loader = make_loader(train, local_view(view, opt), opt, opt.local_crops, stream=(LOCAL_CROPS,))
         train_loader = MultiCrop(train_loader, local_loader)
     memory_loader, val_loader = (make_loader(part, evaluation_view(opt), opt, train=False)
                                  for part in (data.train, data.val))

@@ -175,10 +175,9 @@ def pretraining_view(opt):
     return _training_view(opt, dataset_info(opt).pretraining, opt.augment_policy or 'sim')
 
 
-def local_view(opt):
+def local_view(view, opt):
     """The small crops of multi-crop, of --local_size pixels: from 5 % of the image's area up to that of the smallest
-    other view (Caron et al., 2020, https://arxiv.org/abs/2006.09882); --cutout hides the same fraction as of those."""
-    view = pretraining_view(opt)
+    other `view` (Caron et al., 2020, https://arxiv.org/abs/2006.09882); --cutout hides the same fraction of both."""
     smallest, _ = view.crop
     size = opt.local_size or round(opt.size * 3 / 7)
     cutout = view.cutout and (view.cutout[0], max(1, round(view.cutout[1] * size / opt.size)))

@@ -77,6 +77,7 @@ def path(opt):
         raise UserError(f'--data_folder {root}: found {(val or train).name}/ alone, expected train/ and val/ (or '
                         'test/), or one folder per class')
     opt.split_seed = opt.seed if opt.split_seed is None else opt.split_seed
+    log(f'{root}: a tenth of each class is held out for validation (seed {opt.split_seed})')
     return split(folder(root), 0.1, opt.split_seed)
 
 

@@ -126,9 +126,10 @@ def test_folder_with_train_and_val(image_folder, tmp_path, name):
     assert val.labels.tolist() == [1, 1, 2]
 
 
-def test_flat_folder_is_split_per_class_with_the_seed(image_folder):
+def test_flat_folder_is_split_per_class_with_the_seed(image_folder, capsys):
     root = image_folder(classes={'a': 40, 'b': 20, 'c': 2})
     splits = [load(path_options(root, seed=seed)) for seed in (0, 0, 1)]
+    assert capsys.readouterr().out.count('a tenth of each class is held out for validation (seed 0)') == 2
     for train, val in splits:
         assert val.labels.bincount().tolist() == [4, 2, 1] and len(train) + len(val) == 62
         assert not set(train.source) & set(val.source)

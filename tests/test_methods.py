@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import main_linear
 import main_supcon
 import methods
-from datasets import local_view, views
+from datasets import local_view, pretraining_view, views
 from losses import GenSupConLoss, SupConLoss
 from networks.moco import MomentumContrast
 from networks.resnet_big import SupConResNet
@@ -151,18 +151,20 @@ def test_small_crops_are_further_views_of_the_same_images(monkeypatch, tmp_path,
     (_, resumed), _ = next(iter(train))
     train.set_epoch(2)
     assert torch.equal(resumed, [local for (_, local), _ in train][1])
-    view = local_view(options(*TINY, '--size', 224, '--crop_min', 0.14, '--mean', '(0, 0, 0)', '--std', '(1, 1, 1)',
-                              '--cutout', '--cutout_length', 112))
+    opt = options(*TINY, '--size', 224, '--crop_min', 0.14, '--mean', '(0, 0, 0)', '--std', '(1, 1, 1)', '--cutout',
+                  '--cutout_length', 112)
+    view = local_view(pretraining_view(opt), opt)
     assert (view.size, view.crop) == (96, (0.05, 0.14))                 # as published
     assert view.cutout == (1, 48)                                       # half of the side, as of the large views
 
 
-def test_small_crops_are_sampled_on_their_own(monkeypatch):
-    """Not at the places of the large views."""
-    opt, boxes = options(*TINY, '--local_crops', 2), []
+def test_small_crops_are_sampled_on_their_own(monkeypatch, capsys):
+    """Not at the places of the large views; what does nothing in both is said once."""
+    opt, boxes = options(*TINY, '--local_crops', 2, '--blur_p', 0.5), []
     sample = views.sample_params
     monkeypatch.setattr(views, 'sample_params', lambda *args: (boxes.append(sample(*args)), boxes[-1])[1])
     next(iter(main_supcon.set_loader(opt)[0]))
+    assert capsys.readouterr().out.count('--blur_p has no effect on views of 8 pixels') == 1
     large, small = (params.boxes.double() for params in boxes)
     assert len(large) == len(small) == 64
     correlation = torch.corrcoef(torch.stack([large[:, 2] * large[:, 3], small[:, 2] * small[:, 3]]))[0, 1]
