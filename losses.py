@@ -98,8 +98,8 @@ class SupConLoss(_ContrastiveLoss):
             of that mean, Eq. 3.
         denominator_mode: what D_ip sums exp(s_ij) over: 'all' of A(i); 'one_positive': the negatives (A(i) without
             P(i)) and p; 'only_negatives': the negatives.
-        positives_cap: at most this many positives of other images, a multiple of the number of views: those that come
-            first in the batch, with all their views. The other ones leave A(i) too. -1: all.
+        positives_cap: at most this many positives of other images, a multiple of the number of views, of which a key is
+            one: those that come first in the batch, with all their views. The other ones leave A(i) too. -1: all.
         hard_negatives: whether negative labels -(c + 1) mark hard negatives of class c; if not, they are an error.
         unit_length: whether all features have unit length, as F.normalize makes them. With more than 4,096 views a GPU
             then computes half of the symmetric matrix of similarities. A CPU does so where it finds the features short
@@ -191,7 +191,7 @@ class SupConLoss(_ContrastiveLoss):
         if keys is not None and (labels is None) != (key_labels is None) or (
                 key_labels is not None and key_labels.shape != keys.shape[:1]):
             raise ValueError('key_labels are expected with keys and labels, one for each key')
-        if self.positives_cap > 0 and self.positives_cap % n_views:
+        if keys is None and self.positives_cap > 0 and self.positives_cap % n_views:
             raise ValueError(f'positives_cap is {self.positives_cap}, expected a multiple of {n_views}, the views')
 
 
@@ -509,7 +509,8 @@ def _check_labels(labels, valid, message):
 
 
 def _source_class(labels):
-    """The class whose anchors alone see a contrast, -1 where all do: [m]; None where a CPU finds no hard negative."""
+    """For a hard negative the class it was made from, whose anchors alone it is a contrast of; -1 for other contrasts:
+    [m]; None where a CPU finds no hard negative."""
     if labels.device.type == 'cpu' and bool((labels >= 0).all()):
         return None
     return torch.where(labels >= 0, -1, -labels.long() - 1)             # labels may be uint8
@@ -544,7 +545,7 @@ def _mean_positive(anchors, contrasts, positives, self_index):
 
 
 def _numbered(ids):
-    """Number equal ids alike, from 0: [n] -> [n] int64 below n, without waiting for the device."""
+    """Consecutive ids from 0, as torch.unique(ids, return_inverse=True)[1], without waiting for the device."""
     ordered, order = ids.sort()
     numbers = torch.diff(ordered, prepend=ordered[:1]).ne(0).cumsum(0)
     return torch.empty_like(numbers).scatter_(0, order, numbers)

@@ -30,9 +30,7 @@ from util.weights import read_start, start_from_weights
 
 def parse_option(argv=None):
     opt = arguments.parse('main_ce', __doc__, argv)
-    parts = [f'SupCE_{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}_bsz_{opt.batch_size}',
-             f'trial_{opt.trial}', opt.cosine and 'cosine', opt.warm and 'warm']
-    name = opt.output_name or arguments.run_name('main_ce', opt, parts, in_parts=['model'])
+    name = opt.output_name or arguments.run_name('main_ce', opt)
     if opt.evaluate:
         last = run_folder(name, opt.trial) / 'last.ckpt'
         recorded = load_checkpoint(last)['opt']
@@ -83,9 +81,9 @@ def classification_loss(opt):
 def train(train_loader, network, criterion, optimizer, scaler, epoch, run, opt):
     """One epoch, or the rest of one that is resumed: -> averages for TensorBoard."""
     network.model.train()
-    for images, labels in run.steps(train_loader, epoch):           # images [bsz, 3, size, size]
+    for images, labels, rng in run.steps(train_loader, epoch):      # images [bsz, 3, size, size]
         if opt.mix:
-            images, labels = mix(images, as_distributions(labels, opt.num_classes), opt.mix, opt.mix_alpha, run.rng)
+            images, labels = mix(images, as_distributions(labels, opt.num_classes), opt.mix, opt.mix_alpha, rng)
         output = network(images)                                    # [bsz, num_classes]
         loss = global_mean(criterion(output.float(), labels))
         training.update(loss, optimizer, scaler)
@@ -119,7 +117,7 @@ def validate(loaders, model, opt):
     others = {name: training.forward_all(model, loaders[name], opt)[0] for name in ('id', 'ood') if name in loaders}
     if others:
         values.update(metrics.ood_metrics(logits, others.get('id', logits), others.get('ood')))
-    return values, {c: 100 * correct[labels == c].mean().item() for c in labels.unique().tolist()}, confusion
+    return values, metrics.accuracy_by_class(confusion), confusion
 
 
 def fit(run, train_loader, loaders, model, criterion, classes, opt):

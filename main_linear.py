@@ -18,44 +18,16 @@ import time
 from datasets.loader import FeatureLoader
 from main_ce import classification_loss, fit, set_loader
 from networks.resnet_big import LinearProbe
-from util import arguments, errors, options, training
+from util import arguments, errors, training
 from util.checkpoints import load_encoder
-from util.errors import UserError
 from util.log import log
-from util.runs import Run, run_folder
-from util.weights import hold_out_as, read_weights
+from util.runs import Run
 
 
 def parse_option(argv=None):
-    """The options, and the checkpoint: its network and dataset are the defaults, on the same dataset its size and
-    statistics too."""
-    opt = arguments.parse('main_linear', __doc__, argv)
-    names = options.DATA
-    if opt.evaluate and opt.output_name:
-        ckpt = run_folder(opt.output_name, opt.trial) / 'last.ckpt'
-        names = options.EVALUATION
-    elif (opt.ckpt is None) == (opt.pretrained is None):
-        raise UserError('expected the pretrained encoder, either --ckpt FILE or --pretrained NAME')
-    else:
-        ckpt = opt.ckpt or run_folder(opt.pretrained, opt.trial) / opt.pretrained_ckpt
-    checkpoint = read_weights(ckpt)
-    recorded = checkpoint['opt']
-    opt = arguments.parse_recorded('main_linear', __doc__, argv, ckpt, recorded, names, method=recorded.get('method'))
-    opt.ckpt = str(ckpt)
-    for name, default in (('model', 'resnet50'), ('stem', 'cifar'), ('width', 1.)):
-        value = recorded.get(name, default)
-        if getattr(opt, name) is None:
-            setattr(opt, name, value)
-        elif name in recorded and getattr(opt, name) != value:
-            raise UserError(f'--{name} {getattr(opt, name)}: {opt.ckpt} holds an encoder with --{name} {value}')
-    if recorded.get('dataset', opt.dataset) == opt.dataset:             # old files of --export record none
-        for name in ('size', 'mean', 'std'):
-            setattr(opt, name, getattr(opt, name) or recorded.get(name))
-    hold_out_as(recorded, opt, opt.ckpt)
-    parts = [f'{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}_bsz_{opt.batch_size}',
-             opt.cosine and 'cosine', opt.warm and 'warm']
-    in_parts = ['model', 'width', 'stem', 'size']       # in the name of the checkpoint's run, which comes last
-    opt.output_name = opt.output_name or arguments.run_name('main_linear', opt, parts, in_parts)
+    """The options, and the checkpoint of the encoder."""
+    opt, checkpoint = arguments.parse_with_encoder('main_linear', __doc__, argv)
+    opt.output_name = opt.output_name or arguments.run_name('main_linear', opt)
     return opt, checkpoint
 
 

@@ -27,27 +27,16 @@ from util.weights import read_start, start_from_weights
 
 def parse_option(argv=None):
     opt = arguments.parse('main_supcon', __doc__, argv)
-    if opt.method == 'GenSCL':
-        parts = [f'{opt.dataset}_bsz_{opt.batch_size}', opt.cutout and 'cutout',
-                 opt.mix and f'{opt.mix}_{opt.mix_alpha}', opt.KD and f'KD_{opt.KD_alpha}',
-                 f"{'LARS' if opt.LARS else opt.optim_kind}_lr_{opt.learning_rate}"]
-    else:
-        parts = [f'{opt.method}_{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}',
-                 f'bsz_{opt.batch_size}_temp_{opt.temp}_trial_{opt.trial}',
-                 opt.cosine and 'cosine', opt.warm and 'warm']
-    in_parts = ['mix' if opt.method == 'GenSCL' else 'model']
-    opt.output_name = opt.output_name or arguments.run_name('main_supcon', opt, parts, in_parts)
+    opt.output_name = opt.output_name or arguments.run_name('main_supcon', opt)
     return opt
 
 
 def set_loader(opt):
-    """Training batches of --n_views views and --local_crops small ones; training and validation images without
-    augmentation, for the kNN accuracy; the classes."""
+    """Training batches: --n_views views of each image and --local_crops small ones; batches of training and validation
+    images without augmentation, for the kNN accuracy; the names of the classes."""
     data = load_images(opt)
     opt.num_classes = len(data.train.classes)
     opt.class_sizes = data.train.class_sizes() if opt.method == 'BCL' else None
-    if opt.denominator_mode == 'only_negatives' and opt.positives == 'class' and opt.num_classes == 1:
-        raise errors.UserError('--denominator_mode only_negatives: images of one class have no negatives')
     train = data.train.join(data.ood) if opt.aug_mode == 'with_both' else data.train        # ood: hard negatives
     view = pretraining_view(opt)
     train_loader = make_loader(train, view, opt, opt.n_views)
@@ -75,14 +64,15 @@ def set_model(opt, weights=None, new=True):
 def train(train_loader, network, method, optimizer, scaler, epoch, run):
     """One epoch, or the rest of one that is resumed: -> averages for TensorBoard."""
     network.model.train()
-    for images, labels in run.steps(train_loader, epoch):       # [n_views * bsz, 3, size, size], [bsz]: see methods.py
-        features, loss, accuracy = method(network, images, labels, run.rng)
+    for images, labels, rng in run.steps(train_loader, epoch):      # [n_views * bsz, 3, size, size], [bsz]
+        features, loss, accuracy = method(network, images, labels, rng)                     # see methods.py
         training.update(loss, optimizer, scaler)
         run.record(loss=loss, contrastive_acc=accuracy, **feature_statistics(features),
                    gradient_norm=training.gradient_norm(network.model, scaler))
         del images                                                  # its memory is needed for the next batch
     averages = run.averages()
     log(f'epoch {epoch}, total time {run.seconds:.2f}')
+    run.warn_if_collapsed(epoch, averages)
     return averages
 
 
@@ -106,22 +96,15 @@ def main(argv=None):
     train_loader, memory_loader, val_loader, classes = set_loader(opt)
     model = set_model(opt, weights, new)
     teacher = load_teacher(teacher_checkpoint, opt, classes) if opt.KD else None
-    method = make_method(opt, len(classes), teacher)
+    method = make_method(opt, teacher)
     network = training.Network(model, opt)
     optimizer = training.set_optimizer(opt, model)
     scaler = training.set_scaler(opt)
     first_epoch = run.restore(model, optimizer, scaler)
-    warned = False
     score = 'kNN mAP' if opt.multi_label else 'kNN accuracy'
     with run.start(classes):
         for epoch in range(first_epoch, opt.epochs + 1):
             averages = train(train_loader, network, method, optimizer, scaler, epoch, run)
-            # A checkpoint of an earlier version, resumed at the end of an epoch, has no feature_spread.
-            if averages.get('feature_spread', 1.) < 1e-4 and not warned:
-                warned = True
-                log(f"Warning: in epoch {epoch} the loss was {averages['loss']:.3f}, its value when all features are "
-                    'the same: the network has collapsed and learns nothing. Start again with --warm or a lower '
-                    '--learning_rate.')
             if epoch == opt.epochs or opt.eval_freq and epoch % opt.eval_freq == 0:
                 averages['knn_acc'] = validate(memory_loader, val_loader, model, opt)
                 log(f" * contrastive accuracy {averages['contrastive_acc']:.2f}\t"

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from datasets.mixing import as_distributions, mix_views
 from losses import BalancedSupConLoss, GenSupConLoss, SupConLoss, contrastive_accuracy
 from util.distributed import all_to_all_rows, gather, global_mean, local_slice, slice_sizes, to_device
+from util.errors import UserError
 from util.training import in_micro_batches
 
 
@@ -28,7 +29,7 @@ class SupCon:
     """The positives of a view are the other views of its class (Khosla et al., 2020,
     https://arxiv.org/abs/2004.11362), with --positives image only those of its image."""
 
-    def __init__(self, opt, num_classes, teacher=None):
+    def __init__(self, opt, teacher=None):
         self.opt, self.n_views = opt, opt.n_views + opt.local_crops
         self.hard_negatives = opt.aug_mode == 'with_both'
         self.criterion = SupConLoss(opt.temp, opt.contrast_mode, opt.base_temperature, opt.summation_location,
@@ -37,7 +38,7 @@ class SupCon:
     def __call__(self, network, images, labels, rng):
         opt = self.opt
         features, logits = features_and_logits(network, images, self.n_views)
-        classes = None if opt.multi_label else labels       # SimCLR alone comes here with several labels
+        classes = None if opt.multi_label else labels       # several labels: with --positives image alone
         sizes = slice_sizes(len(labels))
         loss = self.criterion(features, classes, positives=opt.positives, sizes=sizes)
         if logits is not None:
@@ -115,7 +116,7 @@ class BCL:
     """
     weight = 0.6                                                                # as published
 
-    def __init__(self, opt, num_classes, teacher=None):
+    def __init__(self, opt, teacher=None):
         self.criterion = BalancedSupConLoss(opt.temp, opt.contrast_mode, opt.base_temperature)
         self.opt, self.n_views = opt, opt.n_views + opt.local_crops
         self.adjustment = log_frequencies(opt)
@@ -137,13 +138,13 @@ class GenSCL:
     The loss takes two groups of views: the first half of each image's views, and the second.
     """
 
-    def __init__(self, opt, num_classes, teacher=None):
+    def __init__(self, opt, teacher=None):
         self.criterion = GenSupConLoss(opt.temp, opt.contrast_mode, opt.base_temperature, unit_length=True)
-        self.opt, self.num_classes, self.teacher = opt, num_classes, teacher
+        self.opt, self.teacher = opt, teacher
 
     def __call__(self, network, images, labels, rng):
         opt, n_views, sizes = self.opt, self.opt.n_views, slice_sizes(len(labels))
-        labels = as_distributions(labels, self.num_classes)
+        labels = as_distributions(labels, opt.num_classes)
         if opt.mix:
             images, labels = mix_views(images, labels, n_views, opt.mix, opt.mix_alpha, rng)
         else:
@@ -166,13 +167,15 @@ class GenSCL:
 METHODS = {'SupCon': SupCon, 'SimCLR': SimCLR, 'SINCERE': SINCERE, 'DCL': DCL, 'BCL': BCL, 'GenSCL': GenSCL}
 
 
-def make_method(opt, num_classes, teacher=None):
+def make_method(opt, teacher=None):
     """The method of --method and --moco."""
+    if opt.denominator_mode == 'only_negatives' and opt.positives == 'class' and opt.num_classes == 1:
+        raise UserError('--denominator_mode only_negatives: images of one class have no negatives')
     if opt.moco:
-        return Momentum(opt, num_classes)
+        return Momentum(opt)
     if opt.multi_label and opt.method == 'SupCon' and opt.positives == 'class':
-        return MultiLabelSupCon(opt, num_classes)
-    return METHODS[opt.method](opt, num_classes, teacher)
+        return MultiLabelSupCon(opt)
+    return METHODS[opt.method](opt, teacher)
 
 
 def features_and_logits(network, images, n_views):

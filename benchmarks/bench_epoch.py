@@ -94,7 +94,7 @@ def measure_ours(image_set, opt, args):
     training.set_warmup(opt)
     opt.num_classes = len(image_set.classes)
     loader = make_loader(image_set, pretraining_view(opt), opt, 2)
-    model, method, run = main_supcon.set_model(opt), SupCon(opt, opt.num_classes), Run(opt)
+    model, method, run = main_supcon.set_model(opt), SupCon(opt), Run(opt)
     network, optimizer = training.Network(model, opt), training.set_optimizer(opt, model)
     scaler = training.set_scaler(opt)
     run.restore(model, optimizer, scaler)

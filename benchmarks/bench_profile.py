@@ -43,7 +43,7 @@ def main():
     training.set_warmup(opt)
     gpu = opt.device == 'cuda'
     loader = make_loader(image_set, pretraining_view(opt), opt, 2)
-    model, method = main_supcon.set_model(opt), SupCon(opt, opt.num_classes)
+    model, method = main_supcon.set_model(opt), SupCon(opt)
     network, optimizer = training.Network(model, opt), training.set_optimizer(opt, model)
     scaler = training.set_scaler(opt)
     with tempfile.TemporaryDirectory() as folder:

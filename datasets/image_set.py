@@ -218,8 +218,11 @@ class ImageSet:
 
     def sizes(self, limit=100_000):
         """Widths and heights of all files, or of `limit` spread over them; UserError for one that is no image."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(image_size, self.source[::math.ceil(len(self) / limit)]))
+        key = 'sizes', limit
+        if key not in self._decoded:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                self._decoded[key] = list(pool.map(image_size, self.source[::math.ceil(len(self) / limit)]))
+        return self._decoded[key]
 
     def decoded_bytes(self, short_side, cropped=False):
         """Bytes of memory that `decode` takes, and of those that it fills with pixels, estimated from a part of the

@@ -61,8 +61,8 @@ def _loader_that_fits(image_set, view):
 # machine, and save 4 seconds for a million views of 32 pixels on two CPU cores (benchmarks/bench_views.py).
 COMPILE_PAYS = 2**33
 
-# A batch's streams of random numbers, beside that of its views: what workers leave to do, classes of 'pk', small crops.
-REST, CLASSES, LOCAL_CROPS = 1, 2, 3
+# Streams of random numbers of a batch beside that of its crops: _Finish, the classes of --sampler pk, small crops.
+FINISH, CLASSES, LOCAL_CROPS = 1, 2, 3
 
 
 class Batches:
@@ -85,14 +85,14 @@ class Batches:
         self.images_per_class = opt.images_per_class
         if train and n < 2:
             raise UserError(f'found {n} training image, expected at least 2')
-        self.sizes = [bsz] * (n // bsz) + [n % bsz] * (n % bsz > 0)
+        self.batch_sizes = [bsz] * (n // bsz) + [n % bsz] * (n % bsz > 0)
         if self.sampler == 'pk':
-            self.sizes = [bsz] * max(1, n // bsz)
+            self.batch_sizes = [bsz] * max(1, n // bsz)
         elif train and n < bsz:
             log(f'--batch_size {bsz}: found {n} training images, each batch holds all of them')
         elif train and n % bsz and n % bsz < max(2, bsz / 8):
             both = bsz + n % bsz
-            self.sizes[-2:] = [both - both // 2, both // 2] if both > 3 else [both]
+            self.batch_sizes[-2:] = [both - both // 2, both // 2] if both > 3 else [both]
         if self.sampler in ('class_balanced', 'pk'):
             ordered, order = torch.where(labels < 0, -labels - 1, labels).sort(stable=True)
             self.classes = order.split(ordered.unique_consecutive(return_counts=True)[1].tolist())  # indices of each
@@ -103,9 +103,9 @@ class Batches:
 
     def __iter__(self):
         if self.sampler == 'pk':
-            batches = (self._pk_batch(step) for step in range(self.first_step, len(self.sizes)))
+            batches = (self._pk_batch(step) for step in range(self.first_step, len(self.batch_sizes)))
         else:
-            batches = self._order().split(self.sizes)[self.first_step:]
+            batches = self._order().split(self.batch_sizes)[self.first_step:]
         yield from enumerate(batches, self.first_step)
 
     def _order(self):
@@ -123,7 +123,7 @@ class Batches:
 
     def _pk_batch(self, step):
         generator, k = self.generator(step, CLASSES), self.images_per_class
-        chosen = torch.randperm(len(self.classes), generator=generator)[:self.sizes[step] // k]
+        chosen = torch.randperm(len(self.classes), generator=generator)[:self.batch_sizes[step] // k]
         batch = torch.cat([_sampled(self.classes[number], k, generator) for number in chosen.tolist()])
         return batch[torch.randperm(len(batch), generator=generator)]   # each device gets images of all classes
 
@@ -144,16 +144,16 @@ def _sampled(members, count, generator):
 
 
 class Loader:
-    """What all loaders have: `len`, the steps of an epoch; `sizes`, the images of each batch in all processes; `labels`
-    [n] of all images."""
+    """What all loaders have: `len`, the steps of an epoch; `batch_sizes`, the images of each batch in all processes;
+    `labels` [n] of all images."""
     operations = views.OPERATIONS                       # of views.apply
 
     def __init__(self, labels, opt, train, stream=()):
         self.batches, self.labels, self.stream = Batches(labels, opt, train), labels, stream
-        self.sizes = self.batches.sizes
+        self.batch_sizes = self.batches.batch_sizes
 
     def __len__(self):
-        return len(self.sizes)
+        return len(self.batch_sizes)
 
     def _set_operations(self, view, opt, n_views, train):
         """Set the operations of views.apply on opt.device: compiled where the run is long enough."""
@@ -162,7 +162,7 @@ class Loader:
 
     def _operations(self, step):
         """Those of a batch: for one of another size than the first they would be compiled again."""
-        return self.operations if self.sizes[step] == self.sizes[0] else views.OPERATIONS
+        return self.operations if self.batch_sizes[step] == self.batch_sizes[0] else views.OPERATIONS
 
     def set_epoch(self, epoch, first_step=0):
         """What is iterated over next: the batches of an epoch from a step on, counted from 0. Not during an iteration.
@@ -191,7 +191,7 @@ class BatchedLoader(Loader):
         batches = (self._batch(step, indices) for step, indices in self.batches)
         # To launch the kernels of a step often takes the host longer than the GPU takes for the step: a thread launches
         # those of the views. They are not compiled: compiling resets the random numbers of all threads when it ends.
-        return batches if self.device.type == 'cpu' else ahead(batches)
+        return batches if self.device.type == 'cpu' else prefetch(batches)
 
     def _batch(self, step, indices):
         repeated, mine = indices.repeat(self.n_views), local_slice(len(indices))
@@ -207,7 +207,7 @@ class BatchedLoader(Loader):
                 to_device(self.labels[indices], self.device))
 
 
-def ahead(iterator):
+def prefetch(iterator):
     """The items of an iterator; each is made in a thread while the one before is used."""
     stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None       # of this thread and its GPU
     with ThreadPoolExecutor(1, initializer=torch.cuda.set_stream, initargs=(stream,)) as thread:
@@ -222,7 +222,7 @@ class MultiCrop:
     """Two loaders of the same batches as one, of ((images of the first, of the second), labels)."""
 
     def __init__(self, loader, local):
-        self.loader, self.local, self.sizes = loader, local, loader.sizes
+        self.loader, self.local, self.batch_sizes = loader, local, loader.batch_sizes
 
     def __len__(self):
         return len(self.loader)
@@ -261,25 +261,26 @@ class WorkerLoader(Loader):
             image_set.sizes()                           # a file that is no image is found now, not in the first epoch
         super().__init__(image_set.labels, opt, train, stream)
         self.n_views, self.device = n_views, torch.device(opt.device)
-        self.rest = None                                # what is done here to the batches from the workers
+        self.finish = None                              # what the main process does to the workers' batches
         if per_sample:
-            augment, rest = _PerSample(view, n_views), None
+            augment, finish = _PerSample(view, n_views), None
         else:
             on_cpu = self.device.type == 'cpu'
             # Without a GPU AutoAugment and RandAugment are done by PIL, which is faster for large images.
             augment = _Crops(view if on_cpu else views.without_policy(view), n_views)
-            rest = _Rest(views.without_policy(views.rest(view)) if on_cpu else views.rest(view), n_views)
-            if not (on_cpu and rest.changes_colors()):  # there the workers do it
-                self.rest, rest = rest, None
+            finish = views.without_crop(view)
+            finish = _Finish(views.without_policy(finish) if on_cpu else finish, n_views)
+            if not (on_cpu and finish.changes_colors()):        # there the workers do it
+                self.finish, finish = finish, None
             if not on_cpu:
                 self._set_operations(view, opt, n_views, train)
         # Batches that wait may take a quarter of the memory: those of thousands of large images are gigabytes.
         images_here = math.ceil(min(opt.batch_size, len(image_set)) / world_size())
-        batch_bytes = images_here * n_views * 3 * view.size**2 * (1 if self.rest else 4)
+        batch_bytes = images_here * n_views * 3 * view.size**2 * (1 if self.finish else 4)
         waiting = max(1, int(available_memory() / local_processes() / 4 / batch_bytes))
         workers = min(opt.num_workers, waiting)
         self.busy = self.device.type == 'cpu' and workers > 0           # the cores, with the workers
-        self.loader = DataLoader(_Samples(image_set, augment, rest), batch_size=None, sampler=_Keys(self),
+        self.loader = DataLoader(_Samples(image_set, augment, finish), batch_size=None, sampler=_Keys(self),
                                  num_workers=workers, persistent_workers=train and workers > 0,
                                  prefetch_factor=max(1, min(4, waiting // workers)) if workers else None,
                                  pin_memory=self.device.type == 'cuda', worker_init_fn=_start_worker)
@@ -290,10 +291,10 @@ class WorkerLoader(Loader):
             if isinstance(batch, UserError):
                 raise UserError(str(batch))     # not itself: its traceback would hold this frame, and that the workers
             images, labels = (part.to(self.device, non_blocking=True) for part in batch or self.empty)
-            if self.rest and len(images):
+            if self.finish and len(images):
                 with _one_thread() if self.busy else contextlib.nullcontext():
-                    images = self.rest(images, self.sizes[step], local_slice(self.sizes[step]),
-                                       self.batches.generator(step, REST, *self.stream), self._operations(step))
+                    images = self.finish(images, self.batch_sizes[step], local_slice(self.batch_sizes[step]),
+                                         self.batches.generator(step, FINISH, *self.stream), self._operations(step))
             yield images, labels
 
     def _loaded(self):
@@ -358,7 +359,7 @@ def _one_thread():
 
 class _Keys:
     """Sampler of batches: the index of each image and the seed of its views, so that workers share no random state;
-    the images of the batch in all processes, the slice of this one, and the seed of what is left to do."""
+    the images of the batch in all processes, the slice of this one, and the seed of _Finish."""
 
     def __init__(self, loader):
         self.batches, self.stream = loader.batches, loader.stream
@@ -368,15 +369,15 @@ class _Keys:
             seeds = torch.randint(2**62, indices.shape, generator=self.batches.generator(step, *self.stream))
             mine = local_slice(len(indices))
             yield (list(zip(indices[mine].tolist(), seeds[mine].tolist())), len(indices), mine,
-                   self.batches.seed_of(step, REST, *self.stream))
+                   self.batches.seed_of(step, FINISH, *self.stream))
 
 
 class _Samples(Dataset):
     """Batches of images [n_views * bsz, 3, size, size], view after view, and labels by the keys of _Keys; None for one
     without samples; a UserError for a file that is no image."""
 
-    def __init__(self, image_set, augment, rest):
-        self.image_set, self.augment, self.rest = image_set, augment, rest
+    def __init__(self, image_set, augment, finish):
+        self.image_set, self.augment, self.finish = image_set, augment, finish
 
     def __getitem__(self, batch):
         keys, *whole, seed = batch
@@ -386,8 +387,8 @@ class _Samples(Dataset):
             images = torch.stack([self.augment(self.image_set, *key) for key in keys], 1).flatten(0, 1)
         except UserError as error:              # raised in a worker it would arrive wrapped in a traceback
             return error
-        if self.rest:
-            images = self.rest(images, *whole, torch.Generator().manual_seed(seed))
+        if self.finish:
+            images = self.finish(images, *whole, torch.Generator().manual_seed(seed))
         return images, self.image_set.labels[[index for index, _ in keys]]
 
 
@@ -414,8 +415,8 @@ class _PerSample:
             return torch.stack([self.transform(image) for _ in range(self.n_views)])
 
 
-class _Rest:
-    """What is left of a view after _Crops, for batches [n_views * bsz, 3, size, size] uint8."""
+class _Finish:
+    """The operations of a view that _Crops does not do, for batches [n_views * bsz, 3, size, size] uint8."""
 
     def __init__(self, view, n_views):
         self.view, self.n_views = view, n_views
@@ -432,7 +433,7 @@ class _Rest:
 
 class _Crops:
     """Cropped and flipped views [n_views, 3, size, size] uint8 of an image, after AutoAugment and RandAugment if the
-    view has them; `views.rest` is still to be done.
+    view has them; _Finish does the others.
 
     A JPEG is decoded at the smallest of its scales (1, 1/2, 1/4, 1/8) that gives each crop three times its final size.
     """

@@ -72,7 +72,7 @@ class View:
         return self.size // 10 // 2
 
     @property
-    def group(self):
+    def cpu_group(self):
         """Views that a CPU executes together, so few that they stay in its cache (measured at 32 pixels: 128 are 4
         times faster than 2,048); more with AutoAugment and RandAugment, which do each operation to a few of them."""
         return max(1, (2**19 if self.auto or self.rand else 2**17) // self.size**2)
@@ -120,8 +120,8 @@ def without_policy(view):
     return replace(view, auto=None, rand=None)
 
 
-def rest(view):
-    """What is left of a view for `sample_params` and `apply` after cropping and `after_crop(without_policy(view))`."""
+def without_crop(view):
+    """The view without cropping and `after_crop(without_policy(view))`."""
     return replace(view, crop=None, flip=0., resize=None, padding=0, rotation=0.)
 
 
@@ -213,9 +213,9 @@ def sample_params(view, heights, widths, generator, device='cpu'):
 
 
 def groups_of(n, view, device='cpu'):
-    """Slices of n views that are executed together and share one order of the color operations: of at most View.group
-    on a CPU, four elsewhere, where the number of operations decides."""
-    size = view.group if torch.device(device).type == 'cpu' else max(view.group, math.ceil(n / 4))
+    """Slices of n views that are executed together and share one order of the color operations: of at most
+    View.cpu_group views on a CPU; four slices elsewhere, where the number of operations decides."""
+    size = view.cpu_group if torch.device(device).type == 'cpu' else max(view.cpu_group, math.ceil(n / 4))
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-NOBODY = -2**40                             # label of an empty place in the queue, which no anchor sees
+EMPTY = -2**40                             # label of an empty place in the queue, which no anchor sees
 
 
 class MomentumContrast(nn.Module):
@@ -27,7 +27,7 @@ class MomentumContrast(nn.Module):
         self.network.fc = None
         self.momentum = momentum
         self.register_buffer('queue', torch.zeros(length, network.feat_dim))
-        self.register_buffer('queue_labels', torch.full((length,), NOBODY))
+        self.register_buffer('queue_labels', torch.full((length,), EMPTY))
         self.register_buffer('position', torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()

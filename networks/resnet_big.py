@@ -246,8 +246,10 @@ def make_head(dim, sizes, batch_norm):
         return nn.Linear(dim, sizes[0])                 # not in a Sequential: head.weight, as released checkpoints
     layers = []
     for size_in, size in zip([dim, *sizes], sizes[:-1]):
-        layers += [nn.Linear(size_in, size, bias=not batch_norm), *[nn.BatchNorm1d(size)] * batch_norm,
-                   nn.ReLU(inplace=True)]
+        layers.append(nn.Linear(size_in, size, bias=not batch_norm))
+        if batch_norm:
+            layers.append(nn.BatchNorm1d(size))
+        layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
 
 
@@ -282,7 +284,7 @@ class LinearProbe(nn.Module):
 
     Instead of images it also takes the encoder's features of them, [bsz, dim]. The encoder is frozen: it gets no
     gradient and stays in eval mode, so that its batch norms keep their statistics. With `finetune` it is trained too;
-    with `freeze_bn` all but its batch norms is.
+    with `freeze_bn` but for its batch norms.
     """
 
     def __init__(self, encoder, num_classes=10, finetune=False, freeze_bn=False):

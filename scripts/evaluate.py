@@ -161,7 +161,7 @@ def main():
         matrix = metrics.confusion_matrix(logits.argmax(1), labels, len(val.classes)).cpu()
         error, bins = metrics.calibration(logits, labels)
         recall, precision = metrics.retrieval(features, labels)
-        per_class = {c: 100 * float(row[c] / row.sum()) for c, row in enumerate(matrix) if row.sum()}
+        per_class = metrics.accuracy_by_class(matrix)
         print(f'top-1 {score(logits, labels):.2f}')
         print(f'kNN accuracy {metrics.knn_accuracy(*known):.2f}')
         print(f'ECE {error:.2f}\nR@1 {recall:.2f}\nmAP@R {precision:.2f}', flush=True)

@@ -17,7 +17,7 @@ from PIL import Image
 
 import main_ce
 import main_supcon
-from methods import METHODS, Momentum
+from methods import make_method
 from util import errors, training
 from util.log import log
 from util.runs import Run
@@ -88,7 +88,7 @@ def train_one_epoch(program, opt, loader, num_classes, teacher=None, model=None)
     opt.num_classes = num_classes
     if program is main_supcon:
         model = main_supcon.set_model(opt)
-        method, more = (Momentum if opt.moco else METHODS[opt.method])(opt, num_classes, teacher), ()
+        method, more = make_method(opt, teacher), ()
     else:
         new, method = main_ce.set_model(opt)
         model, more = model or new, (opt,)

@@ -167,16 +167,16 @@ class Rows:
     """Batches of images that remember whether the one before was still there when they were made."""
 
     def __init__(self, n):
-        self.sizes, self.before, self.alive = [8] * n, lambda: None, []
+        self.batch_sizes, self.before, self.alive = [8] * n, lambda: None, []
 
     def __len__(self):
-        return len(self.sizes)
+        return len(self.batch_sizes)
 
     def set_epoch(self, epoch, first_step):
         pass
 
     def __iter__(self):
-        for _ in self.sizes:
+        for _ in self.batch_sizes:
             yield self.batch()
 
     def batch(self):
@@ -231,12 +231,12 @@ def test_batches_of_a_gpu_are_made_in_a_thread(monkeypatch, on_device):
 
 
 def test_items_made_ahead_come_in_their_order_with_their_errors():
-    assert list(loader.ahead(iter(range(1, 5)))) == [1, 2, 3, 4]
+    assert list(loader.prefetch(iter(range(1, 5)))) == [1, 2, 3, 4]
 
     def fails():
         yield 1
         raise errors.UserError('no image')
-    items = loader.ahead(fails())
+    items = loader.prefetch(fails())
     assert next(items) == 1
     with pytest.raises(errors.UserError, match='no image'):
         next(items)
@@ -525,10 +525,10 @@ class Slices(Rows):
     """This process's slices of batches [64, 60, 60]: the last two are of 7 or 8 images."""
 
     def __init__(self, n_views):
-        self.sizes, self.n_views = [64, 60, 60], n_views
+        self.batch_sizes, self.n_views = [64, 60, 60], n_views
 
     def __iter__(self):
-        for size in self.sizes:
+        for size in self.batch_sizes:
             labels = torch.arange(size)[distributed.local_slice(size)] % 10
             yield torch.rand(self.n_views * len(labels), 3, 8, 8), labels
 

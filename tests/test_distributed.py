@@ -74,17 +74,17 @@ class Loader:
     small crops ((views, [small * bsz, 3, 6, 6]), labels)."""
 
     def __init__(self, sizes, views, labels, small=0):
-        self.sizes, self.views, self.labels, self.small = sizes, views, labels, small
+        self.batch_sizes, self.views, self.labels, self.small = sizes, views, labels, small
 
     def __len__(self):
-        return len(self.sizes)
+        return len(self.batch_sizes)
 
     def set_epoch(self, epoch, step):
         pass
 
     def __iter__(self):
         rng = torch.Generator().manual_seed(1)
-        for bsz in self.sizes:
+        for bsz in self.batch_sizes:
             images = torch.rand(self.views, bsz, 3, 8, 8, generator=rng)
             labels = torch.tensor(self.labels)[torch.arange(bsz) % len(self.labels)]
             images = images[:, distributed.local_slice(bsz)]
@@ -392,7 +392,7 @@ def test_processes_share_the_views_of_one(monkeypatch, kind):
         monkeypatch.setattr(loaders, 'all_max', lambda n: n)
         loader = loaders.make_loader(image_set, view, opt, 2, train)
         loader.set_epoch(2)
-        assert loader.sizes == [10, 10, 3]
+        assert loader.batch_sizes == [10, 10, 3]
         return [(images.unflatten(0, (2, len(labels))), labels) for images, labels in loader]
     for train in (True, False):
         whole = batches(1, 0, train)

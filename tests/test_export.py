@@ -20,7 +20,7 @@ from datasets.image_set import ImageSet
 from datasets.views import View
 from networks.resnet_big import SupConResNet
 from util import checkpoints
-from util.export import named_as_elsewhere, plain_parts
+from util.export import encoder_and_classifier, to_torchvision_names
 
 DATA = ['--dataset', 'digits', '--size', '8', '--max_samples', '96', '--num_workers', '0']
 
@@ -87,7 +87,7 @@ def test_exported_state_dict_matches_torchvision():
     from networks.resnet_big import SupCEResNet
     ours = SupCEResNet('resnet50', 10, stem='imagenet').eval()
     theirs = models.resnet50(num_classes=10).eval()
-    theirs.load_state_dict(named_as_elsewhere(*plain_parts(ours)))
+    theirs.load_state_dict(to_torchvision_names(*encoder_and_classifier(ours)))
     image = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(theirs(image), ours(image), rtol=1e-4, atol=1e-5)
 

@@ -449,10 +449,10 @@ def test_soft_labels_row_by_row(monkeypatch):
     monkeypatch.setattr('datasets.mixing.mix', mix)
     opt = main_supcon.parse_option(['--method', 'GenSCL', '--mix', 'mixup', '--mix-alpha', '0.3', '--KD', '--KD-alpha',
                                     '0.4', '--KD-temp', '2', '--teacher-path', 'x'])
-    opt.device, seen, learned = 'cpu', [], []
+    opt.device, opt.num_classes, seen, learned = 'cpu', 3, [], []
     values = torch.arange(6.)                                               # view after view
     network = lambda images, n_views: (seen.append(images), torch.rand(6, 4))[1]        # noqa: E731
-    method = methods.GenSCL(opt, 3, FakeTeacher())
+    method = methods.GenSCL(opt, FakeTeacher())
     def criterion(features, labels, teacher, alpha, sizes):
         learned.extend(torch.stack(target) for target in (labels, teacher) if target is not None)
         return torch.ones(()) * alpha
@@ -537,11 +537,11 @@ def test_corrupted_teachers(rejected, teacher, changes, words):
 @pytest.mark.parametrize('network, words', [
     (torch.nn.Linear(7, 10), 'x takes no images of 8 pixels'), (torch.nn.Flatten(), 'x does not give 10 finite')])
 def test_teachers_are_tried(network, words):
-    from util.teachers import _try
+    from util.teachers import _check_output
     opt = main_supcon.parse_option([])
     opt.size = 8
     with pytest.raises(UserError, match=words):
-        _try(network, opt, 10, 'x')
+        _check_output(network, opt, 10, 'x')
 
 
 def test_other_checkpoints_of_a_run(call):

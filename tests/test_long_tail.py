@@ -24,7 +24,7 @@ LABELS = torch.tensor([0] * 50 + [1] * 30 + [2] * 17 + [3] * 3)[torch.randperm(1
 def batches(labels=LABELS, epoch=1, first_step=0, **changes):
     made = Batches(labels, arguments.defaults(**{'batch_size': 12, **changes}), train=True)
     made.epoch, made.first_step = epoch, first_step
-    assert made.sizes[first_step:] == [len(indices) for _, indices in made]
+    assert made.batch_sizes[first_step:] == [len(indices) for _, indices in made]
     return [indices for _, indices in made]
 
 
@@ -269,7 +269,7 @@ def test_bcl_is_the_plain_loop_s():
     def network(images, n_views):
         return features, logits
     network.model = model
-    _, loss, _ = methods.BCL(opt, 4)(network, None, labels, None)
+    _, loss, _ = methods.BCL(opt)(network, None, labels, None)
     prototypes = F.normalize(model.head(model.fc.weight), dim=1)
     z, y = torch.cat([features, prototypes]), torch.cat([labels.repeat(3), torch.arange(4)])
     contrastive = classification = 0.

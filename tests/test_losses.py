@@ -291,7 +291,7 @@ KEYS = {
 def test_keys_are_the_contrasts(set_blocks, targets, n_views, block):
     set_blocks(block)
     keys = F.normalize(torch.randn(8, 5, dtype=torch.float64), dim=1)
-    for ablation in [('out', 'all', -1), *ABLATIONS]:
+    for ablation in [('out', 'all', -1), ('out', 'all', 1), *ABLATIONS]:        # a key is one view
         check(random_features(4, n_views), 'all', *ablation, keys=keys, **KEYS[targets]())
     keywords = KEYS[targets]()
     for criterion in (SupConLoss(0.5, hard_negatives=True),

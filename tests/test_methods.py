@@ -51,7 +51,7 @@ def plain_loss(features, labels, n_views, positives='class', temperature=0.1, de
 def test_loss_of_any_number_of_views_is_the_plain_loop_s(n_views, arguments, positives, denominator):
     opt = options(*arguments, '--temp', 0.1, '--base_temperature', 0.1, '--n_views', n_views)
     features, labels = views_of(n_views)
-    method = methods.METHODS[opt.method](opt, 2)
+    method = methods.METHODS[opt.method](opt)
     by_image, loss, accuracy = method(lambda images, n: features, features, labels, None)
     assert by_image.shape == (6, n_views, 5) and torch.equal(by_image[1, n_views - 1], features[6 * (n_views - 1) + 1])
     torch.testing.assert_close(loss, plain_loss(features, labels, n_views, positives, denominator=denominator))
@@ -63,11 +63,12 @@ def test_loss_of_any_number_of_views_is_the_plain_loop_s(n_views, arguments, pos
 def test_genscl_of_four_views_is_supcon_where_nothing_is_mixed():
     """Its loss takes two groups of views: the first two and the last two of each image."""
     opt = options('--method', 'GenSCL', '--n_views', 4, '--base_temperature', 0.1)
+    opt.num_classes = 2
     features, labels = views_of(4)
-    _, loss, _ = methods.GenSCL(opt, 2)(lambda images, n: features, features, labels, None)
+    _, loss, _ = methods.GenSCL(opt)(lambda images, n: features, features, labels, None)
     torch.testing.assert_close(loss, plain_loss(features, labels, 4))
     opt.contrast_mode = 'one'
-    _, loss, _ = methods.GenSCL(opt, 2)(lambda images, n: features, features, labels, None)
+    _, loss, _ = methods.GenSCL(opt)(lambda images, n: features, features, labels, None)
     soft = F.one_hot(labels).repeat(2, 1)
     torch.testing.assert_close(loss, GenSupConLoss(0.1, 'one', 0.1)((features[:12], features[12:]), (soft, soft)))
 
@@ -79,7 +80,7 @@ def test_anchors_of_momentum_contrast_are_all_views_but_the_last(method):
     model.moco, seen = MomentumContrast(model, 256, 0.9), []
     network = training.Network(model.eval(), opt)
     images, labels = torch.rand(12, 3, 8, 8), torch.arange(4) % 2
-    criterion = methods.Momentum(opt, 2)
+    criterion = methods.Momentum(opt)
     forward, criterion.criterion = criterion.criterion, lambda *args, **more: (seen.append((args, more)), forward(
         *args, **more))[1]
     features, loss, _ = criterion(network, images, labels, np.random.default_rng(0))
@@ -94,6 +95,7 @@ def test_anchors_of_momentum_contrast_are_all_views_but_the_last(method):
 @pytest.mark.parametrize('arguments', [
     ['--n_views', '3', '--accum_steps', '3', '--ce_weight', '1'], ['--n_views', '3', '--moco', '--moco_k', '64'],
     ['--n_views', '4', '--method', 'GenSCL', '--mix', 'mixup_cutmix'], ['--method', 'DCL', '--positives', 'image'],
+    ['--n_views', '3', '--moco', '--moco_k', '50', '--positives_cap', '2'],
     ['--n_views', '3', '--positives_cap', '3', '--loader', 'per_sample'], ['--n_views', '4', '--loader', 'workers']])
 def test_options_run(call, arguments):
     status, out, err = call(main_supcon.main, *TINY, '--epochs', 1, '--output_name', 'a', *arguments)
@@ -142,7 +144,7 @@ def test_small_crops_are_further_views_of_the_same_images(monkeypatch, tmp_path,
     train = main_supcon.set_loader(options(*data, '--local_crops', 3, '--local_size', 8))[0]
     for loaders in (whole, train):
         loaders.set_epoch(2)
-    assert len(train) == 3 and train.sizes == [10, 10, 2]               # a tenth is held out
+    assert len(train) == 3 and train.batch_sizes == [10, 10, 2]               # a tenth is held out
     for (usual, _), ((images, local), labels) in zip(whole, train):
         n = len(labels)
         assert torch.equal(images, usual) and local.shape == (3 * n, 3, 8, 8)
@@ -183,7 +185,7 @@ def test_loss_of_small_crops_is_that_of_all_views():
     opt = options('--local_crops', 2, '--temp', 0.1, '--base_temperature', 0.1)
     model = SupConResNet('resnet18', 'linear', 5, width=1 / 16).eval()
     images, local, labels = torch.rand(8, 3, 16, 16), torch.rand(8, 3, 8, 8), torch.tensor([0, 1, 0, 1])
-    features, loss, _ = methods.SupCon(opt, 2)(training.Network(model, opt), (images, local), labels, None)
+    features, loss, _ = methods.SupCon(opt)(training.Network(model, opt), (images, local), labels, None)
     expected = torch.cat([model(images), model(local)])
     assert features.shape == (4, 4, 5)
     torch.testing.assert_close(features[:, 3], expected[12:])

@@ -34,7 +34,7 @@ class Small(nn.Module):
 def in_parts(model, images, accum_steps):
     """Outputs for two views of each image as the training loop gets them with --accum_steps."""
     network = object.__new__(training.Network)
-    network.model, network.replica, network.opt = model, model, options('--accum_steps', accum_steps)
+    network.model, network.wrapped, network.opt = model, model, options('--accum_steps', accum_steps)
     return network(images, 2)
 
 

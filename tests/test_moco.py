@@ -11,7 +11,7 @@ import main_linear
 import main_supcon
 import methods
 from losses import SupConLoss
-from networks.moco import NOBODY, MomentumContrast
+from networks.moco import EMPTY, MomentumContrast
 from networks.resnet_big import SupConResNet
 from util import checkpoints
 
@@ -37,7 +37,7 @@ def test_momentum_copy_moves_towards_the_network():
 
 def test_queue_replaces_the_oldest_keys():
     moco = MomentumContrast(small_network(), 5, 0.9)
-    assert (moco.queue_labels == NOBODY).all()
+    assert (moco.queue_labels == EMPTY).all()
     for i in range(4):                                                      # eight keys in five places
         moco.enqueue(torch.full((2, 6), float(i)), torch.tensor([2 * i, 2 * i + 1]))
     assert moco.queue_labels.tolist() == [5, 6, 7, 3, 4] and moco.queue[:, 0].tolist() == [2, 3, 3, 1, 2]
@@ -104,7 +104,7 @@ def test_keys_are_those_of_the_second_views_of_their_images():
     expected = torch.stack([torch.arange(6.) * weight, torch.full((6,), weight)], 1)
     torch.testing.assert_close(keys, expected)
     assert torch.equal(keys, contrasts[:6])
-    assert contrast_labels[:6].tolist() == labels.tolist() and (contrast_labels[6:] == NOBODY).all()
+    assert contrast_labels[:6].tolist() == labels.tolist() and (contrast_labels[6:] == EMPTY).all()
     assert [len(piece) for piece in model.moco.network.seen] == [2, 2, 2]
     assert torch.cat(model.moco.network.seen).tolist() != list(range(6))            # shuffled (with this test's seed)
     assert sorted(torch.cat(model.moco.network.seen).tolist()) == list(range(6))

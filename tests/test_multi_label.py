@@ -112,8 +112,8 @@ def test_a_part_of_the_images_has_as_many_of_each_label(listed, tmp_path, monkey
 
 def method_of(name, *words):
     opt = arguments.parse('main_supcon', '', ['--method', name, '--temp', '0.2', '--no_warm', *words])
-    opt.multi_label = True
-    return make_method(opt, 4)
+    opt.multi_label, opt.num_classes = True, 4
+    return make_method(opt)
 
 
 def features_of(images, n_views):

@@ -220,10 +220,10 @@ def test_a_tiny_last_batch_shares_the_images_of_the_one_before(n, bsz, sizes):
     """In training; as many steps, none larger. A last batch that is not tiny stays, as does evaluation's."""
     opt = arguments.defaults(batch_size=bsz, seed=0)
     batches = Batches(torch.zeros(n, dtype=torch.long), opt, train=True)
-    assert [len(indices) for _, indices in batches] == batches.sizes == sizes
+    assert [len(indices) for _, indices in batches] == batches.batch_sizes == sizes
     assert sorted(i for _, indices in batches for i in indices.tolist()) == list(range(n))
     rest = [n % bsz] * (n % bsz > 0)
-    assert Batches(torch.zeros(n, dtype=torch.long), opt, train=False).sizes == [bsz] * (n // bsz) + rest
+    assert Batches(torch.zeros(n, dtype=torch.long), opt, train=False).batch_sizes == [bsz] * (n // bsz) + rest
 
 
 def test_crops_that_a_policy_does_not_make():
@@ -234,10 +234,10 @@ def test_crops_that_a_policy_does_not_make():
 
 def test_a_start_and_a_teacher_that_held_out_other_images():
     opt = arguments.defaults(split_seed=3)
-    weights.hold_out_as({'dataset': 'path', 'split_seed': 4}, opt, '--ckpt x')              # of another dataset
+    weights.hold_out_same_images({'dataset': 'path', 'split_seed': 4}, opt, '--ckpt x')     # of another dataset
     assert opt.split_seed == 3
     with pytest.raises(errors.UserError, match='held out other images'):
-        weights.hold_out_as({'dataset': opt.dataset, 'split_seed': 4}, opt, '--ckpt x')
+        weights.hold_out_same_images({'dataset': opt.dataset, 'split_seed': 4}, opt, '--ckpt x')
 
 
 @pytest.mark.parametrize('arguments, words', [
@@ -295,7 +295,7 @@ def test_training_waits_for_the_device_only_to_print(monkeypatch, program, argum
 
     class Loader:
         __len__ = (3).__int__
-        sizes = [8] * 3
+        batch_sizes = [8] * 3
 
         def set_epoch(self, epoch, step):
             pass

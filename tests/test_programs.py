@@ -397,6 +397,10 @@ def test_loss_that_is_not_finite(call, program, tmp_path):
                           '--output_name', 'a')
     assert status == 2 and 'the loss is nan' in err and '--learning_rate' in err and err.count('\n') == 1
     assert not (tmp_path / PRETRAINED).exists()                 # no checkpoint of such weights
+    assert call(program.main, *TINY, '--epochs', 2, '--learning_rate', 1e6, '--batch_size', 4, '--output_name', 'a',
+                '--overwrite', '--save_steps', 1, '--print_freq', 1000)[0] == 2
+    weights = checkpoints.load_checkpoint(tmp_path / PRETRAINED)['model'].values()
+    assert all(value.isfinite().all() for value in weights)     # of the last step whose loss was finite
 
 
 def test_collapse_is_reported_once_in_words(call, tmp_path):

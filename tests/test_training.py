@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from util import metrics, training
-from util.errors import UserError
 from util.metrics import AverageMeter, knn_accuracy
 from util.training import learning_rate
 
@@ -69,14 +68,6 @@ def test_meter_keeps_tensors_and_weighs_by_count():
     meter.update(torch.tensor(4.), 3)
     assert meter.val == 4 and meter.avg == 13 / 4
     assert AverageMeter().avg == 0
-
-
-def test_loss_that_is_not_finite_stops():
-    meter = AverageMeter()
-    meter.update(torch.tensor(math.nan), 3)
-    meter.update(torch.tensor(1.), 3)
-    with pytest.raises(UserError, match='epoch 4, step 7'):
-        metrics.check_finite(meter, 4, 7)
 
 
 def knn_loop(memory, memory_labels, features, labels, k, temperature):

@@ -22,9 +22,9 @@ from datasets import load_images
 from networks.resnet_big import RESNETS, LinearProbe, ResNet, SupCEResNet, SupConResNet, make_encoder
 from scripts import publish
 from util import arguments, training, weights
-from util.checkpoints import in_our_names, load_checkpoint, load_encoder
+from util.checkpoints import from_torchvision_names, load_checkpoint, load_encoder
 from util.errors import UserError
-from util.export import named_as_elsewhere
+from util.export import to_torchvision_names
 from util.runs import RESUME_MAY_CHANGE
 
 LAST = 'output/{}/trial=0/last.ckpt'
@@ -48,9 +48,9 @@ def test_names_are_torchvision_s_in_both_directions(name):
     with torch.device('meta'):
         ours, theirs = ResNet(name, 'imagenet'), torchvision.models.get_model(name)
     shapes = {key: value.shape for key, value in theirs.state_dict().items()}
-    written = named_as_elsewhere(ours, theirs.fc)
+    written = to_torchvision_names(ours, theirs.fc)
     assert {key: value.shape for key, value in written.items()} == shapes
-    read = in_our_names(theirs.state_dict(), name)
+    read = from_torchvision_names(theirs.state_dict(), name)
     assert {key: value.shape for key, value in read.items()} == {
         f'encoder.{key}': value.shape for key, value in ours.state_dict().items()}
     if name == 'resnet50':
@@ -336,4 +336,4 @@ def test_the_command_of_a_card_gives_the_options_of_its_run(program, words, meth
 def test_names_of_timm_that_look_like_wrappers():
     encoder = make_encoder('timm/legacy_seresnet18', stem='imagenet')
     model = timm.create_model('legacy_seresnet18', num_classes=3)
-    model.load_state_dict(named_as_elsewhere(encoder, nn.Linear(512, 3)))
+    model.load_state_dict(to_torchvision_names(encoder, nn.Linear(512, 3)))

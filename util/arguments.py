@@ -8,6 +8,8 @@ from networks.resnet_big import network_name
 from util import options
 from util.errors import UserError
 from util.options import DATA, EVALUATION, METHOD_DEFAULTS, NETWORK, as_text
+from util.runs import run_folder
+from util.weights import hold_out_same_images, read_weights
 
 # Options that distinguish runs although the published names of runs do not hold them.
 NAMED = ('model', 'width', 'stem', 'size', 'timm_pretrained', 'encoder_lr', 'head', 'positives', 'moco', 'ce_weight',
@@ -52,6 +54,38 @@ def parse_recorded(program, description, argv, file, recorded, names=DATA, metho
         parse(program, description, argv, method)               # whether the command line alone is wrong
         raise UserError(f'{file}: its recorded options cannot be used here ({error})') from error
     return opt
+
+
+def parse_with_encoder(program, description, argv=None):
+    """The options of a program that uses a pretrained encoder, and its checkpoint, of --ckpt or --pretrained: the
+    checkpoint's network and dataset are the defaults, on the same dataset its size and statistics too.
+
+    Raises UserError where there is no such checkpoint, or it holds another network than is asked for.
+    """
+    opt = parse(program, description, argv)
+    names = DATA
+    if opt.evaluate and opt.output_name:
+        ckpt = run_folder(opt.output_name, opt.trial) / 'last.ckpt'
+        names = EVALUATION
+    elif (opt.ckpt is None) == (opt.pretrained is None):
+        raise UserError('expected the pretrained encoder, either --ckpt FILE or --pretrained NAME')
+    else:
+        ckpt = opt.ckpt or run_folder(opt.pretrained, opt.trial) / opt.pretrained_ckpt
+    checkpoint = read_weights(ckpt)
+    recorded = checkpoint['opt']
+    opt = parse_recorded(program, description, argv, ckpt, recorded, names, method=recorded.get('method'))
+    opt.ckpt = str(ckpt)
+    for name, default in (('model', 'resnet50'), ('stem', 'cifar'), ('width', 1.)):
+        value = recorded.get(name, default)
+        if getattr(opt, name) is None:
+            setattr(opt, name, value)
+        elif name in recorded and getattr(opt, name) != value:
+            raise UserError(f'--{name} {getattr(opt, name)}: {opt.ckpt} holds an encoder with --{name} {value}')
+    if recorded.get('dataset', opt.dataset) == opt.dataset:             # old files of --export record none
+        for name in ('size', 'mean', 'std'):
+            setattr(opt, name, getattr(opt, name) or recorded.get(name))
+    hold_out_same_images(recorded, opt, opt.ckpt)
+    return opt, checkpoint
 
 
 def as_words(recorded, names):
@@ -105,17 +139,33 @@ def checkpoint_name(opt):
     return _in_file_names('_'.join(part for part in parts if part))
 
 
-def run_name(program, opt, parts, in_parts):
-    """A run's default name: the published `parts` that apply, and the options in NAMED that are not at their defaults,
-    but for those that are in these parts already (`in_parts`)."""
+def run_name(program, opt):
+    """A run's default name: the published one, and the options of NAMED that it lacks and that are not at their
+    defaults."""
+    published, included = _published_name(program, opt)
     standard = {**options.program_defaults(program), **METHOD_DEFAULTS[program].get(getattr(opt, 'method', None), {}),
                 **DATASETS[opt.dataset].defaults.get(program, {})}
     differing = {name: getattr(opt, name) for name in NAMED
-                 if name not in in_parts and getattr(opt, name, None) != standard.get(name)}
+                 if name not in included and getattr(opt, name, None) != standard.get(name)}
     further = [name if value is True else f'{name}_{as_text(value)}' for name, value in differing.items()]
     if opt.ckpt:
         further.append(f"{'of' if program == 'main_linear' else 'from'}_{checkpoint_name(opt)}")
-    return '_'.join([part for part in parts if part] + [_in_file_names(part) for part in further])
+    return '_'.join([part for part in published if part] + [_in_file_names(part) for part in further])
+
+
+def _published_name(program, opt):
+    """The parts of the name in the published code, some None or False, and the options of NAMED that are in it."""
+    schedule = [opt.cosine and 'cosine', opt.warm and 'warm']
+    settings = f'{opt.dataset}_{opt.model}_lr_{opt.learning_rate}_decay_{opt.weight_decay}'
+    if program == 'main_linear':                    # the network is in the name of the encoder's run, which comes last
+        return [f'{settings}_bsz_{opt.batch_size}', *schedule], ('model', 'width', 'stem', 'size')
+    if program == 'main_ce':
+        return [f'SupCE_{settings}_bsz_{opt.batch_size}_trial_{opt.trial}', *schedule], ('model',)
+    if opt.method == 'GenSCL':
+        return [f'{opt.dataset}_bsz_{opt.batch_size}', opt.cutout and 'cutout',
+                opt.mix and f'{opt.mix}_{opt.mix_alpha}', opt.KD and f'KD_{opt.KD_alpha}',
+                f"{'LARS' if opt.LARS else opt.optim_kind}_lr_{opt.learning_rate}"], ('mix',)
+    return [f'{opt.method}_{settings}_bsz_{opt.batch_size}_temp_{opt.temp}_trial_{opt.trial}', *schedule], ('model',)
 
 
 def _in_file_names(text):

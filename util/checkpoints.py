@@ -254,7 +254,7 @@ def load_encoder(checkpoint, opt, source):
     def build():
         return make_encoder(opt.model, size=opt.size, stem=opt.stem, width=opt.width)
     prefix = 'encoder.'
-    state = {name[len(prefix):]: value for name, value in in_our_names(checkpoint['model'], opt.model).items()
+    state = {name[len(prefix):]: value for name, value in from_torchvision_names(checkpoint['model'], opt.model).items()
              if name.startswith(prefix)}
     with torch.device('meta'):                          # without memory, of which a file could ask for any amount
         check_parameters(build(), state, source)
@@ -263,11 +263,11 @@ def load_encoder(checkpoint, opt, source):
     return encoder
 
 
-def in_our_names(state, model):
+def from_torchvision_names(state, model):
     """Parameters under the names of these programs, encoder.<name>; `model` names the network.
 
     Those of torchvision's and timm's ResNets (layer2.0.downsample.0.weight), and of other backbones of timm, are
-    renamed, and their classifier is left out. The inverse is export.named_as_elsewhere.
+    renamed, and their classifier is left out. The inverse is export.to_torchvision_names.
     """
     prefix = 'encoder.backbone.' if model.startswith('timm/') else 'encoder.'
     if any(name.startswith(prefix) for name in state):

@@ -67,14 +67,14 @@ class Exporter:
         log(f'{self.file}: {self.opt.model} with its classifier')
 
     def _contents(self):
-        encoder, fc = plain_parts(self.model)
+        encoder, fc = encoder_and_classifier(self.model)
         buffer = io.BytesIO()
         try:
             if self.file.suffix == '.pth':
-                torch.save({'state_dict': named_as_elsewhere(encoder, fc), **self.info}, buffer)
+                torch.save({'state_dict': to_torchvision_names(encoder, fc), **self.info}, buffer)
             elif self.file.suffix == '.safetensors':
                 metadata = {'info': json.dumps(self.info)}
-                buffer.write(safetensors.torch.save(named_as_elsewhere(encoder, fc), metadata))
+                buffer.write(safetensors.torch.save(to_torchvision_names(encoder, fc), metadata))
             else:
                 self._trace(nn.Sequential(encoder, fc), buffer)
         except Exception as error:                      # not every backbone can be traced; they raise anything
@@ -94,7 +94,7 @@ class Exporter:
         buffer.write(onnx.model_proto.SerializeToString())
 
 
-def plain_parts(model):
+def encoder_and_classifier(model):
     """Copies on the CPU of the encoder and of the last linear layer of a SupCEResNet or LinearProbe."""
     encoder = getattr(model.encoder, 'module', model.encoder)           # of DataParallel, or compiled
     fc = model.classifier.fc if isinstance(getattr(model, 'classifier', None), LinearClassifier) else model.fc
@@ -104,7 +104,7 @@ def plain_parts(model):
     return encoder, fc
 
 
-def named_as_elsewhere(encoder, fc):
+def to_torchvision_names(encoder, fc):
     """The parameters under the names of torchvision's ResNets, or of timm's model."""
     state = encoder.state_dict()
     if isinstance(encoder, ResNet):

@@ -14,7 +14,7 @@ except ImportError:                                     # Windows
     fcntl = None
 
 
-def open_own(name, flags):
+def open_no_follow(name, flags):
     """An opener for `open`: OSError for a link, and for a pipe, of which opening may wait for ever."""
     return os.open(name, flags | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0), 0o666)
 
@@ -30,7 +30,7 @@ class FolderLock:
         """UserError where another process holds the folder."""
         if rank() or fcntl is None:
             return
-        self.file = open(self.folder / '.lock', 'a', opener=open_own)   # noqa: SIM115, closed by release
+        self.file = open(self.folder / '.lock', 'a', opener=open_no_follow)   # noqa: SIM115, closed by release
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

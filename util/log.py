@@ -5,7 +5,7 @@ from tqdm import tqdm
 
 from util.distributed import rank
 from util.errors import printable, silence
-from util.files import open_own, writing
+from util.files import open_no_follow, writing
 
 
 class Log:
@@ -29,7 +29,8 @@ class Log:
 
     def open(self, file):
         self.file = file
-        with writing(file), open(file, 'a', encoding='utf-8', errors='backslashreplace', opener=open_own) as stream:
+        with writing(file), open(file, 'a', encoding='utf-8', errors='backslashreplace',
+                                 opener=open_no_follow) as stream:
             stream.writelines(line + '\n' for line in self.waiting)
         self.waiting.clear()
 

@@ -1,12 +1,10 @@
 """Meters and accuracies."""
-import math
 from statistics import mean
 
 import torch
 from torch.nn import functional as F
 
 from util.distributed import all_reduce_sum, global_mean, local_slice
-from util.errors import UserError
 
 
 class AverageMeter:
@@ -32,13 +30,6 @@ class AverageMeter:
     def state(self):
         """The arguments with which the constructor resumes from here."""
         return float(self._sum), self.count
-
-
-def check_finite(losses, epoch, step):
-    """Stop with a clear error when a loss was not finite; losses is the epoch's AverageMeter."""
-    if not math.isfinite(losses.avg):
-        raise UserError(f'the loss is {losses.avg} on average up to epoch {epoch}, step {step}, expected a finite '
-                        'number: try a lower --learning_rate or --warm')
 
 
 def accuracy(output, target):
@@ -70,8 +61,8 @@ def feature_statistics(features, limit=1024):
     feature_spread: mean squared distance from their mean; 0 where all are the same, 1 where they point in all
     directions. Of the first images, with `limit` views in all (Wang and Isola, 2020, https://arxiv.org/abs/2005.10242):
     alignment, the mean squared distance of the first two views of an image; uniformity, log of the mean of
-    exp(-2 squared distance) over all pairs of views, lower for features that are spread out. With several processes of
-    this one's.
+    exp(-2 squared distance) over all pairs of views, lower for features that are spread out. Of several processes, each
+    computes those of its slice of the batch.
     """
     features = features.detach().float()
     spread = (features.flatten(0, 1) - features.flatten(0, 1).mean(0)).square().sum(1).mean()
@@ -87,13 +78,19 @@ def confusion_matrix(predicted, labels, num_classes):
     return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes)
 
 
+def accuracy_by_class(confusion):
+    """Accuracy (%) over the images of each class, of a confusion_matrix: {class: accuracy} of those with images."""
+    sizes, correct = confusion.sum(1).tolist(), confusion.diag().tolist()
+    return {c: 100 * correct[c] / size for c, size in enumerate(sizes) if size}
+
+
 def calibration(logits, labels, bins=15):
     """The expected calibration error (%) of logits [n, C], and confidence (0..1), accuracy (0..1) and number of images
     of each of `bins` equal intervals of confidence, [bins, 3] (Guo et al., 2017, https://arxiv.org/abs/1706.04599)."""
     confidence, predicted = logits.double().softmax(1).max(1)
-    number = (confidence * bins).ceil().long().clamp(1, bins) - 1               # intervals (a, b]
-    counts = torch.bincount(number, minlength=bins)
-    sums = [torch.bincount(number, values, bins) for values in (confidence, (predicted == labels).double())]
+    index = (confidence * bins).ceil().long().clamp(1, bins) - 1                # intervals (a, b]
+    counts = torch.bincount(index, minlength=bins)
+    sums = [torch.bincount(index, values, bins) for values in (confidence, (predicted == labels).double())]
     means = torch.stack([*(total / counts.clamp(min=1) for total in sums), counts.double()], 1)
     return 100 * float(((means[:, 0] - means[:, 1]).abs() * counts).sum() / len(labels)), means
 

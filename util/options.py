@@ -108,6 +108,7 @@ class Switch(argparse.Action):
 # The table: group -> rows of (flags, settings of add_argument, programs that have the option).
 SUPCON, CE, LINEAR = (PROGRAMS[:1], PROGRAMS[1:2], PROGRAMS[2:])
 FLAG = {'action': 'store_true', 'default': False}
+SWITCH = {'action': Switch, 'default': False}
 OPTIONS = {
     'data': [
         ('--dataset', dict(default='cifar10', metavar='NAME',
@@ -234,8 +235,7 @@ OPTIONS = {
                                  'images that count, a multiple of the views of one; -1: all'), SUPCON),
         ('--moco', dict(FLAG, help='momentum contrast: contrasts are keys of a momentum copy, and a queue of earlier '
                         'ones'), SUPCON),
-        ('--moco_k', dict(type=number(int, 1, 2**24), default=65536, metavar='N', help='keys in the queue, a multiple '
-                          'of the batch size'), SUPCON),
+        ('--moco_k', dict(type=number(int, 1, 2**24), default=65536, metavar='N', help='keys in the queue'), SUPCON),
         ('--moco_m', dict(type=number(float, 0, 1), default=0.999, metavar='M', help='momentum of the copy'), SUPCON),
         ('--moco_t', dict(type=number(float, 1e-4, 1e4), metavar='T', help='temperature with --moco; default: --temp'),
          SUPCON),
@@ -279,7 +279,7 @@ OPTIONS = {
                                    help='after these epochs the rate decays (without --cosine)')),
         ('--lr_decay_rate', dict(type=number(float, 0, 1), default=0.1, metavar='RATE',
                                  help='factor of each decay')),
-        ('--cosine --lr_cosine', dict(action=Switch, help='cosine schedule, from LR to LR * lr_decay_rate**3')),
+        ('--cosine --lr_cosine', dict(SWITCH, help='cosine schedule, from LR to LR * lr_decay_rate**3')),
         ('--warm --lr_warmup', dict(action=Switch, help='let the rate rise in the first epochs; default in pretraining '
                                     'and cross-entropy: with batches above 256')),
         ('--warm_epochs', dict(type=COUNT, default=10, metavar='N', help='epochs of --warm, at most half of the run')),
@@ -290,8 +290,8 @@ OPTIONS = {
                                     help='epochs, may be a part of one')),
         ('--optim_kind', dict(choices=('SGD', 'RMSProp', 'RMSPropTF', 'Adam', 'AdamW'), default='SGD',
                               help='optimizer; RMSPropTF: with epsilon inside the root')),
-        ('--LARS', dict(action=Switch, help='adapt the rate of each layer of SGD to its weights')),
-        ('--nesterov', dict(action=Switch, help='Nesterov momentum of SGD')),
+        ('--LARS', dict(SWITCH, help='adapt the rate of each layer of SGD to its weights')),
+        ('--nesterov', dict(SWITCH, help='Nesterov momentum of SGD')),
         ('--optim_eps', dict(type=POSITIVE, metavar='EPS', help='epsilon of RMSProp and Adam; default: theirs')),
         ('--no_bias_decay', dict(FLAG, help='no weight decay of biases and norms; always so with --LARS')),
         ('--weight_decay', dict(type=number(float, 0, 1e3), default=1e-4, metavar='WD',
@@ -301,7 +301,7 @@ OPTIONS = {
                                    'that is spread over all classes'), CE + LINEAR),
         ('--logit_adjustment', dict(type=POSITIVE_OR_ZERO, default=0., metavar='TAU', help='in training, TAU * '
                                     'log(frequency of the class) is added to the logits'), CE + LINEAR),
-        ('--amp', dict(action=Switch, help='mixed precision: bfloat16, or float16 on GPUs without it; float32 '
+        ('--amp', dict(SWITCH, help='mixed precision: bfloat16, or float16 on GPUs without it; float32 '
                                  'on CPUs without it')),
         ('--compile', dict(FLAG, help='torch.compile the encoder')),
     ],
@@ -394,9 +394,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def answer_early(program, description):
-    """What comes before the imports that take seconds: until `run` handles it Ctrl-C ends the program without a
-    traceback; --help is printed; a cache folder that PyTorch cannot make, which importing torchvision needs, is an
-    error; garbage, of which imports make none, is not looked for until `run`.
+    """Before the imports, which take seconds: print --help; let Ctrl-C end the program without a traceback, until
+    `errors.run` handles it; report a cache folder that PyTorch cannot make, which importing torchvision needs; switch
+    garbage collection off until `errors.run`, since imports make no garbage.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -534,8 +534,6 @@ def _complete(opt, program, given, info):
     if opt.sampler == 'pk' and (not opt.images_per_class or opt.batch_size % opt.images_per_class):
         found = f'{opt.images_per_class} does not divide' if opt.images_per_class else 'is missing, expected to divide'
         raise UserError(f'--sampler pk: --images_per_class {found} --batch_size {opt.batch_size}')
-    for name in ('cosine', 'LARS', 'nesterov', 'amp'):
-        setattr(opt, name, bool(getattr(opt, name)))
     if opt.warm is None:                                # large batches need it
         opt.warm = opt.batch_size > 256 and program != 'main_linear'
     for one, other in (('resume', 'overwrite'), ('exp_decay', 'cosine'), ('base_lr', 'learning_rate'),
@@ -551,7 +549,7 @@ def _complete(opt, program, given, info):
     if getattr(opt, 'timm_pretrained', False) and (not opt.model.startswith('timm/') or opt.stem != 'imagenet'):
         expected = '--stem imagenet, as the weights are' if opt.model.startswith('timm/') else '--model timm/<name>'
         raise UserError(f'--timm_pretrained: found --model {opt.model} --stem {opt.stem}, expected {expected}')
-    if opt.encoder_lr and not getattr(opt, 'finetune', True):
+    if opt.encoder_lr and program == 'main_linear' and not opt.finetune:
         raise UserError('--encoder_lr has no effect: linear evaluation trains no encoder, unless with --finetune')
     if opt.exp_decay:                                   # a method may have --cosine as its default
         opt.cosine = False
@@ -561,7 +559,7 @@ def _complete(opt, program, given, info):
         opt.learning_rate = opt.base_lr * opt.batch_size / 256
     if opt.wandb and not importlib.util.find_spec('wandb'):
         raise UserError('--wandb: the package wandb is missing, expected it installed: pip install wandb')
-    if 'KD' in opt:
+    if program == 'main_supcon':
         _check_generalized(opt)
         _check_loss(opt)
     _check_augmentations(opt)
@@ -592,7 +590,7 @@ def _check_generalized(opt):
 
 def _check_loss(opt):
     n_views = opt.n_views + opt.local_crops
-    if opt.positives_cap > 0 and opt.positives_cap % n_views:
+    if not opt.moco and opt.positives_cap > 0 and opt.positives_cap % n_views:      # a key is one view
         raise UserError(f'--positives_cap {opt.positives_cap}: expected a multiple of {n_views}, the views of an image')
     for name, found in (('method GenSCL', opt.method == 'GenSCL'), ('moco', opt.moco),
                         ('accum_steps', opt.accum_steps > 1), ('model timm/...', opt.model.startswith('timm/'))):
@@ -617,13 +615,11 @@ def _check_loss(opt):
     if opt.method == 'BCL' and opt.head_bn:
         raise UserError('--head_bn: the prototypes of --method BCL go through the head without a batch, expected no '
                         '--head_bn')
-    if opt.head_bn and (isinstance(opt.head, str) and opt.head == 'linear' or len(opt.head) < 2):
+    if opt.head_bn and (opt.head == 'linear' or isinstance(opt.head, list) and len(opt.head) < 2):
         raise UserError('--head_bn has no effect: the head has no hidden layer')
     if opt.moco:
         if opt.contrast_mode == 'one':
             raise UserError('--contrast_mode one has no effect: with --moco all views but the last are anchors anyway')
-        if opt.moco_k % opt.batch_size:
-            raise UserError(f'--moco_k {opt.moco_k}: expected a multiple of --batch_size {opt.batch_size}')
         opt.temp = opt.moco_t or opt.temp
 
 

@@ -19,7 +19,7 @@ from util.distributed import all_max, all_sizes, rank, training_on
 from util.errors import UserError
 from util.files import FolderLock, check_locks, replace_file, writing
 from util.log import log, progress
-from util.metrics import AverageMeter, check_finite
+from util.metrics import AverageMeter
 from util.options import EVALUATION, PROGRAMS, program_defaults
 from util.signals import StopSignals
 from util.training import learning_rate, seed_step, set_learning_rate
@@ -61,7 +61,7 @@ class Run:
         first_epoch = run.restore(model, optimizer, scaler)
         with run.start(classes):
             for epoch in range(first_epoch, opt.epochs + 1):
-                for images, labels in run.steps(loader, epoch):
+                for images, labels, rng in run.steps(loader, epoch):
                     ...
                     run.record(loss=loss)
                 run.finish_epoch(epoch, run.averages())
@@ -80,7 +80,7 @@ class Run:
         self.lock, self.signals, self.writer = FolderLock(self.folder), StopSignals(), checkpoints.Writer()
         self.curves = self.checkpoint = None            # made by `start`; the one to resume or evaluate
         self.step, self.saved_meters = 0, {}            # where in its epoch a run resumes, and the averages until there
-        self.best_acc = 0.
+        self.best_acc, self.collapsed = 0., False
         self.last_write = -math.inf                     # seconds
         self.stamp = self._stamp_of_last()
         try:
@@ -280,11 +280,12 @@ class Run:
             self.lock.release()
 
     def steps(self, loader, epoch):
-        """The batches of an epoch, or the rest of one that is resumed, with all that surrounds a training step.
+        """The batches of an epoch, or the rest of one that is resumed, with all that surrounds a training step: yields
+        (images, labels, rng), rng a NumPy generator in the same state in all processes.
 
-        Before each: its learning rate and random numbers; `rng`, a NumPy generator, is the same in all processes. After
-        each: every --print_freq steps a line with what `record` got; last.ckpt every --save_steps; the end after a
-        signal. Raises UserError where the first value recorded is not finite.
+        Before each step: its learning rate and random numbers. After each: every --print_freq steps a line with what
+        `record` got; last.ckpt every --save_steps; the end after a signal. Raises UserError where the first value
+        recorded is not finite.
         """
         opt, steps = self.opt, len(loader)
         loader.set_epoch(epoch, self.step)
@@ -292,7 +293,7 @@ class Run:
             self._log_views(loader)
         self.meters = {name: AverageMeter(*saved) for name, saved in self.saved_meters.items()}
         self.saved_meters = {}
-        self.images = sum(loader.sizes[self.step:])
+        self.images = sum(loader.batch_sizes[self.step:])
         batch_time, data_time = AverageMeter(), AverageMeter()
         self.waited, self.started, end = 0., time.time(), time.time()
         batches = iter(loader)
@@ -301,9 +302,9 @@ class Run:
             data_time.update(time.time() - end)
             self.waited += data_time.val
             set_learning_rate(self.optimizer, learning_rate(opt, epoch, step, steps))
-            self.rng, self.size = seed_step(opt, epoch, step), loader.sizes[step]
-            with training_on(self.size):                # not in what the loader computes in between
-                yield batch
+            self.batch_size = loader.batch_sizes[step]
+            with training_on(self.batch_size):          # not in what the loader computes in between
+                yield *batch, seed_step(opt, epoch, step)
             del batch                                   # its memory is needed for the next one
             batch_time.update(time.time() - end)
             end = time.time()
@@ -317,7 +318,7 @@ class Run:
         for name, value in values.items():
             if value is None:
                 continue
-            self.meters.setdefault(name, AverageMeter()).update(value, self.size)
+            self.meters.setdefault(name, AverageMeter()).update(value, self.batch_size)
 
     def averages(self):
         """The averages of an epoch, {name: number}, with images_per_second and loader_fraction, the fraction of time in
@@ -327,25 +328,43 @@ class Run:
         return {**averages, 'images_per_second': self.images / max(self.seconds, 1e-9),
                 'loader_fraction': self.waited / max(self.seconds, 1e-9)}
 
+    def warn_if_collapsed(self, epoch, averages):
+        """Log a warning, once, where the averages of an epoch say that all features are the same."""
+        # A checkpoint of an earlier version, resumed at the end of an epoch, has no feature_spread.
+        if averages.get('feature_spread', 1.) < 1e-4 and not self.collapsed:
+            self.collapsed = True
+            log(f"Warning: in epoch {epoch} the loss was {averages['loss']:.3f}, its value when all features are the "
+                'same: the network has collapsed and learns nothing. Start again with --warm or a lower '
+                '--learning_rate.')
+
     def _print_step(self, epoch, step, steps, batch_time, data_time):
-        losses, *others = self.meters.values()
-        check_finite(losses, epoch, step)
+        self._check_finite(epoch, step)
+        losses = next(iter(self.meters.values()))
         line = (f'Train: [{epoch}][{step}/{steps}]\tBT {batch_time.val:.3f} ({batch_time.avg:.3f})\t'
                 f'DT {data_time.val:.3f} ({data_time.avg:.3f})\tloss {losses.val:.3f} ({losses.avg:.3f})')
         if 'train_acc' in self.meters:
             line += f"\tAcc@1 {self.meters['train_acc'].val:.3f} ({self.meters['train_acc'].avg:.3f})"
         log(line)
 
+    def _check_finite(self, epoch, step):
+        """UserError where the loss, the first value recorded, was not finite in this epoch."""
+        average = next(iter(self.meters.values())).avg
+        if not math.isfinite(average):
+            raise UserError(f'the loss is {average} on average up to epoch {epoch}, step {step}, expected a finite '
+                            'number: try a lower --learning_rate or --warm')
+
     def _after_step(self, epoch, step):
         """Save every --save_steps, and end the run after a signal."""
         stop = all_max(self.signals.number)
         if stop or self.opt.save_steps and step % self.opt.save_steps == 0:
+            self._check_finite(epoch, step)
             self._write(['last.ckpt'], epoch - 1, step, self.meters)
         self._stop(stop, epoch, f'step {step} of ')
 
     def finish_epoch(self, epoch, values):
         """Send a dict of numbers to TensorBoard; write last.ckpt, and ckpt_epoch_<N>.ckpt every --save_freq epochs."""
-        self.log_values({'learning_rate': self.optimizer.param_groups[0]['lr'], **values}, epoch)
+        if self.curves:
+            self.curves.log_values({'learning_rate': self.optimizer.param_groups[0]['lr'], **values}, epoch)
         # The kept one first: a run that is killed between the two writes it again when it resumes.
         kept = [f'ckpt_epoch_{epoch}.ckpt'] if epoch % self.opt.save_freq == 0 else []
         self.step, stop = 0, all_max(self.signals.number)
@@ -385,11 +404,6 @@ class Run:
             with writing(self.folder):
                 for file in checkpoints.kept_checkpoints(self.folder, up_to=epoch)[self.opt.keep_ckpts:]:
                     file.unlink()
-
-    def log_values(self, values, step):
-        """Send a dict of numbers to TensorBoard, and to W&B; None is left out."""
-        if self.curves:
-            self.curves.log_values({tag: value for tag, value in values.items() if value is not None}, step)
 
     def log_image(self, tag, array):
         """Send a uint8 image [h, w, 3] of the end of the run, and write it to <tag>.png."""

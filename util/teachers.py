@@ -10,8 +10,8 @@ from networks.resnet_big import LinearProbe, SupCEResNet, make_encoder
 from util.checkpoints import check_parameters, check_recorded, load_parameters, read_checkpoint
 from util.errors import UserError
 from util.log import log
-from util.training import compiled, precision, spread
-from util.weights import hold_out_as
+from util.training import compiled, data_parallel, precision
+from util.weights import hold_out_same_images
 
 
 class Teacher(nn.Module):
@@ -45,7 +45,7 @@ class Teacher(nn.Module):
 def read_teacher(opt):
     """The checkpoint in --teacher_path, checked as far as it can be alone; None without --KD.
 
-    The student holds out the same images (`hold_out_as`). Raises UserError.
+    The student holds out the same images (`hold_out_same_images`). Raises UserError.
     """
     if not opt.KD:
         return None
@@ -59,7 +59,7 @@ def read_teacher(opt):
     if 'model' not in checkpoint:                       # another program's, of which only the classes matter
         checkpoint = {'classes': checkpoint.get('classes')}
     recorded = check_recorded(checkpoint, file)
-    hold_out_as(recorded, opt, f'--teacher_path {folder}')
+    hold_out_same_images(recorded, opt, f'--teacher_path {folder}')
     return {'file': file, 'opt': recorded, 'model': state, 'classes': checkpoint.get('classes')}
 
 
@@ -76,7 +76,7 @@ def load_teacher(checkpoint, opt, classes):
     log(f"{checkpoint['file']}: {teacher.kind} as teacher")
     # It learns nothing, so reduced precision costs only the rounding of its logits; a GPU is much faster with it.
     teacher.precision = precision(opt, opt.amp or opt.device == 'cuda' and torch.cuda.is_bf16_supported(False))
-    return spread(compiled(teacher, opt), opt)
+    return data_parallel(compiled(teacher, opt), opt)
 
 
 def load_classifier(checkpoint, opt, classes):
@@ -108,7 +108,7 @@ def load_classifier(checkpoint, opt, classes):
     _, classifier, _ = build()
     load_parameters(classifier, state, file)
     teacher = Teacher(classifier, recorded.get('mean') or opt.mean, recorded.get('std') or opt.std, opt.mean, opt.std)
-    _try(teacher, opt, len(classes), f'{file}: the teacher {kind}')
+    _check_output(teacher, opt, len(classes), f'{file}: the teacher {kind}')
     teacher.kind, teacher.num_classes = kind, len(classes)
     return teacher.to(opt.device, memory_format=torch.channels_last)
 
@@ -131,7 +131,7 @@ def _timm(num_classes, opt):
 
 
 @torch.no_grad()
-def _try(teacher, opt, num_classes, name):
+def _check_output(teacher, opt, num_classes, name):
     try:
         logits = teacher(torch.zeros(1, 3, opt.size, opt.size))
     except Exception as error:                                  # models raise anything for a wrong size

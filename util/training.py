@@ -102,12 +102,12 @@ class Network:
             synchronized(model)
         for network in [model] + ([model.moco.network] if getattr(model, 'moco', None) else []):
             network.encoder.precision, network.encoder.memory_format = precision(opt), torch.channels_last
-            network.encoder = spread(compiled(network.encoder, opt), opt)
-        self.model, self.opt, self.replica = model, opt, model
+            network.encoder = data_parallel(compiled(network.encoder, opt), opt)
+        self.model, self.opt, self.wrapped = model, opt, model
         if world_size() > 1:
             # Statistics of batch norms are averaged when they are used; backbones of timm may have parameters that give
             # no features.
-            self.replica = DistributedDataParallel(model, find_unused_parameters=opt.model.startswith('timm/'),
+            self.wrapped = DistributedDataParallel(model, find_unused_parameters=opt.model.startswith('timm/'),
                                                    gradient_as_bucket_view=True, **{BUFFERS: False})
 
     def __call__(self, images, n_views=1):
@@ -119,7 +119,7 @@ class Network:
         micro_batches = split_into_micro_batches(images, self.opt, n_views)
         if len(micro_batches) == 1:
             with autocast(self.opt):
-                return self.replica(images)
+                return self.wrapped(images)
         start = torch.empty(0, requires_grad=True)              # without which there would be no backward pass
         outputs = _GradientCaching.apply(start, self, micro_batches)
         return outputs if len(outputs) > 1 else outputs[0]
@@ -142,7 +142,7 @@ class _GradientCaching(torch.autograd.Function):
     def outputs(network, micro_batch, seed):
         torch.manual_seed(seed)
         with autocast(network.opt):
-            output = network.replica(micro_batch.flatten(0, 1))
+            output = network.wrapped(micro_batch.flatten(0, 1))
         return output if isinstance(output, tuple) else (output,)
 
     @staticmethod
@@ -153,8 +153,8 @@ class _GradientCaching(torch.autograd.Function):
         gradients = [gradient.unflatten(0, (len(micro_batches[0]), -1)).split(sizes, 1) for gradient in gradients]
         for number, (part, seed, *gradient) in enumerate(zip(micro_batches, ctx.seeds, *gradients), 1):
             # Of several processes, the gradients are averaged once, with the last micro-batch.
-            alone = network.replica is not network.model and number < len(sizes)
-            with torch.enable_grad(), network.replica.no_sync() if alone else contextlib.nullcontext():
+            alone = network.wrapped is not network.model and number < len(sizes)
+            with torch.enable_grad(), network.wrapped.no_sync() if alone else contextlib.nullcontext():
                 outputs = _GradientCaching.outputs(network, part, seed)
                 torch.autograd.backward(outputs, [values.flatten(0, 1) for values in gradient])
         ctx.micro_batches = None                        # the loss may live on while the next batch is made
@@ -183,7 +183,7 @@ def _compiling_backward():
 
 
 class Compiled(nn.Module):
-    """A network that is compiled for the largest batches so far in its mode: of training, or eval until it trains.
+    """A network that is compiled for one shape of batches: the largest so far, in training if there was any.
 
     Others (the last batch of an epoch, the empty slice of a process, those of evaluation) are computed without the
     compiler, which takes minutes for each kind; and all are if it fails. It compiles the backward pass with the forward
@@ -192,13 +192,13 @@ class Compiled(nn.Module):
 
     def __init__(self, module):
         super().__init__()
-        self.module, self.usual, self.fails = module, (False, 0), False
+        self.module, self.largest, self.fails = module, (False, 0), False
         self.compiled = torch.compile(module.forward, dynamic=False)
 
     def forward(self, x):
         kind = self.module.training, x.numel()              # of crops of several sizes not the many small ones
-        self.usual = max(self.usual, kind)
-        if kind == self.usual and len(x) and not self.fails:
+        self.largest = max(self.largest, kind)
+        if kind == self.largest and len(x) and not self.fails:
             try:
                 with _compiling_backward():
                     return self.compiled(x)
@@ -209,7 +209,7 @@ class Compiled(nn.Module):
         return self.module(x)
 
 
-def spread(network, opt):
+def data_parallel(network, opt):
     """The network, over all visible GPUs where one process has several."""
     return DataParallel(network) if several_devices(opt) else network
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from util import checkpoints
-from util.distributed import rank_zero_first
 from util.errors import UserError
 from util.log import log
 
@@ -17,15 +16,15 @@ INFO = ('model', 'stem', 'width', 'size', 'mean', 'std', 'dataset', 'split_seed'
 
 
 def read_start(opt):
-    """What is in --ckpt, by read_weights, and `hold_out_as` its run; None without --ckpt."""
+    """What is in --ckpt, by read_weights, and `hold_out_same_images` its run; None without --ckpt."""
     if not opt.ckpt:
         return None
     weights = read_weights(opt.ckpt)
-    hold_out_as(weights['opt'], opt, f'--ckpt {opt.ckpt}')
+    hold_out_same_images(weights['opt'], opt, f'--ckpt {opt.ckpt}')
     return weights
 
 
-def hold_out_as(recorded, opt, source):
+def hold_out_same_images(recorded, opt, source):
     """Make opt.split_seed that of a checkpoint of the same dataset, with the options `recorded`: what is held out for
     validation must not be what its network has learnt. UserError where another checkpoint's run held out others."""
     split_seed = recorded.get('split_seed')
@@ -53,7 +52,7 @@ def start_from_weights(model, opt, checkpoint):
         if recorded != found:
             raise UserError(f'--ckpt {opt.ckpt} holds an encoder with --{name} {recorded}, found --{name} {found}')
     parts = {}
-    for name, value in checkpoints.in_our_names(checkpoint['model'], opt.model).items():
+    for name, value in checkpoints.from_torchvision_names(checkpoint['model'], opt.model).items():
         part, _, rest = name.partition('.')
         parts.setdefault(part, {})[rest] = value
     source = f'--ckpt {opt.ckpt} (for --model {opt.model} --stem {opt.stem} --width {opt.width:g})'
@@ -123,7 +122,7 @@ def fetch(name):
         raise UserError(f'{name}: expected hf://owner/name or hf://owner/name/file')
     import huggingface_hub  # here: most runs need none of it
     try:
-        return Path(rank_zero_first(lambda: huggingface_hub.hf_hub_download(found[1], found[2] or 'model.safetensors')))
+        return Path(huggingface_hub.hf_hub_download(found[1], found[2] or 'model.safetensors'))     # under its own lock
     except Exception as error:                          # of the connection, the hub, its names, the disk
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f'{name}: cannot be downloaded, and is not in the cache ({reason})') from error
