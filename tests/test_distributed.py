@@ -384,7 +384,7 @@ def test_processes_share_the_views_of_one(monkeypatch, kind):
     opt = arguments.defaults(device='cpu', loader=kind, batch_size=10, num_workers=0, seed=3)
     view = View(16, (0.5,) * 3, (0.2,) * 3, crop=(0.2, 1.), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2,
                 blur=0.5, cutout=(1, 4), rotation=10.)
-    monkeypatch.setattr(View, 'group', 4)
+    monkeypatch.setattr(View, 'cpu_group', 4)
 
     def batches(processes, number, train):
         monkeypatch.setattr(distributed, 'world_size', lambda: processes)

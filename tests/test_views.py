@@ -129,7 +129,7 @@ def test_views_are_of_the_images_in_turn(monkeypatch):
     """Two views of each image, in groups that begin and end anywhere in the batch."""
     ours, _ = random_images(7, 16, 16)
     view = View(16, MEAN, STD, crop=(0.2, 1.), jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2)
-    monkeypatch.setattr(View, 'group', 4)
+    monkeypatch.setattr(View, 'cpu_group', 4)
     params = views.sample_params(view, *torch.full((2, 14), 16), torch.Generator().manual_seed(0))
     torch.testing.assert_close(views.apply(view, ours, params), views.apply(view, ours.repeat(2, 1, 1, 1), params))
 
@@ -157,7 +157,7 @@ def test_without_a_working_compiler_views_are_sampled_eagerly(monkeypatch, capsy
 
 
 def test_groups_have_their_own_order(monkeypatch):
-    monkeypatch.setattr(View, 'group', 8)
+    monkeypatch.setattr(View, 'cpu_group', 8)
     params = views.sample_params(PRETRAINING, *torch.full((2, 80), 32), torch.Generator().manual_seed(0))
     assert len(params.orders) == 10
     assert all(sorted(order) == [0, 1, 2, 3] for order in params.orders)

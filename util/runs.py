@@ -36,6 +36,7 @@ OPTIMIZER = {'optim_kind', 'LARS', 'momentum', 'no_bias_decay', 'encoder_lr', 'f
 
 DEFAULTS = {name: value for program in PROGRAMS for name, value in program_defaults(program).items()}
 
+DIVERGED = 'expected a finite number: try a lower --learning_rate or --warm'
 CACHED_SECONDS = 10                     # at least, between two checkpoints with --cache_features
 
 
@@ -284,8 +285,8 @@ class Run:
         (images, labels, rng), rng a NumPy generator in the same state in all processes.
 
         Before each step: its learning rate and random numbers. After each: every --print_freq steps a line with what
-        `record` got; last.ckpt every --save_steps; the end after a signal. Raises UserError where the first value
-        recorded is not finite.
+        `record` got; last.ckpt every --save_steps; the end after a signal. Raises UserError where the loss is not
+        finite.
         """
         opt, steps = self.opt, len(loader)
         loader.set_epoch(epoch, self.step)
@@ -350,8 +351,7 @@ class Run:
         """UserError where the loss, the first value recorded, was not finite in this epoch."""
         average = next(iter(self.meters.values())).avg
         if not math.isfinite(average):
-            raise UserError(f'the loss is {average} on average up to epoch {epoch}, step {step}, expected a finite '
-                            'number: try a lower --learning_rate or --warm')
+            raise UserError(f'the loss is {average} on average up to epoch {epoch}, step {step}, {DIVERGED}')
 
     def _after_step(self, epoch, step):
         """Save every --save_steps, and end the run after a signal."""
@@ -397,6 +397,9 @@ class Run:
         self.writer.submit(self._write_files, checkpoints.copy_on_host(state), names, epoch)
 
     def _write_files(self, state, names, epoch):
+        for name, value in state['model'].items():      # the network may diverge before its loss
+            if not value.isfinite().all():
+                raise UserError(f'{name} is not finite in epoch {epoch + (state["step"] > 0)}, {DIVERGED}')
         for name in names:
             check_locks()
             checkpoints.write_checkpoint(state, self.folder / name)
