@@ -26,7 +26,8 @@ def step_of(form, args):
     import torch
 
     from losses import SupConLoss
-    from networks.resnet_big import Conv2d, SupConResNet
+    from networks.cpu_conv import Conv2d
+    from networks.resnet_big import SupConResNet
     from util import arguments, memory, training
 
     device = 'cuda' if torch.cuda.is_available() else 'cpu'

@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from networks.resnet_big import RESNETS, Conv2d, LinearProbe, ResNet, SupCEResNet, SupConResNet, ThinShortcut
+from networks.cpu_conv import Conv2d, ThinShortcut
+from networks.resnet_big import RESNETS, LinearProbe, ResNet, SupCEResNet, SupConResNet
 
 
 @pytest.mark.parametrize('name, dim, parameters', [       # parameters of the encoders with the 3x3 stem, in millions
