@@ -872,7 +872,8 @@ def _all_sizes(n, known=None):
         return known
     if _n_processes() == 1:
         return [n]
-    mine = torch.tensor([n], device='cpu' if 'cpu' in dist.get_backend_config() else 'cuda')
+    backends = dist.get_backend_config()
+    mine = torch.tensor([n], device='cpu' if 'cpu' in backends or backends in ('gloo', 'mpi') else 'cuda')
     sizes = [torch.empty_like(mine) for _ in range(_n_processes())]
     dist.all_gather(sizes, mine)
     return torch.cat(sizes).tolist()

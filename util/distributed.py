@@ -130,7 +130,8 @@ def all_max(n):
 
 def _device_of_numbers():
     """The CPU where the processes have a way to send from there: no GPU has to be waited for."""
-    return 'cpu' if 'cpu' in dist.get_backend_config() else 'cuda'             # such as cpu:gloo,cuda:nccl
+    config = dist.get_backend_config()
+    return 'cpu' if 'cpu' in config or config in ('gloo', 'mpi') else 'cuda'
 
 
 def gather(x, sizes):
