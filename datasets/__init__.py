@@ -119,16 +119,15 @@ def load_images(opt):
             raise UserError(f'--label_noise {opt.label_noise:g}: {opt.data_folder} has one class, expected several')
         train = train.mislabeled(opt.label_noise, opt.split_seed)
         log(f'--label_noise {opt.label_noise:g}: this fraction of the training images has another class')
-    per_class = opt.samples_per_class
-    if getattr(opt, 'label_fraction', None):            # not an option of pretraining
-        per_class = train.counts_of_fraction(opt.label_fraction)
     train, val, extra_id, extra_ood = (
-        part and replace(part.sample(opt.max_samples, opt.seed, number), cache_dir=cache_dir)
-        for part, number in ((train, per_class), (val, None), *((part, None) for part in augmentations)))
+        part and replace(part.sample(opt.max_samples, opt.seed, per_class), cache_dir=cache_dir)
+        for part, per_class in ((train, opt.samples_per_class), (val, None), *((part, None) for part in augmentations)))
     if opt.imbalance:
         train = train.long_tailed(opt.imbalance, opt.split_seed)
         sizes = train.class_sizes()
         log(f'--imbalance {opt.imbalance:g}: {len(train)} training images, {max(sizes)} to {min(sizes)} of a class')
+    if getattr(opt, 'label_fraction', None):            # of those that pretraining has seen, which lacks this option
+        train = train.sample(None, opt.seed, train.counts_of_fraction(opt.label_fraction))
     opt.size = opt.size or info.size
     if opt.mean is None or opt.std is None:
         mean, std = (info.mean, info.std) if info.mean else train.statistics()

@@ -8,8 +8,9 @@ sure?) and, of the encoder's features, R@1 and mAP@R (are the most similar valid
 images have several labels, mAP, F1 and the mAP of kNN. --figures writes confusion.png, reliability.png (accuracy by
 confidence) and neighbors.png: validation images, each followed by the training images with the most similar features,
 green where they have its class. --per_class prints the accuracy of each class.
---corruptions corrupts the validation images by Gaussian noise and blur, less contrast and JPEG, at the strengths of
-CIFAR-10-C (Hendrycks & Dietterich, 2019, https://arxiv.org/abs/1903.12261): a line of five accuracies for each.
+--corruptions corrupts the validation images, before they are resized, by Gaussian noise and blur, less contrast and
+JPEG, at the strengths of CIFAR-10-C (Hendrycks & Dietterich, 2019, https://arxiv.org/abs/1903.12261): a line of five
+accuracies for each.
 """
 import argparse
 import io

@@ -39,9 +39,10 @@ Trained with
 {command}
 ```
 
-whose output is in `log.txt`. `model.safetensors` holds encoder and classifier under the parameter names of {names};
-`info` in its metadata has the {n_classes} classes, and mean, std and size of the images: {size} pixels,
-(values in 0..1 - mean) / std with mean {mean} and std {std}. The file holds tensors alone: reading it executes nothing.
+whose output is in `log.txt`. `model.safetensors` holds encoder and classifier under the parameter names of {names},
+with the first layers of `--stem {stem}`; `info` in its metadata has the {n_classes} classes, and mean, std and size of
+the images: {size} pixels, (values in 0..1 - mean) / std with mean {mean} and std {std}. The file holds tensors alone:
+reading it executes nothing.
 
 ```python
 import json
@@ -136,7 +137,7 @@ def main():
         model=opt.model, title='fine-tuned' if recorded.get('finetune') else title, dataset=opt.dataset,
         accuracy=accuracies[-1].strip(), command=command_of(program, recorded), n_classes=len(classes),
         names="timm's model" if opt.model.startswith('timm/') else "torchvision's ResNets", size=opt.size,
-        mean=list(opt.mean), std=list(opt.std))
+        stem=opt.stem, mean=list(opt.mean), std=list(opt.std))
     exporter.write()
     with writing(folder):
         replace_file(folder / 'README.md', '\n'.join(map(printable, card.split('\n'))).encode())

@@ -126,7 +126,8 @@ def encoder():
 def teacher(*options):
     opt = main_supcon.parse_option([*RUN, '--method', 'GenSCL', '--KD', '--teacher_path', str(LAST.parent), *options])
     opt.device = 'cpu'
-    return teachers.load_teacher(teachers.read_teacher(opt), opt, DIGITS)
+    batch = torch.zeros(2, 3, opt.size or 8, opt.size or 8), torch.zeros(1, dtype=torch.long)
+    return teachers.load_teacher(teachers.read_teacher(opt), opt, DIGITS, [batch])
 
 
 def script():

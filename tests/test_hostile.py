@@ -152,7 +152,7 @@ def test_checkpoints(nothing_happens, run_folder):
     def teacher():
         opt = main_supcon.parse_option([*TINY, '--method', 'GenSCL', '--KD', '--teacher_path', str(last.parent)])
         opt.device = 'cpu'
-        teachers.load_teacher(teachers.read_teacher(opt), opt, [str(i) for i in range(10)])
+        teachers.load_teacher(teachers.read_teacher(opt), opt, [str(i) for i in range(10)], [])
     others = list(foreign().values())
     for content in contents(whole):
         last.write_bytes(content)

@@ -55,6 +55,9 @@ def test_exponential_schedule_decays_within_epochs():
     opt = options(exp_decay=0.9, exp_decay_epochs=0.5)
     rates = [learning_rate(opt, epoch, step, 4) for epoch in (1, 2) for step in range(4)]
     assert rates == pytest.approx([0.5 * 0.9**k for k in (0, 0, 1, 1, 2, 2, 3, 3)])
+    opt = options(exp_decay=0.9, exp_decay_epochs=0.1)
+    rates = [learning_rate(opt, epoch, step, 10) for epoch in (1, 2, 3) for step in range(10)]
+    assert rates == pytest.approx([0.5 * 0.9**k for k in range(30)])
     opt = options(exp_decay=0.9, exp_decay_epochs=2, warm=True, warm_epochs=1)
     assert learning_rate(opt, 1, 0, 4) == 0.01 and learning_rate(opt, 1, 2, 4) == pytest.approx((0.01 + 0.5) / 2)
     assert learning_rate(opt, 3, 0, 4) == pytest.approx(0.45)

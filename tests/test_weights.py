@@ -262,6 +262,26 @@ def test_a_fraction_of_the_labels_is_stratified_and_seeded():
         labels('--label_fraction', '0.1', '--samples_per_class', '3')
 
 
+def test_a_fraction_of_a_long_tail_is_of_the_images_that_pretraining_has_seen():
+    def images(*words):
+        opt = arguments.parse('main_ce', '', ['--dataset', 'digits', '--imbalance', '10', *words])
+        opt.split_seed = 0                              # as a checkpoint has it
+        return {image.tobytes() for image in load_images(opt).train.source}
+    seen, some = images(), images('--label_fraction', '0.5', '--seed', '1')
+    assert some < seen and len(some) == pytest.approx(len(seen) / 2, abs=10)
+
+
+def test_weights_of_timm_keep_their_stem(call):
+    """With --stem cifar this network has parameters of the same shapes, and other strides."""
+    torch.save(randomized(timm.create_model('mobilenetv3_small_050')).state_dict(), 'start.pth')
+    start = ['--dataset', 'digits', '--model', 'timm/mobilenetv3_small_050', '--ckpt', 'start.pth']
+    assert main_linear.parse_option(start)[0].stem == 'imagenet'
+    assert main_linear.parse_option([*start, '--stem', 'cifar'])[0].stem == 'cifar'
+    small = [*start, '--max_samples', 32, '--epochs', 1, '--num_workers', 0, '--size', 32]
+    assert 'start.pth records no stem' in ok(call, main_ce, *small, '--output_name', 'a')
+    assert 'records no stem' not in ok(call, main_ce, *small, '--stem', 'imagenet', '--output_name', 'b')
+
+
 # Weights that travel
 
 @pytest.fixture

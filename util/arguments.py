@@ -75,7 +75,8 @@ def parse_with_encoder(program, description, argv=None):
     recorded = checkpoint['opt']
     opt = parse_recorded(program, description, argv, ckpt, recorded, names, method=recorded.get('method'))
     opt.ckpt = str(ckpt)
-    for name, default in (('model', 'resnet50'), ('stem', 'cifar'), ('width', 1.)):
+    of_timm = 'model' not in recorded and (opt.model or '').startswith('timm/')         # timm's own weights
+    for name, default in (('model', 'resnet50'), ('stem', 'imagenet' if of_timm else 'cifar'), ('width', 1.)):
         value = recorded.get(name, default)
         if getattr(opt, name) is None:
             setattr(opt, name, value)

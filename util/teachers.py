@@ -10,7 +10,7 @@ from networks.resnet_big import LinearProbe, SupCEResNet, make_encoder
 from util.checkpoints import check_parameters, check_recorded, load_parameters, read_checkpoint
 from util.errors import UserError
 from util.log import log
-from util.training import compiled, data_parallel, precision
+from util.training import compiled, data_parallel, forward_all, precision
 from util.weights import hold_out_same_images
 
 
@@ -63,8 +63,9 @@ def read_teacher(opt):
     return {'file': file, 'opt': recorded, 'model': state, 'classes': checkpoint.get('classes')}
 
 
-def load_teacher(checkpoint, opt, classes):
-    """The teacher of read_teacher's checkpoint for images of these classes, on opt.device, spread over the GPUs.
+def load_teacher(checkpoint, opt, classes, loader):
+    """The teacher of read_teacher's checkpoint for images of these classes, on opt.device, spread over the GPUs; its
+    accuracy on some views of the training loader is reported.
 
     Raises UserError as load_classifier.
     """
@@ -73,7 +74,14 @@ def load_teacher(checkpoint, opt, classes):
         raise UserError(f"{checkpoint['file']}: the teacher was trained on images of {size} pixels, found --size "
                         f'{opt.size}, expected the same')
     teacher = load_classifier(checkpoint, opt, classes)
-    log(f"{checkpoint['file']}: {teacher.kind} as teacher")
+    images, labels = next(iter(loader))
+    n = min(len(labels), 256)
+    logits, labels = forward_all(teacher, [(images[:n], labels[:n])], opt)
+    accuracy = 100 * (logits.argmax(1) == labels).float().mean().item()
+    log(f"{checkpoint['file']}: {teacher.kind} as teacher, right on {accuracy:.1f} % of {len(labels)} training views")
+    if accuracy < 150 / max(3, len(classes)):           # its parameters fit a network of other strides too
+        log('Warning: that is little better than chance: is it of other --stem, --size, --mean or --std, or of other '
+            'classes?')
     # It learns nothing, so reduced precision costs only the rounding of its logits; a GPU is much faster with it.
     teacher.precision = precision(opt, opt.amp or opt.device == 'cuda' and torch.cuda.is_bf16_supported(False))
     return data_parallel(compiled(teacher, opt), opt)

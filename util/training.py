@@ -374,7 +374,8 @@ def learning_rate(opt, epoch, step=0, steps=1):
 
 def _schedule(opt, epoch, part):
     if opt.exp_decay:
-        return opt.learning_rate * opt.exp_decay**((epoch - 1 + part) // opt.exp_decay_epochs)
+        decays = math.floor((epoch - 1 + part) / opt.exp_decay_epochs + 1e-9)      # 0.3 is three times 0.1, rounded
+        return opt.learning_rate * opt.exp_decay**decays
     if opt.cosine:
         eta_min = opt.learning_rate * opt.lr_decay_rate**3              # as SupContrast
         return eta_min + (opt.learning_rate - eta_min) * (1 + math.cos(math.pi * epoch / opt.epochs)) / 2

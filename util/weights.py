@@ -56,6 +56,9 @@ def start_from_weights(model, opt, checkpoint):
         part, _, rest = name.partition('.')
         parts.setdefault(part, {})[rest] = value
     source = f'--ckpt {opt.ckpt} (for --model {opt.model} --stem {opt.stem} --width {opt.width:g})'
+    if opt.model.startswith('timm/') and opt.stem == 'cifar' and 'stem' not in checkpoint['opt']:
+        log(f'--ckpt {opt.ckpt} records no stem: --stem cifar may change the stride of the first layers that these '
+            'weights were trained with, --stem imagenet keeps it')
     loaded = {'encoder': checkpoints.load_parameters(model.encoder, parts.pop('encoder', {}), source)}
     head = getattr(model, 'head', None)
     if head and _shapes(head.state_dict()) == _shapes(parts.get('head', {})):

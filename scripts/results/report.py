@@ -269,7 +269,7 @@ def epochs(rows, folder):
         cells = [METHODS[method], *(spread(points[tick], 'top1') if tick in points else '' for tick in ticks),
                  spread(last, 'minutes', 0 if unit == 'CPU minutes' else 1), spread(last, 'knn')]
         lines.append(f"| {' | '.join(cells)} |")
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout='constrained')
+    fig, axes = plt.subplots(1, 2, figsize=(9, 4.2), sharey=True, layout='constrained')
     for method, points in curves.items():
         shown = {number: row for number, row in points.items() if all('top1' in values for values in row.values())}
         timed = [row for row in shown.values() if any('minutes' in values for values in row.values())]
@@ -283,7 +283,7 @@ def epochs(rows, folder):
     axes[0].set_xticks([tick / 10 for tick in ticks], [f'{tick / 10:g}' for tick in ticks])
     axes[0].minorticks_off()
     axes[0].set_ylabel('top-1 %')
-    axes[0].legend(frameon=False, fontsize='small')
+    fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False)
     save(fig, folder / 'epochs.png')
     return lines + properties(rows, folder) + trials(rows)
 
